@@ -1,0 +1,1 @@
+"""Benchmarks: offline, serving, kernels."""

@@ -1,0 +1,1 @@
+"""The engine core: one process that plans every step. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Block pool, prefix cache, and groups by state spec."""

@@ -1,0 +1,1 @@
+"""Frontend processes: HTTP, tokenization, detokenization. Never imports torch."""

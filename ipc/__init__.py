@@ -1,0 +1,1 @@
+"""What the processes share: messages, sockets, configuration, supervision."""

@@ -1,0 +1,182 @@
+"""Configuration: `Options` is what a user may say, `resolve()` the one place where "auto" becomes a value.
+
+The resolved slices are frozen, written once to the runtime folder as JSON, and read by each process on its own, so that
+a process restarted alone comes up as it was. `cableway serve --config file.toml` takes the names of `Options`.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every flag of `cableway serve` and every key of a config file; `Meta(description=…)` is the flag's help."""
+
+    # model
+    model: Annotated[str, Meta(description="alias, .gguf file, folder, or hub id")] = "smollm2-135m"
+    served_model_name: Annotated[list[str], Meta(description="names clients may use; the first is shown")] = []
+    load_format: Annotated[str, Meta(pattern="^(auto|dummy)$", description="dummy = random weights")] = "auto"
+    dtype: Annotated[str, Meta(pattern="^(auto|float32|float16|bfloat16)$", description="compute dtype")] = "auto"
+    device: Annotated[str, Meta(pattern="^(auto|cpu|cuda)$", description="where the workers run")] = "auto"
+    max_model_len: Annotated[Count, Meta(description="tokens a sequence may have; 0 = the model's own")] = 0
+    generation_config: Annotated[
+        str, Meta(pattern="^(auto|none)$", description="use the model's sampling defaults")
+    ] = "auto"
+    chat_template: Annotated[str, Meta(description="Jinja2 file in place of the model's own")] = ""
+
+    # engine
+    max_num_seqs: Annotated[Positive, Meta(description="sequences in one step")] = 64
+    max_num_batched_tokens: Annotated[Count, Meta(description="tokens in one step; 0 = auto")] = 0
+    block_size: Annotated[int, Meta(ge=8, le=256, description="tokens a KV block holds")] = 16
+    kv_cache_memory_bytes: Annotated[Count, Meta(description="memory for the KV cache; 0 = auto")] = 0
+    num_kv_blocks: Annotated[Count, Meta(description="KV blocks, in place of a memory size; 0 = auto")] = 0
+    prefix_cache: Annotated[bool, Meta(description="share the KV of common prefixes")] = True
+    scheduling_policy: Annotated[str, Meta(pattern="^(fcfs|priority)$", description="who is served first")] = "fcfs"
+    overlap: Annotated[int, Meta(ge=0, le=1, description="steps planned ahead of the one that runs")] = 1
+    batch_invariant: Annotated[bool, Meta(description="bit-equal results in any batch, at some cost")] = False
+    num_threads: Annotated[Count, Meta(description="CPU threads of a worker; 0 = auto")] = 0
+    seed: Annotated[Count, Meta(description="of dummy weights")] = 0
+
+    # server
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[Port, Meta(description="port to listen on; 0 = any free one")] = 8000
+    uds: Annotated[str, Meta(description="Unix socket to listen on, in place of host and port")] = ""
+    frontends: Annotated[Positive, Meta(description="frontend processes")] = 1
+    api_key: Annotated[list[str], Meta(description="keys that open every route but /health")] = []
+    allowed_origins: Annotated[list[str], Meta(description="browser origins let in (CORS); none by default")] = []
+    allowed_hosts: Annotated[list[str], Meta(description="Host headers accepted beside the bound address")] = []
+    metrics_prefix: Annotated[str, Meta(pattern="^[a-z_]+$", description="prefix of the metric names")] = "cableway"
+    max_body_bytes: Annotated[Positive, Meta(description="largest request body")] = 16 << 20
+    max_queued_requests: Annotated[Positive, Meta(description="waiting requests before 429")] = 1024
+    max_queued_tokens: Annotated[Positive, Meta(description="waiting prompt tokens before 429")] = 4_000_000
+    header_timeout_s: Annotated[Seconds, Meta(description="time to send headers and body")] = 30.0
+    idle_timeout_s: Annotated[Seconds, Meta(description="idle time of a kept-alive connection")] = 75.0
+    max_logprobs: Annotated[Count, Meta(description="largest top_logprobs and prompt_logprobs")] = 20
+    access_log: Annotated[bool, Meta(description="log a line a request")] = True
+
+    # processes
+    runtime_dir: Annotated[str, Meta(description="folder of sockets and state; auto by address")] = ""
+    drain_timeout_s: Annotated[Seconds, Meta(description="time that running requests get at SIGTERM")] = 30.0
+    heartbeat_timeout_s: Annotated[Seconds, Meta(description="silence after which a process is killed")] = 10.0
+    step_timeout_s: Annotated[Seconds, Meta(description="a step longer than this counts as a hang")] = 120.0
+    log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$", description="least level logged")] = "info"
+    log_format: Annotated[str, Meta(pattern="^(auto|json|console)$", description="auto: console on a terminal")] = (
+        "auto"
+    )
+
+
+class LogConfig(msgspec.Struct, frozen=True):
+    level: str
+    as_json: bool | None
+
+
+class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a frontend process needs. `engines` maps each served name to the engine that serves it."""
+
+    runtime_dir: str
+    engines: dict[str, str]
+    model: str  # local path of the model, resolved
+    max_model_len: int
+    vocab_size: int
+    generation_config: str
+    chat_template: str
+    host: str
+    port: int
+    uds: str
+    api_key: list[str]
+    allowed_origins: list[str]
+    allowed_hosts: list[str]
+    metrics_prefix: str
+    max_body_bytes: int
+    max_queued_requests: int
+    max_queued_tokens: int
+    header_timeout_s: float
+    idle_timeout_s: float
+    max_logprobs: int
+    max_num_seqs: int
+    step_timeout_s: float
+    drain_timeout_s: float
+    access_log: bool
+    log: LogConfig
+
+
+class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine-core process needs."""
+
+    runtime_dir: str
+    engine: str
+    num_workers: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefix_cache: bool
+    scheduling_policy: str
+    overlap: int
+    max_queued_requests: int
+    max_queued_tokens: int
+    lease_s: float
+    step_timeout_s: float
+    drain_timeout_s: float
+    log: LogConfig
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker process needs."""
+
+    runtime_dir: str
+    engine: str
+    model: str  # local path of the model, resolved
+    load_format: str
+    dtype: str  # float32 | float16 | bfloat16
+    device: str  # cpu | cuda
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_cache_memory_bytes: int  # 0 = from the memory that is free
+    num_kv_blocks: int  # 0 = from kv_cache_memory_bytes
+    batch_invariant: bool
+    num_threads: int
+    seed: int
+    log: LogConfig
+
+
+class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the supervisor needs to start, watch and stop the others."""
+
+    runtime_dir: str
+    frontends: int
+    workers: int
+    host: str
+    port: int
+    uds: str
+    drain_timeout_s: float
+    heartbeat_timeout_s: float
+    step_timeout_s: float
+    log: LogConfig
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """The resolved whole: `config.json` in the runtime folder. `notes` says what was chosen automatically, and why."""
+
+    supervisor: SupervisorConfig
+    frontend: FrontendConfig
+    core: CoreConfig
+    worker: WorkerConfig
+    notes: list[str] = []
+
+
+def frontends_address(runtime_dir: str, engine: str) -> str:
+    """Where the core of `engine` listens for frontends."""
+    return f"ipc://{runtime_dir}/engine-{engine}.frontends.sock"
+
+
+def workers_address(runtime_dir: str, engine: str) -> str:
+    """Where the core of `engine` listens for its workers."""
+    return f"ipc://{runtime_dir}/engine-{engine}.workers.sock"

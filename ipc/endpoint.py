@@ -1,0 +1,181 @@
+"""Typed ZeroMQ sockets. Frame 0 is a struct, further frames are raw buffers.
+
+Whoever binds is a ROUTER and names the peer it sends to; whoever connects is a DEALER. Peers that come and go are told
+as `PeerUp` and `PeerDown` in the stream of messages, taken from the socket's monitor, so that a death is seen at once
+and not after a time-out.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+_RECONNECT_MS = 20
+_RECONNECT_MAX_MS = 500
+
+
+class PeerUp(NamedTuple):
+    """A DEALER's connection stands; time to say Hello (again)."""
+
+
+class PeerDown(NamedTuple):
+    """The peer is gone: its socket closed, or it cannot be reached any more."""
+
+
+class Undecodable(NamedTuple):
+    """The peer sent something that is no message of this direction (another version, most likely)."""
+
+    reason: str
+
+
+class Arrival(NamedTuple):
+    peer: bytes  # identity on a ROUTER, b"" on a DEALER
+    message: Any  # of the union given as `receives`, or PeerUp, PeerDown, Undecodable
+    frames: Sequence[memoryview] = ()
+
+
+def identity(role: str, rank: int) -> bytes:
+    """Identity of this process: role, rank, and an incarnation no earlier or later process shares."""
+    return f"{role}.{rank}.{os.getpid()}.{os.urandom(4).hex()}".encode()
+
+
+class Endpoint:
+    """A socket of one direction each way, for synchronous loops.
+
+    Args:
+        address: `ipc://path` or `tcp://host:port`.
+        receives: union of message structs accepted.
+        bind: bind as ROUTER; otherwise connect as DEALER under `own_identity`.
+    """
+
+    def __init__(self, address: str, receives: Any, *, bind: bool = False, own_identity: bytes = b""):
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(receives).decode
+        self._is_router = bind
+        self._peers: dict[bytes, None] = {}
+        self.socket: Any = zmq.Context.instance().socket(zmq.ROUTER if bind else zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.sndhwm = self.socket.rcvhwm = 0  # bounded by credits and leases of our own, never by silent drops
+        if bind:
+            self.socket.router_mandatory = True
+            self.socket.router_handover = True
+        else:
+            self.socket.identity = own_identity
+            self.socket.reconnect_ivl = _RECONNECT_MS
+            self.socket.reconnect_ivl_max = _RECONNECT_MAX_MS
+        events = zmq.EVENT_DISCONNECTED if bind else zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+        self.monitor: Any = self.socket.get_monitor_socket(events)
+        self.monitor.linger = 0
+        if bind:
+            self.socket.bind(address)
+        else:
+            self.socket.connect(address)
+
+    def send(self, message: Any, *frames: Any, to: bytes = b"") -> bool:
+        """Queue one message; False when a ROUTER's peer is gone. Buffers must not be reused by the caller."""
+        parts = [self._encode(message), *frames]
+        if self._is_router:
+            parts.insert(0, to)
+        try:
+            self.socket.send_multipart(parts, zmq.DONTWAIT, copy=not frames)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.ECONNREFUSED):
+                return False
+            raise
+        return True
+
+    def receive(self) -> list[Arrival]:
+        """Everything that has arrived, oldest first; never blocks. Use a `zmq.Poller` on `sockets` to wait."""
+        arrivals: list[Arrival] = []
+        while True:
+            try:
+                parts = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                break
+            peer = parts.pop(0).bytes if self._is_router else b""
+            self._peers[peer] = None
+            arrivals.append(self._arrival(peer, [part.buffer for part in parts]))
+        while self.monitor.poll(0):
+            event = recv_monitor_message(self.monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                arrivals.append(Arrival(b"", PeerUp()))
+            elif self._is_router:
+                arrivals.extend(Arrival(peer, PeerDown()) for peer in self._unreachable())
+            else:
+                arrivals.append(Arrival(b"", PeerDown()))
+        return arrivals
+
+    @property
+    def sockets(self) -> list[Any]:
+        """What to poll for input."""
+        return [self.socket, self.monitor]
+
+    def forget(self, peer: bytes) -> None:
+        """Stop watching a peer that said it leaves, or was found gone."""
+        self._peers.pop(peer, None)
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.monitor.close()
+        self.socket.close()
+
+    def _arrival(self, peer: bytes, parts: list[memoryview]) -> Arrival:
+        try:
+            return Arrival(peer, self._decode(parts[0]), parts[1:])
+        except (msgspec.DecodeError, IndexError) as error:
+            return Arrival(peer, Undecodable(str(error)))
+
+    def _unreachable(self) -> list[bytes]:
+        """Peers that ROUTER_MANDATORY refuses to send a Ping to: the monitor says that someone left, not who."""
+        gone = []
+        for peer in self._peers:
+            try:
+                self.socket.send_multipart([peer, _PROBE], zmq.DONTWAIT)
+            except zmq.ZMQError:
+                gone.append(peer)
+        for peer in gone:
+            del self._peers[peer]
+        return gone
+
+
+_PROBE = msgspec.msgpack.encode(["ping"])
+
+
+class AsyncEndpoint:
+    """An `Endpoint` driven by the running asyncio loop: `on_arrival` is called for each message, in order.
+
+    A callback and not an awaitable: one step's tokens for hundreds of streams come in one message, and a task switch
+    for each would cost more than handling it.
+    """
+
+    def __init__(self, endpoint: Endpoint, on_arrival: Callable[[Arrival], None]):
+        self._endpoint = endpoint
+        self._on_arrival = on_arrival
+        self._loop = asyncio.get_running_loop()
+        self._descriptors = [socket.getsockopt(zmq.FD) for socket in endpoint.sockets]
+        for descriptor in self._descriptors:
+            self._loop.add_reader(descriptor, self._drain)
+        self._loop.call_soon(self._drain)
+
+    def send(self, message: Any, *frames: Any) -> bool:
+        sent = self._endpoint.send(message, *frames)
+        # ZeroMQ's descriptor is edge-triggered, and sending may swallow the edge of a message that came in meanwhile.
+        self._loop.call_soon(self._drain)
+        return sent
+
+    def close(self) -> None:
+        for descriptor in self._descriptors:
+            self._loop.remove_reader(descriptor)
+        self._descriptors = []
+        self._endpoint.close()
+
+    def _drain(self) -> None:
+        while self._descriptors and (arrivals := self._endpoint.receive()):
+            for arrival in arrivals:
+                self._on_arrival(arrival)

@@ -1,0 +1,27 @@
+"""structlog set-up: one event a line, with role, rank and pid on each; JSON for machines, columns for a terminal."""
+
+import logging
+import sys
+from typing import Any
+
+import structlog
+
+
+def setup(role: str, rank: int = 0, *, level: str = "info", as_json: bool | None = None) -> Any:
+    """Configure logging of this process to stderr and return its logger. `as_json` None: JSON unless on a terminal."""
+    if as_json is None:
+        as_json = not sys.stderr.isatty()
+    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    return structlog.get_logger(role=role, rank=rank)

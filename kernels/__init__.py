@@ -1,0 +1,1 @@
+"""One file a kernel: contract, reference, Triton, launcher, cases."""

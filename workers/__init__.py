@@ -1,0 +1,1 @@
+"""Worker processes: one a GPU (or one on the CPU), the only ones that import torch."""

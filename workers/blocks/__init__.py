@@ -1,0 +1,1 @@
+"""What a model spec is made of."""
