@@ -1,0 +1,64 @@
+"""What the runner hands to a model: one step's tokens and where their state lives, and what state a model asks for."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """A group of layers whose state is paged alike: one block table serves them all."""
+
+    kind: str  # paged | sliding
+    layers: tuple[int, ...]  # indices into the model's layers, ascending
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0  # tokens a sliding layer sees, itself included; 0 = all
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: T tokens of S sequences, row after row. All tensors are on the model's device.
+
+    A decode is a chunk of one token, so nothing here tells prefill from decode. `block_tables` and `slots` have one
+    entry a state group, in the order of `Decoder.state_groups()`.
+    """
+
+    token_ids: Tensor  # [T] i32
+    positions: Tensor  # [T] i32
+    query_start: Tensor  # [S + 1] i32; tokens query_start[i]:query_start[i + 1] belong to sequence i
+    seq_lens: Tensor  # [S] i32; tokens computed before, and this chunk
+    max_query_len: int
+    max_seq_len: int
+    block_tables: list[Tensor]  # a group: [S, max_blocks] i32; entries past a sequence's length are any valid block
+    slots: list[Tensor]  # a group: [T] i64; block_id * block_size + offset where a token's state is written
+    logits_at: Tensor  # [R] i64; tokens whose logits are wanted
+    invariant: bool = False  # results of a sequence must not depend, to the bit, on the rest of the batch or on chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        return self.seq_lens.shape[0]
+
+
+class Decoder(Protocol):
+    """What `weights.load` returns and the runner drives."""
+
+    vocab_size: int
+
+    def state_groups(self) -> list[StateSpec]:
+        """Groups of layers by the state they keep; the order is that of `Batch.block_tables`."""
+
+    def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor:
+        """Write the state of `batch` into `caches` (one a layer, see `memory.allocate`); hidden states [T, E]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, E] -> [R, vocab_size] float32."""
