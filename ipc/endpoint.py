@@ -58,18 +58,18 @@ class Endpoint:
         self._is_router = bind
         self._peers: dict[bytes, None] = {}
         self.socket: Any = zmq.Context.instance().socket(zmq.ROUTER if bind else zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.sndhwm = self.socket.rcvhwm = 0  # bounded by credits and leases of our own, never by silent drops
+        # Nothing lingers after a death, and queues are bounded by credits and leases of our own, never by silent drops.
+        options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.RCVHWM: 0}
         if bind:
-            self.socket.router_mandatory = True
-            self.socket.router_handover = True
+            options |= {zmq.ROUTER_MANDATORY: 1, zmq.ROUTER_HANDOVER: 1}
         else:
-            self.socket.identity = own_identity
-            self.socket.reconnect_ivl = _RECONNECT_MS
-            self.socket.reconnect_ivl_max = _RECONNECT_MAX_MS
+            self.socket.setsockopt(zmq.IDENTITY, own_identity)
+            options |= {zmq.RECONNECT_IVL: _RECONNECT_MS, zmq.RECONNECT_IVL_MAX: _RECONNECT_MAX_MS}
+        for option, value in options.items():
+            self.socket.setsockopt(option, value)
         events = zmq.EVENT_DISCONNECTED if bind else zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         self.monitor: Any = self.socket.get_monitor_socket(events)
-        self.monitor.linger = 0
+        self.monitor.setsockopt(zmq.LINGER, 0)
         if bind:
             self.socket.bind(address)
         else:

@@ -28,12 +28,12 @@ def ints(values: Iterable[int]) -> Ints:
     return array.array("i", values).tobytes()
 
 
-def unpack_ints(packed: Ints) -> memoryview:
+def unpack_ints(packed: Ints) -> memoryview[int]:
     """View packed int32 values without a copy; index it, slice it, or `.tolist()`."""
     return memoryview(packed).cast("i")
 
 
-def unpack_floats(packed: Floats) -> memoryview:
+def unpack_floats(packed: Floats) -> memoryview[float]:
     """View packed float32 values without a copy."""
     return memoryview(packed).cast("f")
 
@@ -137,7 +137,7 @@ class Logprobs(Message, frozen=True):
     """Log-probabilities of `num` consecutive tokens, `width` entries each: first the token itself, then the likeliest.
 
     From a worker `key` is the row and `first_index` the position in the sequence; to a frontend `key` is the choice's
-    key and `first_index` counts within the output, or within the prompt when `prompt` is set (its first token has none).
+    key and `first_index` counts within the output, or in the prompt when `prompt` is set (whose first token has none).
     """
 
     key: int

