@@ -7,6 +7,7 @@ and not after a time-out.
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,12 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from cableway.ipc.messages import Ping
+
 _RECONNECT_MS = 20
 _RECONNECT_MAX_MS = 500
+_PROBE_TRIES = 5
+_PROBE_PAUSE_S = 0.001
 
 
 class PeerUp(NamedTuple):
@@ -132,19 +137,20 @@ class Endpoint:
             return Arrival(peer, Undecodable(str(error)))
 
     def _unreachable(self) -> list[bytes]:
-        """Peers that ROUTER_MANDATORY refuses to send a Ping to: the monitor says that someone left, not who."""
-        gone = []
-        for peer in self._peers:
-            try:
-                self.socket.send_multipart([peer, _PROBE], zmq.DONTWAIT)
-            except zmq.ZMQError:
-                gone.append(peer)
+        """Peers that ROUTER_MANDATORY refuses to send a Ping to: the monitor says that someone left, not who.
+
+        The monitor speaks some microseconds before the pipe is taken down, so look again for a moment.
+        """
+        gone: list[bytes] = []
+        for _ in range(_PROBE_TRIES):
+            self.socket.getsockopt(zmq.EVENTS)  # makes ZeroMQ take note of pipes that ended
+            gone = [peer for peer in self._peers if not self.send(Ping(), to=peer)]
+            if gone or not self._peers:
+                break
+            time.sleep(_PROBE_PAUSE_S)
         for peer in gone:
             del self._peers[peer]
         return gone
-
-
-_PROBE = msgspec.msgpack.encode(["ping"])
 
 
 class AsyncEndpoint:

@@ -28,12 +28,12 @@ def ints(values: Iterable[int]) -> Ints:
     return array.array("i", values).tobytes()
 
 
-def unpack_ints(packed: Ints) -> memoryview[int]:
+def unpack_ints(packed: Ints) -> "memoryview[int]":
     """View packed int32 values without a copy; index it, slice it, or `.tolist()`."""
     return memoryview(packed).cast("i")
 
 
-def unpack_floats(packed: Floats) -> memoryview[float]:
+def unpack_floats(packed: Floats) -> "memoryview[float]":
     """View packed float32 values without a copy."""
     return memoryview(packed).cast("f")
 
