@@ -1,0 +1,54 @@
+"""The workloads are the very lists other engines were timed on, and the floor is arithmetic that can be checked by hand."""
+
+import array
+import hashlib
+
+import pytest
+
+from cableway.bench.floor import Rates, Shape, floor_s
+from cableway.bench.workloads import WORKLOADS, BenchRequest, workload
+
+DIGESTS = {
+    "decode1": "e224d18e90cfa0f4",
+    "mixed256": "b1ebc1aa5bea4f90",
+    "batch256": "6f76e096b5e37494",
+    "prefill": "afad6e73cebeb503",
+    "long": "885920bac1f02f46",
+    "prefix": "aa51b870e5f3313d",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_same_tokens_as_the_other_engines(name):
+    digest = hashlib.sha256()
+    for prompt, output_len in workload(name):
+        digest.update(array.array("i", [len(prompt), output_len, *prompt]).tobytes())
+    assert digest.hexdigest()[:16] == DIGESTS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in ("long", "prefill")])
+def test_repeats_keep_lengths_but_share_no_prefix(name):
+    first, again = workload(name, 49152), workload(name, 49152, repeat=1)
+    assert [(len(r.prompt), r.output_len) for r in first] == [(len(r.prompt), r.output_len) for r in again]
+    assert all(a.prompt[0] != b.prompt[0] for a, b in zip(first, again, strict=True))
+    assert all(0 <= token < 49152 for r in again for token in r.prompt)
+
+
+def test_floor_of_a_shape_counted_by_hand():
+    shape = Shape.of(
+        {
+            "hidden_size": 8,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 100,
+        }
+    )
+    assert shape.body_params == 2 * (8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16)
+    assert shape.head_params == 800
+    requests = [BenchRequest([1] * 10, 3), BenchRequest([1] * 10, 1)]
+    rates = Rates(copy_bytes_s=1.0, matmul_flop_s=1e30)
+    seconds = floor_s(requests, shape, rates, weight_bytes=2, kv_bytes=2, max_num_seqs=8)
+    kv = 2 * (10 + 1.5) * 2 * 2 * 1 * 4 * 2
+    assert seconds == pytest.approx(2 * (shape.body_params + 800) * 2 + kv)
