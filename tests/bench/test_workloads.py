@@ -1,4 +1,4 @@
-"""The workloads are the very lists other engines were timed on, and the floor is arithmetic that can be checked by hand."""
+"""The workloads are the very lists other engines were timed on; the floor is arithmetic that a hand can check."""
 
 import array
 import hashlib
