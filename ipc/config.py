@@ -1,13 +1,20 @@
-"""Configuration: `Options` is what a user may say, `resolve()` the one place where "auto" becomes a value.
+"""Configuration: `Options` is what a user may say, `Config` what it resolved to (resolve.py), one slice a process.
 
 The resolved slices are frozen, written once to the runtime folder as JSON, and read by each process on its own, so that
 a process restarted alone comes up as it was. `cableway serve --config file.toml` takes the names of `Options`.
 """
 
-from typing import Annotated
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
+
+ENGINE = "0"
+"""The one engine of a server today; messages and addresses already name it."""
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(ge=1)]
@@ -180,3 +187,56 @@ def frontends_address(runtime_dir: str, engine: str) -> str:
 def workers_address(runtime_dir: str, engine: str) -> str:
     """Where the core of `engine` listens for its workers."""
     return f"ipc://{runtime_dir}/engine-{engine}.workers.sock"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading what the user says
+
+
+class ConfigError(Exception):
+    """What the user asked for cannot be: one clear line."""
+
+
+def options(values: dict[str, Any]) -> Options:
+    """Check names, types and ranges of `values` (a config file's keys and the flags); ConfigError names the culprit."""
+    try:
+        return msgspec.convert(values, Options)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_in_plain_words(str(error))) from None
+
+
+def _in_plain_words(error: str) -> str:
+    """`Expected `int`, got `str` - at `$.port`` -> `port: expected int, got str`."""
+    what, _, where = error.replace("`", "").partition(" - at $.")
+    if unknown := re.fullmatch(r"Object contains unknown field (.*)", what):
+        return f"{unknown[1]}: there is no such option"
+    if one_of := re.search(r"matching regex '\^\((.*)\)\$'", what):
+        what = f"expected one of {one_of[1].replace('|', ', ')}"
+    return f"{where or 'options'}: {what[0].lower()}{what[1:]}"
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The table of a config file."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def write(config: Config) -> str:
+    """Put `config.json` into the prepared runtime folder, whole or not at all, for this user alone; its path."""
+    path = Path(config.supervisor.runtime_dir) / "config.json"
+    text = msgspec.json.format(msgspec.json.encode(config), indent=2)
+    draft = path.with_suffix(f".{os.getpid()}.draft")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+        file.write(text)
+    draft.replace(path)
+    return str(path)
+
+
+def read(path: str) -> Config:
+    """The resolved configuration that `write` left."""
+    return msgspec.json.decode(Path(path).read_bytes(), type=Config)

@@ -1,0 +1,174 @@
+"""`resolve()`: the one place where "auto" becomes a value."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from cableway.ipc import machine, modelfiles, runtime
+from cableway.ipc.config import (
+    ENGINE,
+    Config,
+    ConfigError,
+    CoreConfig,
+    FrontendConfig,
+    LogConfig,
+    Options,
+    SupervisorConfig,
+    WorkerConfig,
+)
+
+LEASE_S = 10.0
+"""Silence after which the core takes a frontend for dead."""
+_DEFAULT_MODEL_LEN = 2048
+_CPU_BATCHED_TOKENS = 512
+_CUDA_BATCHED_TOKENS = 8192
+_SCALED_ROPE = ("linear", "dynamic", "yarn")
+_ROUNDED_BY_BFLOAT16 = ("float32", "float16")
+
+Slice = TypeVar("Slice", bound=msgspec.Struct)
+
+
+def resolve(options: Options) -> Config:
+    """Turn every "auto" into a value and cut the whole into one slice a process.
+
+    Reads the model's description, never its weights; `notes` of the result tell each choice made.
+
+    Raises:
+        ConfigError: the options contradict each other, the model or the machine.
+        ModelError: the model cannot be found or read.
+    """
+    files = modelfiles.locate(options.model, options.load_format)
+    device, device_note = _device(options)
+    dtype, dtype_note = _dtype(options, device, files.config)
+    max_model_len, length_note = _max_model_len(options, files.config)
+    max_num_batched_tokens, batch_note = _max_num_batched_tokens(options, device)
+    num_threads, threads_note = _num_threads(options)
+    values = {name: getattr(options, name) for name in options.__struct_fields__} | {
+        "model": os.path.abspath(files.path),
+        "device": device,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "num_threads": num_threads,
+        "vocab_size": _vocab_size(files.config),
+        "chat_template": _existing_file("chat_template", options.chat_template),
+        "uds": os.path.abspath(options.uds) if options.uds else "",
+        "runtime_dir": runtime_folder(options),
+        "engine": ENGINE,
+        "engines": dict.fromkeys(options.served_model_name or [files.name], ENGINE),
+        "workers": 1,
+        "num_workers": 1,
+        "lease_s": LEASE_S,
+        "log": _log(options),
+    }
+    return Config(
+        supervisor=_cut(SupervisorConfig, values),
+        frontend=_cut(FrontendConfig, values),
+        core=_cut(CoreConfig, values),
+        worker=_cut(WorkerConfig, values),
+        notes=[note for note in (device_note, dtype_note, length_note, batch_note, threads_note) if note],
+    )
+
+
+def runtime_folder(options: Options) -> str:
+    """The folder named by the options, or else by the address that is listened on."""
+    if options.runtime_dir:
+        return os.path.abspath(options.runtime_dir)
+    return str(runtime.folder_for(options.host, options.port, options.uds))
+
+
+def _cut(kind: type[Slice], values: dict[str, Any]) -> Slice:
+    return kind(**{name: values[name] for name in kind.__struct_fields__})
+
+
+def _device(options: Options) -> tuple[str, str]:
+    if options.device != "auto":
+        return options.device, ""
+    if not machine.has_nvidia_gpu():
+        return "cpu", "device = cpu: no NVIDIA GPU here"
+    if machine.torch_is_cpu_build():
+        return "cpu", "device = cpu: there is an NVIDIA GPU, but the installed torch is a CPU build"
+    return "cuda", "device = cuda: there is an NVIDIA GPU"
+
+
+def _dtype(options: Options, device: str, model: dict[str, Any]) -> tuple[str, str]:
+    """Never coarser than the weights on a CPU; on a GPU float32 weights are computed in bfloat16, as is usual there."""
+    if options.dtype != "auto":
+        return options.dtype, ""
+    stored = str(model.get("dtype") or model.get("torch_dtype") or "unknown").removeprefix("torch.")
+    if device == "cuda":
+        if stored in ("bfloat16", "float16"):
+            return stored, f"dtype = {stored}: the model's own"
+        return "bfloat16", f"dtype = bfloat16: usual on a GPU; the model's own is {stored}"
+    if stored in _ROUNDED_BY_BFLOAT16:
+        return "float32", f"dtype = float32: bfloat16 would round this model's {stored} weights"
+    if machine.cpu_multiplies_bfloat16():
+        return "bfloat16", "dtype = bfloat16: this CPU has instructions for it"
+    return "float32", "dtype = float32: this CPU has no bfloat16 instructions"
+
+
+def _max_model_len(options: Options, model: dict[str, Any]) -> tuple[int, str]:
+    own = _own_model_len(model)
+    if options.max_model_len > own > 0:
+        raise ConfigError(f"max_model_len: {options.max_model_len} is more than the model's own {own}")
+    if options.max_model_len:
+        return options.max_model_len, ""
+    if own:
+        return own, f"max_model_len = {own}: the model's own"
+    return _DEFAULT_MODEL_LEN, f"max_model_len = {_DEFAULT_MODEL_LEN}: the model names none"
+
+
+def _own_model_len(model: dict[str, Any]) -> int:
+    """Tokens the model was made for, with its RoPE scaling; 0 when its config does not say."""
+    length = model.get("max_position_embeddings")
+    if length is None:
+        return 0
+    if not isinstance(length, int) or length < 1:
+        raise modelfiles.ModelError(f"config: max_position_embeddings is {length!r}, not a positive integer")
+    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") if isinstance(rope, dict) else None
+    factor = rope.get("factor") if kind in _SCALED_ROPE else None
+    if not isinstance(factor, int | float):
+        return length
+    original = rope.get("original_max_position_embeddings")
+    return max(length, int((original if isinstance(original, int) else length) * factor))
+
+
+def _vocab_size(model: dict[str, Any]) -> int:
+    size = model.get("vocab_size")
+    if not isinstance(size, int) or not 0 < size < 1 << 31:
+        raise modelfiles.ModelError(f"config: vocab_size is {size!r}, not a positive integer")
+    return size
+
+
+def _max_num_batched_tokens(options: Options, device: str) -> tuple[int, str]:
+    if options.max_num_batched_tokens:
+        if options.max_num_batched_tokens < options.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens: {options.max_num_batched_tokens} cannot hold one token for each of "
+                f"max_num_seqs = {options.max_num_seqs} sequences"
+            )
+        return options.max_num_batched_tokens, ""
+    tokens = max(_CUDA_BATCHED_TOKENS if device == "cuda" else _CPU_BATCHED_TOKENS, options.max_num_seqs)
+    return tokens, f"max_num_batched_tokens = {tokens}: usual on {device}"
+
+
+def _num_threads(options: Options) -> tuple[int, str]:
+    if options.num_threads:
+        return options.num_threads, ""
+    cores = machine.num_cores()
+    return cores, f"num_threads = {cores}: physical cores this process may use"
+
+
+def _existing_file(name: str, path: str) -> str:
+    if path and not Path(path).is_file():
+        raise ConfigError(f"{name}: no file {path}")
+    return os.path.abspath(path) if path else ""
+
+
+def _log(options: Options) -> LogConfig:
+    as_json = {"json": True, "console": False, "auto": not sys.stderr.isatty()}[options.log_format]
+    return LogConfig(options.log_level, as_json)

@@ -1,0 +1,137 @@
+"""The runtime folder: sockets, lock and resolved configuration of one server, for its user alone."""
+
+import fcntl
+import hashlib
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+MAX_SOCKET_PATH_BYTES = 107
+"""What the kernel holds of a Unix socket's path."""
+_LONGEST_SOCKET_NAME = "engine-00.frontends.sock"
+SUPERVISOR_SOCKET = "supervisor.sock"
+_LOCK = "lock"
+
+
+class RuntimeFolderError(Exception):
+    """The runtime folder cannot be used: in use by another server, not ours, or too long a path."""
+
+
+def base_folder() -> Path:
+    """Where this user's runtime folders are: below XDG_RUNTIME_DIR when that is the user's own, else in /tmp."""
+    given = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    if given.is_absolute() and given.is_dir() and given.stat().st_uid == os.getuid():
+        return given / "cableway"
+    return Path(f"/tmp/cableway-{os.getuid()}")
+
+
+def folder_for(host: str, port: int, uds: str = "") -> Path:
+    """The folder of the server at this address."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "_", uds or f"{host}-{port}").strip("_")
+    if uds or len(name) > 40:
+        digest = hashlib.sha256(f"{host} {port} {uds}".encode()).hexdigest()[:8]
+        name = f"{name[-20:].strip('_')}-{digest}"
+    return base_folder() / name
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder with mode 0700, or check that the one there belongs to this user and to nobody else.
+
+    Raises:
+        RuntimeFolderError: it is a link, a file, another user's, open to others, or its path is too long for sockets.
+    """
+    if len(os.fsencode(folder / _LONGEST_SOCKET_NAME)) > MAX_SOCKET_PATH_BYTES:
+        raise RuntimeFolderError(f"runtime folder {folder}: path too long for Unix sockets; choose a shorter one")
+    chain = [folder.parent, folder] if folder.parent == base_folder() else [folder]
+    for path in chain:
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            _check_private(path)
+        except OSError as error:
+            raise RuntimeFolderError(f"runtime folder {path}: {error.strerror}") from None
+
+
+def _check_private(path: Path) -> None:
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise RuntimeFolderError(f"runtime folder {path}: not a folder")
+    if status.st_uid != os.getuid():
+        raise RuntimeFolderError(f"runtime folder {path}: belongs to another user")
+    if status.st_mode & 0o077:
+        raise RuntimeFolderError(f"runtime folder {path}: open to other users; run chmod 700 on it")
+
+
+class Lock:
+    """A lock on a prepared folder, held until closed or the process ends, however it ends.
+
+    A supervisor holds it alone. Processes that an outside supervisor starts share it, and each holds its own
+    `role-rank` alone, so that neither a second server nor a second process of that role and rank can come in between.
+    """
+
+    def __init__(self, folder: Path, process: str = ""):
+        self._files = [_locked(folder / _LOCK, fcntl.LOCK_SH if process else fcntl.LOCK_EX, "another server")]
+        if process:
+            self._files.append(_locked(folder / f"{process}.lock", fcntl.LOCK_EX, f"another {process}"))
+
+    def keep_over_exec(self) -> None:
+        """Leave the lock to the program this process turns into."""
+        for file in self._files:
+            os.set_inheritable(file, True)
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+
+def _locked(path: Path, kind: int, rival: str) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise RuntimeFolderError(f"runtime folder {path.parent} is in use by {rival}") from None
+    return file
+
+
+def clean(folder: Path) -> None:
+    """Remove sockets and configuration that an earlier server left. The caller holds the lock."""
+    for path in folder.iterdir():
+        if path.name != _LOCK and (path.is_socket() or path.suffix in (".lock", ".json")):
+            path.unlink(missing_ok=True)
+
+
+def announce(folder: Path) -> None:
+    """Make a folder outside of `base_folder` known to `live_folders`."""
+    if folder.parent == base_folder():
+        return
+    base_folder().mkdir(mode=0o700, exist_ok=True)
+    _check_private(base_folder())
+    link = base_folder() / f"at-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder)
+
+
+def live_folders() -> Iterator[Path]:
+    """Folders of the servers of this user that run now; a link to a folder that is gone is removed."""
+    if not base_folder().is_dir():
+        return
+    for path in sorted(base_folder().iterdir()):
+        if path.is_symlink() and not path.exists():
+            path.unlink(missing_ok=True)
+        elif answers(path / SUPERVISOR_SOCKET):
+            yield path.resolve()
+
+
+def answers(path: Path) -> bool:
+    """Whether someone listens on this Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
