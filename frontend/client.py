@@ -1,0 +1,377 @@
+"""EngineClient: submit prompts to the engine core, receive tokens, and keep what is needed to submit them again.
+
+A core that dies takes nothing along: every live choice is held here with its prompt, sampling and the tokens delivered
+so far, and goes to the next core as soon as that says Welcome. Only the reader of a `Job` may notice, as a pause.
+"""
+
+import asyncio
+import itertools
+import os
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import structlog
+
+from cableway.frontend.errors import RequestError
+from cableway.frontend.job import Job, Update
+from cableway.ipc import messages
+from cableway.ipc.config import FrontendConfig, frontends_address
+from cableway.ipc.endpoint import Arrival, AsyncEndpoint, Endpoint, PeerDown, PeerUp, Undecodable, identity
+from cableway.ipc.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Choice,
+    Failed,
+    Finish,
+    Generate,
+    Hello,
+    Ints,
+    Logprobs,
+    Ping,
+    Refused,
+    Sampling,
+    Status,
+    Tokens,
+    Welcome,
+    ints,
+    unpack_ints,
+)
+
+__all__ = ["EngineClient", "EngineLost", "Job", "Update"]
+
+PING_INTERVAL_S = 1.0
+_KEY_MASK = 0x7FFFFFFF
+
+log = structlog.get_logger()
+
+
+class EngineLost(Exception):
+    """The core refused this process, or what it sends cannot be understood: the process cannot work any more."""
+
+
+class EngineClient:
+    """Connections to every engine of the configuration, one core each.
+
+    `failed` is a future that never has a result: it gets an exception when this process cannot go on.
+    """
+
+    failed: "asyncio.Future[None]"
+
+    def __init__(self, config: FrontendConfig, rank: int = 0):
+        self._links = {engine: _Link(config, engine, rank) for engine in dict.fromkeys(config.engines.values())}
+        self._engines = config.engines
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Connect. Returns at once: a core may come up later, and requests wait for it."""
+        self.failed = asyncio.get_running_loop().create_future()
+        for link in self._links.values():
+            link.start(self._guard(link.on_arrival))
+        self._tick()
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
+        request_id: str = "",
+        first_index: int = 0,
+        model: str = "",
+        job: Job | None = None,
+    ) -> Job:
+        """Begin `n` continuations of a prompt, as choices `first_index` … `first_index + n - 1` of a job.
+
+        Args:
+            model: served name that says which engine; the first one when empty.
+            job: one to add to, so that several prompts share a mailbox; a new one otherwise.
+
+        Raises:
+            RequestError: 429 when too many requests wait for a core that is away; 404 for an unknown model.
+        """
+        if model and model not in self._engines:
+            raise RequestError(404, f"The model `{model}` does not exist.", param="model", code="model_not_found")
+        engine = self._engines[model] if model else next(iter(self._engines.values()))
+        job = job or Job()
+        request = _Request(request_id, ints(prompt_ids), sampling, priority, cache_salt)
+        self._links[engine].submit(request, [_LiveChoice(request, job, first_index + i, i) for i in range(n)])
+        return job
+
+    def status(self, model: str = "") -> Status | None:
+        """What the engine of `model` last told of itself; None before it first did, or while its core is away."""
+        return self._links[self._engines[model] if model else next(iter(self._engines.values()))].status
+
+    def statuses(self) -> dict[str, tuple[Status | None, float]]:
+        """For each engine: its last status, and that status's age in seconds."""
+        now_s = time.monotonic()
+        return {engine: (link.status, now_s - link.status_at_s) for engine, link in self._links.items()}
+
+    @property
+    def num_live(self) -> int:
+        """Choices that have not ended."""
+        return sum(link.num_live for link in self._links.values())
+
+    def close(self) -> None:
+        """Abort what is live and disconnect."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for link in self._links.values():
+            link.close()
+
+    def _tick(self) -> None:
+        for link in self._links.values():
+            self._guard(link.tick)()
+        self._timer = asyncio.get_running_loop().call_later(PING_INTERVAL_S, self._tick)
+
+    def _guard(self, callback: Any) -> Any:
+        """Wrap a callback of the event loop, whose exceptions would otherwise only be logged."""
+
+        def guarded(*arguments: Any) -> None:
+            try:
+                callback(*arguments)
+            except Exception as error:
+                if not self.failed.done():
+                    self.failed.set_exception(error)
+                for link in self._links.values():
+                    link.fail_all(RequestError(500, "The engine is lost.", type="server_error", code="engine_lost"))
+
+        return guarded
+
+
+class _Request:
+    """A prompt and how it is continued: what its choices have in common."""
+
+    __slots__ = ("cache_salt", "num_prompt_logprobs", "priority", "prompt", "request_id", "sampling")
+
+    def __init__(self, request_id: str, prompt: Ints, sampling: Sampling, priority: int, cache_salt: str):
+        self.request_id = request_id
+        self.prompt = prompt
+        self.sampling = sampling
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.num_prompt_logprobs = 0
+
+
+class _LiveChoice:
+    """One continuation that has not ended, with all that has been delivered of it."""
+
+    __slots__ = ("index", "job", "key", "num_logprobs", "number", "output", "request")
+
+    def __init__(self, request: _Request, job: Job, index: int, number: int):
+        self.request = request
+        self.job = job
+        self.index = index  # in the job
+        self.number = number  # 0 … n-1 in the request: what its random draws depend on
+        self.key = 0
+        self.output = array("i")
+        self.num_logprobs = 0
+
+
+class _Link:
+    """The connection to one engine's core, and the choices it is working on."""
+
+    def __init__(self, config: FrontendConfig, engine: str, rank: int):
+        self.status: Status | None = None
+        self.status_at_s = time.monotonic()
+        self._address = frontends_address(config.runtime_dir, engine)
+        self._engine = engine
+        self._rank = rank
+        self._max_waiting = config.max_queued_requests
+        self._patience_s = config.step_timeout_s
+        self._endpoint: AsyncEndpoint | None = None
+        self._epoch: int | None = None  # None while no core has welcomed us
+        self._away_since_s = time.monotonic()
+        self._live: dict[int, _LiveChoice] = {}
+        self._keys = itertools.count(1)
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def start(self, on_arrival: Any) -> None:
+        endpoint = Endpoint(self._address, receives=messages.ToFrontend, own_identity=identity("frontend", self._rank))
+        self._endpoint = AsyncEndpoint(endpoint, on_arrival)
+
+    def close(self) -> None:
+        if self._endpoint is not None:
+            for job in {choice.job for choice in self._live.values()}:
+                job.abort()
+            self._endpoint.close()
+            self._endpoint = None
+
+    def submit(self, request: _Request, choices: list[_LiveChoice]) -> None:
+        if self._epoch is None and len(self._live) + len(choices) > self._max_waiting:
+            raise RequestError(
+                429, "The engine is restarting and its queue is full.", type="rate_limit_error", code="queue_full",
+                retry_after_s=1,
+            )  # fmt: skip
+        for choice in choices:
+            self._take_key(choice)
+            choice.job.opened(choice.index, partial(self._abort, choice))
+        if self._epoch is not None:
+            self._generate(request, choices)
+
+    def tick(self) -> None:
+        """Once a second: keep the lease, ask for the status, and lose patience with a core that stays away."""
+        if self._epoch is not None:
+            self._send(Ping())
+        elif self._live and time.monotonic() - self._away_since_s > self._patience_s:
+            self.fail_all(
+                RequestError(
+                    503, "The engine is not available.", type="server_error", code="engine_unavailable", retry_after_s=5
+                )
+            )
+
+    def fail_all(self, error: RequestError) -> None:
+        for choice in list(self._live.values()):
+            self._end(choice).error = error
+
+    def on_arrival(self, arrival: Arrival) -> None:
+        match arrival.message:
+            case Tokens() as tokens:
+                if tokens.epoch == self._epoch:
+                    self._on_tokens(tokens)
+            case Status() as status:
+                if status.epoch == self._epoch:
+                    self.status, self.status_at_s = status, time.monotonic()
+            case Failed() as failed:
+                self._on_failed(failed)
+            case Welcome(version=version, epoch=epoch):
+                if version != PROTOCOL_VERSION:
+                    raise EngineLost(f"engine {self._engine} speaks protocol {version}, this is {PROTOCOL_VERSION}")
+                self._on_welcome(epoch)
+            case PeerUp():
+                self._send(Hello(PROTOCOL_VERSION, "frontend", self._rank, os.getpid(), self._engine))
+            case PeerDown():
+                if self._epoch is not None:
+                    log.warning("engine_away", engine=self._engine, num_live=len(self._live))
+                    self._epoch, self.status = None, None
+                    self._away_since_s = self.status_at_s = time.monotonic()
+            case Refused(reason) | Undecodable(reason):
+                raise EngineLost(f"engine {self._engine}: {reason}")
+
+    def _on_welcome(self, epoch: int) -> None:
+        log.info("engine_welcome", engine=self._engine, epoch=epoch, num_resumed=len(self._live))
+        self._epoch = epoch
+        self._resume(self._live.values())
+        self._send(Ping())
+
+    def _on_tokens(self, tokens: Tokens) -> None:
+        position = 0
+        token_ids = unpack_ints(tokens.token_ids).tolist()
+        for key, first_index, num in zip(
+            unpack_ints(tokens.keys), unpack_ints(tokens.first_index), unpack_ints(tokens.num_tokens), strict=True
+        ):
+            choice = self._live.get(key)  # None: aborted while these tokens were under way
+            if choice is not None:
+                expected = len(choice.output)
+                if first_index == expected:
+                    new_ids = token_ids[position : position + num]
+                    choice.output.extend(new_ids)
+                    choice.job.update(choice.index).token_ids.extend(new_ids)
+                elif first_index > expected:
+                    log.error("tokens_missing", engine=self._engine, expected=expected, first_index=first_index)
+                    self._resume([choice])
+            position += num
+        for logprobs in tokens.logprobs:
+            self._on_logprobs(logprobs)
+        for finish in tokens.finished:
+            self._on_finish(finish)
+
+    def _on_logprobs(self, logprobs: Logprobs) -> None:
+        choice = self._live.get(logprobs.key)
+        if choice is None:
+            return
+        # A core that takes a request up again says what the one before said already: only the rest is new.
+        if logprobs.prompt:
+            new = _from(logprobs, 1 + choice.request.num_prompt_logprobs)
+            if new is not None:
+                choice.request.num_prompt_logprobs += new.num
+                choice.job.update(choice.index).prompt_logprobs.append(new)
+        elif (new := _from(logprobs, choice.num_logprobs)) is not None:
+            choice.num_logprobs += new.num
+            choice.job.update(choice.index).logprobs.append(new)
+
+    def _on_finish(self, finish: Finish) -> None:
+        choice = self._live.get(finish.key)
+        if choice is not None:
+            self._end(choice).finish = finish
+
+    def _on_failed(self, failed: Failed) -> None:
+        choice = self._live.get(failed.key)
+        if choice is not None:
+            is_full = failed.status == 429
+            kind = "invalid_request_error" if failed.status < 429 else "rate_limit_error" if is_full else "server_error"
+            self._end(choice).error = RequestError(
+                failed.status, failed.text, type=kind, code=failed.code, retry_after_s=1 if is_full else None
+            )
+
+    def _end(self, choice: _LiveChoice) -> Update:
+        """Forget a choice that has ended; returns its last update."""
+        del self._live[choice.key]
+        update = choice.job.update(choice.index)
+        choice.job.closed(choice.index)
+        return update
+
+    def _abort(self, choice: _LiveChoice) -> None:
+        if self._live.pop(choice.key, None) is not None and self._epoch is not None:
+            self._send(Abort(ints([choice.key])))
+
+    def _resume(self, choices: Iterable[_LiveChoice]) -> None:
+        """Submit again with what was delivered, under new keys, so that nothing meant for the old ones can be taken."""
+        by_request: dict[_Request, list[_LiveChoice]] = {}
+        for choice in choices:
+            by_request.setdefault(choice.request, []).append(choice)
+        for request, members in by_request.items():
+            self._send(Abort(ints(choice.key for choice in members)))
+            for choice in members:
+                del self._live[choice.key]
+                self._take_key(choice)
+            self._generate(request, members)
+
+    def _generate(self, request: _Request, choices: list[_LiveChoice]) -> None:
+        self._send(
+            Generate(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                choices=[Choice(choice.key, choice.number, choice.output.tobytes()) for choice in choices],
+                sampling=request.sampling,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
+            )
+        )
+
+    def _take_key(self, choice: _LiveChoice) -> None:
+        key = next(self._keys) & _KEY_MASK
+        while key in self._live:
+            key = next(self._keys) & _KEY_MASK
+        choice.key = key
+        self._live[key] = choice
+
+    def _send(self, message: Any) -> None:
+        assert self._endpoint is not None, "not started"
+        self._endpoint.send(message)
+
+
+def _from(logprobs: Logprobs, expected: int) -> Logprobs | None:
+    """The part of `logprobs` from index `expected` on; None when all of it is known already."""
+    skip = expected - logprobs.first_index
+    if skip <= 0:
+        return logprobs
+    if skip >= logprobs.num:
+        return None
+    row_bytes = 4 * logprobs.width
+    return Logprobs(
+        key=logprobs.key,
+        first_index=expected,
+        num=logprobs.num - skip,
+        width=logprobs.width,
+        token_ids=logprobs.token_ids[skip * row_bytes :],
+        values=logprobs.values[skip * row_bytes :],
+        ranks=logprobs.ranks[skip * 4 :],
+        prompt=logprobs.prompt,
+    )
