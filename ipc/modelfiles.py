@@ -108,7 +108,7 @@ def _from_folder(folder: Path, *, name: str, load_format: str) -> ModelFiles:
         if len(ggufs) > 1:
             raise ModelError(f"{folder}: holds {len(ggufs)} .gguf files; name one of them")
         return _from_gguf(ggufs[0], name=name)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         raise ModelError(f"{folder / 'config.json'}: names no architecture")
     weights = [] if load_format == "dummy" else _weights(folder)
@@ -120,7 +120,7 @@ def _from_folder(folder: Path, *, name: str, load_format: str) -> ModelFiles:
         kind="folder",
         path=str(folder),
         config=config,
-        generation_config=_read_json(generation) if generation.exists() else _token_ids(config),
+        generation_config=read_json(generation) if generation.exists() else _token_ids(config),
         weights=[str(path) for path in weights],
     )
 
@@ -140,7 +140,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index}: has no weight_map")
     shards = sorted(set(names.values()))
@@ -152,7 +152,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / shard for shard in shards]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ModelError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
