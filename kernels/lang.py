@@ -1,0 +1,24 @@
+"""The one place that imports Triton, so that every kernel file loads where Triton is not installed (CPU builds of torch).
+
+Kernel files say `from cableway.kernels.lang import jit, tl, triton`, with annotations left as strings. Without Triton a
+kernel can be defined but not launched.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ModuleNotFoundError as missing:
+    if missing.name != "triton":
+        raise
+    triton = tl = None
+
+    class jit:  # stands for triton.jit, hence the lower case
+        """A kernel that cannot be launched."""
+
+        def __init__(self, function):
+            self.name = function.__name__
+
+        def __getitem__(self, grid):
+            raise RuntimeError(f"kernel {self.name} needs Triton, which is not installed")

@@ -1,0 +1,99 @@
+"""Rotary position embedding of q and k, in place, by halves (NeoX style), on the first `rotary` of head_dim elements.
+
+    x1, x2 = halves of x[:rotary];   x1' = x1 * cos - x2 * sin;   x2' = x2 * cos + x1 * sin
+
+q          [num_tokens, num_heads, head_dim]     bf16|f16|f32   last dimension contiguous, the others may be strided
+k          [num_tokens, num_kv_heads, head_dim]  dtype of q     the same
+cos_sin    [max_positions, rotary]  f32 or dtype of q           a row holds rotary/2 cosines, then rotary/2 sines
+positions  [num_tokens]             i32|i64
+
+q and k may be views of one fused [num_tokens, (num_heads + 2 num_kv_heads) * head_dim] projection.
+Bound: bytes; reads and writes the rotated part of q and k. A token's result does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
+
+
+def ref(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin[positions.long(), None].float().split(half, -1)
+    for x in (q, k):
+        x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
+        x[..., :half] = (x1 * cos - x2 * sin).to(x.dtype)
+        x[..., half : 2 * half] = (x2 * cos + x1 * sin).to(x.dtype)
+
+
+@jit
+def _rope(
+    q_ptr, k_ptr, cos_sin_ptr, positions_ptr, q_token, q_head, k_token, k_head, num_heads, num_kv_heads, half,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    column = tl.arange(0, BLOCK_HALF)
+    row = cos_sin_ptr + position * 2 * half + column
+    cos = tl.load(row, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(row + half, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    first_head = tl.program_id(1) * BLOCK_HEADS
+    if first_head < num_heads:
+        base, head_stride, heads = q_ptr + token * q_token, q_head, num_heads
+    else:
+        first_head -= tl.cdiv(num_heads, BLOCK_HEADS) * BLOCK_HEADS
+        base, head_stride, heads = k_ptr + token * k_token, k_head, num_kv_heads
+    head = first_head + tl.arange(0, BLOCK_HEADS)
+    x_ptr = base + head[:, None] * head_stride + column[None, :]
+    inside = (head[:, None] < heads) & (column[None, :] < half)
+    x1 = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x_ptr, (x1 * cos - x2 * sin).to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(x_ptr + half, (x2 * cos + x1 * sin).to(q_ptr.dtype.element_ty), mask=inside)
+
+
+def launch(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+    (num_tokens, num_heads, _), num_kv_heads, half = q.shape, k.shape[1], cos_sin.shape[1] // 2
+    block_heads = min(triton.next_power_of_2(num_heads), 8)
+    _rope[(num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))](
+        q, k, cos_sin, positions, q.stride(0), q.stride(1), k.stride(0), k.stride(1), num_heads, num_kv_heads, half,
+        BLOCK_HEADS=block_heads, BLOCK_HALF=triton.next_power_of_2(half), num_warps=2,
+    )  # fmt: skip
+
+
+def make(num_tokens, num_heads, num_kv_heads, head_dim, rotary, dtype, fused=True, max_positions=512, device="cpu"):
+    qkv = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)
+    q, k = qkv[:, :num_heads], qkv[:, num_heads : num_heads + num_kv_heads]
+    if not fused:
+        q, k = q.contiguous(), k.contiguous()
+    angle = torch.arange(max_positions, device=device)[:, None] / 1e4 ** (torch.arange(rotary // 2, device=device) / 32)
+    cos_sin = torch.cat((angle.cos(), angle.sin()), -1).to(dtype)
+    return call(q, k, cos_sin, torch.randint(max_positions, (num_tokens,), device=device, dtype=torch.int32))
+
+
+@kernel(
+    ref=ref,
+    launch=launch,
+    make=make,
+    cases=[
+        *grid(num_tokens=(1, 7), num_heads=(9,), num_kv_heads=(3,), head_dim=(64,), rotary=(64, 24), dtype=FLOATS),
+        *grid(num_tokens=(5,), num_heads=(4,), num_kv_heads=(4,), head_dim=(32,), rotary=(32,), dtype=FLOATS, fused=(False,)),
+    ],
+    bench_cases=grid(
+        num_tokens=(1, 16, 512), num_heads=(9,), num_kv_heads=(3,), head_dim=(64,), rotary=(64,), dtype=(torch.bfloat16,)
+    ),
+    num_bytes=lambda c: 2 * nbytes(*c.args[:2]),
+    updates=(0, 1),
+)  # fmt: skip
+def rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+    """Rotate q [T, H, D] and k [T, KV, D] in place; ValueError when shapes or dtypes do not fit."""
+    check(q.dim() == 3 and k.dim() == 3 and q.shape[::2] == k.shape[::2], "q and k are not [T, H, D] and [T, KV, D]")
+    check(q.dtype == k.dtype and cos_sin.dtype in (torch.float32, q.dtype), "dtypes of q, k and cos_sin do not fit")
+    check(cos_sin.shape[1] <= q.shape[2] and cos_sin.shape[1] % 2 == 0, "rotary is odd or larger than head_dim")
+    check(positions.shape == q.shape[:1], "positions are not [T]")
+    if q.device.type != "cpu":
+        return launch(q, k, cos_sin, positions)
+    return ref(q, k, cos_sin, positions)

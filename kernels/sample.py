@@ -1,0 +1,266 @@
+"""Draw one token a row from its logits: temperature, top-k, top-p, min-p, then Gumbel-max, a function of counters alone.
+
+    x = logits / temperature;   kept: x >= t, t the largest of
+        top-k   the k-th largest x
+        top-p   the largest t with  mass(x >= t) >= top_p * mass(kept by top-k),  mass = sum of exp(x)
+        min-p   max(x) + log(min_p)
+    token = two-level Gumbel-max over what is kept: first a group of 64 tokens, argmax of log(mass of the group) + g, then
+    a token of that group, argmax of x + g', with g and g' the row's own Gumbel variates (philox.py). This draws from
+    softmax(kept x) exactly, for vocab / 64 + 64 variates in place of vocab.
+
+Ties with the last one kept are kept, so no form has to sort. temperature 0 takes the likeliest token, the lowest id among
+equals. A row with a NaN, or with nothing to draw, gives -1: the caller fails that request alone.
+
+logits       [num_rows, vocab]  f32, contiguous rows
+temperature  [num_rows]  f32   0 = greedy
+top_k        [num_rows]  i32   0 = off
+top_p        [num_rows]  f32   1 = off
+min_p        [num_rows]  f32   0 = off
+seeds        [num_rows]  i64   0 … 2**63 - 1
+choices      [num_rows]  i32   which of a request's n continuations
+positions    [num_rows]  i32   of the token to be drawn, in prompt and output
+returns      [num_rows]  i32
+
+Bound: bytes; reads logits once (Triton: again from cache for every bisection step of top-k and top-p).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.philox import gumbels, gumbels_triton
+from cableway.kernels.registry import call, check, grid, kernel, nbytes
+
+GROUP = 64
+GROUPS_STREAM, TOKENS_STREAM = 0, 1
+_FIRST_CANDIDATES = 512
+
+
+def ref(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> Tensor:
+    drawn = []
+    for row in range(logits.shape[0]):
+        x = logits[row].float()
+        if temperature[row] == 0 or x.isnan().any() or x.max() == float("-inf"):
+            drawn.append(-1 if x.isnan().any() or x.max() == float("-inf") else int(x.argmax()))
+            continue
+        x = x / temperature[row]
+        ordered = x.sort(descending=True).values
+        if top_k[row] > 0:
+            ordered = ordered[ordered >= ordered[min(int(top_k[row]), len(x)) - 1]]
+        before = ordered.softmax(-1).cumsum(-1).roll(1)
+        before[0] = 0
+        threshold = torch.maximum(ordered[before < top_p[row]][-1], ordered[0] + min_p[row].log())
+        kept = F.pad(x.masked_fill(x < threshold, float("-inf")), (0, -len(x) % GROUP), value=float("-inf"))
+        counters = seeds[row, None], choices[row, None], positions[row, None]
+        groups = kept.view(-1, GROUP)
+        index = torch.arange(-(-len(groups) // 4) * 4)
+        scores = groups.logsumexp(-1) + gumbels(*counters, GROUPS_STREAM, index[None])[0, : len(groups)]
+        index = scores.argmax() * GROUP + torch.arange(GROUP)
+        scores = kept[index] + gumbels(*counters, TOKENS_STREAM, index[None])[0]
+        drawn.append(int(index[scores.argmax()]))
+    return torch.tensor(drawn, dtype=torch.int32)
+
+
+@jit
+def _ordered(x):
+    """int32 keys in the order of float32 values."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+
+
+@jit
+def _above(row_ptr, vocab, temperature, top, key, BLOCK: tl.constexpr):
+    """How many x have a key of at least `key`, and the sum of their exp(x - top)."""
+    count = tl.zeros((BLOCK,), tl.int32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, vocab, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
+        above = (_ordered(x) >= key) & (token < vocab)
+        count += above.to(tl.int32)
+        mass += tl.where(above, tl.exp(x - top), 0.0)
+    return tl.sum(count, 0), tl.sum(mass, 0)
+
+
+@jit
+def _threshold(row_ptr, vocab, temperature, top, k, p, BLOCK: tl.constexpr):
+    """The largest key that keeps k tokens, or the share p of the mass of those; found by bisection."""
+    lowest = tl.full((), -0x80000000, tl.int64)
+    key = lowest
+    total = 1.0
+    # Two searches over the 2**32 keys, each skipped where its rule is off: first for k, then for p.
+    for search in range(0, 2):
+        wanted_count = tl.where(search == 0, k, 0)
+        if ((search == 0) & (k > 0)) | ((search == 1) & (p < 1)):
+            if search == 1:
+                _, total = _above(row_ptr, vocab, temperature, top, key, BLOCK)
+            low = tl.where(search == 0, lowest, key)
+            high = _ordered(top).to(tl.int64) + 1
+            while high - low > 1:
+                middle = (low + high) >> 1
+                count, mass = _above(row_ptr, vocab, temperature, top, middle, BLOCK)
+                enough = tl.where(search == 0, count >= wanted_count, mass >= p * total)
+                low = tl.where(enough, middle, low)
+                high = tl.where(enough, high, middle)
+            key = low
+    return key
+
+
+@jit
+def _sample(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, choices_ptr, positions_ptr, out_ptr,
+    stride, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    temperature = tl.load(temperature_ptr + row)
+    greedy = temperature == 0
+    temperature = tl.where(greedy, 1.0, temperature)
+
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_token = tl.zeros((BLOCK,), tl.int32)
+    nans = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, vocab, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf"))
+        nans += (x != x).to(tl.int32)
+        best_token = tl.where(x > best, token, best_token)
+        best = tl.where(x > best, x, best)
+    top = tl.max(best, 0)
+    likeliest = tl.min(tl.where(best == top, best_token, 0x7FFFFFFF), 0)
+    bad = (tl.sum(nans, 0) > 0) | (top == float("-inf")) | (top == float("inf"))
+    drawn = likeliest
+    if (greedy | bad) == 0:
+        top = top / temperature
+        k, p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+        key = _threshold(row_ptr, vocab, temperature, top, k, p, BLOCK)
+        least = top + tl.log(tl.load(min_p_ptr + row))
+        seed, choice = tl.load(seeds_ptr + row), tl.load(choices_ptr + row)
+        position = tl.load(positions_ptr + row)
+        best_score = tl.full((), float("-inf"), tl.float32)
+        best_group = tl.full((), 0, tl.int32)
+        for first in range(0, vocab, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
+            kept = (_ordered(x) >= key) & (x >= least) & (token < vocab)
+            mass = tl.sum(tl.reshape(tl.where(kept, tl.exp(x - top), 0.0), (BLOCK // GROUP, GROUP)), 1)
+            score = tl.log(mass) + gumbels_triton(
+                seed, choice, position, 0, first // GROUP, BLOCK // GROUP
+            )
+            score_here = tl.max(score, 0)
+            group_here = first // GROUP + tl.argmax(score, 0)
+            best_group = tl.where(score_here > best_score, group_here, best_group)
+            best_score = tl.maximum(score_here, best_score)
+        token = best_group * GROUP + tl.arange(0, GROUP)
+        x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
+        kept = (_ordered(x) >= key) & (x >= least) & (token < vocab)
+        score = x + gumbels_triton(seed, choice, position, 1, best_group * GROUP, GROUP)
+        drawn = best_group * GROUP + tl.argmax(tl.where(kept, score, float("-inf")), 0)
+    tl.store(out_ptr + row, tl.where(bad, -1, drawn))
+
+
+def launch(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> Tensor:
+    num_rows, vocab = logits.shape
+    out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    _sample[(num_rows,)](
+        logits, temperature, top_k, top_p, min_p, seeds, choices, positions, out,
+        logits.stride(0), vocab, BLOCK=4096, GROUP=GROUP, num_warps=16,
+    )  # fmt: skip
+    return out
+
+
+def make(num_rows: int, vocab: int, rules: str, device="cpu"):
+    """`rules` names those that are on, in some of the rows: any of "greedy top_k top_p min_p"."""
+
+    def mixed(name: str, off: float, values: Tensor) -> Tensor:
+        on = (torch.rand(num_rows) < 0.75) & (name in rules)
+        return torch.where(on, values, torch.full_like(values, off)).to(device)
+
+    return call(
+        2 * torch.randn(num_rows, vocab, device=device),
+        mixed("greedy", 0.8, torch.zeros(num_rows)),
+        mixed("top_k", 0, torch.randint(1, 50, (num_rows,), dtype=torch.int32)),
+        mixed("top_p", 1, torch.rand(num_rows)),
+        mixed("min_p", 0, torch.rand(num_rows) / 4),
+        torch.randint(1 << 62, (num_rows,), device=device),
+        torch.randint(4, (num_rows,), dtype=torch.int32, device=device),
+        torch.randint(2048, (num_rows,), dtype=torch.int32, device=device),
+    )
+
+
+@kernel(
+    ref=ref,
+    launch=launch,
+    make=make,
+    cases=grid(
+        num_rows=(1, 5), vocab=(100, 2050), rules=("", "greedy", "top_k", "top_p", "min_p", "greedy top_k top_p min_p")
+    ),
+    bench_cases=grid(num_rows=(1, 16), vocab=(49152,), rules=("", "greedy", "top_k", "top_p")),
+    num_bytes=lambda c: nbytes(c.args[0]),
+)
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    choices: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Draw a token for each row of logits [R, V] -> [R] i32, -1 where a row is broken; ValueError on a bad shape."""
+    check(logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1, "logits are not float32 rows")
+    options = (temperature, top_k, top_p, min_p, seeds, choices, positions)
+    check(all(option.shape == logits.shape[:1] for option in options), "an option is not [num_rows]")
+    if logits.device.type != "cpu":
+        return launch(logits, *options)
+    top, token_ids = logits.max(-1)
+    drawing = (temperature > 0) & top.isfinite()
+    if drawing.all():
+        token_ids = _draw(logits, *options)
+    elif drawing.any():
+        token_ids[drawing] = _draw(logits[drawing], *(option[drawing] for option in options))
+    return torch.where(top.isfinite(), token_ids, -1).int()
+
+
+def _draw(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> Tensor:
+    """Two-level Gumbel-max on a CPU; every row has a temperature and a finite maximum."""
+    num_rows, vocab = logits.shape
+    x = logits / temperature[:, None]
+    if vocab % GROUP:
+        x = F.pad(x, (0, -vocab % GROUP), value=float("-inf"))
+    weights = (x - x.amax(-1, keepdim=True)).exp_()
+    if bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any()):
+        dropped = x < _thresholds(x, weights, top_k, top_p, min_p)
+        x = x.masked_fill_(dropped, float("-inf"))
+        weights = weights.masked_fill_(dropped, 0)
+    num_groups = x.shape[1] // GROUP
+    index = torch.arange(-(-num_groups // 4) * 4).expand(num_rows, -1)
+    variates = gumbels(seeds, choices, positions, GROUPS_STREAM, index)[:, :num_groups]
+    groups = (weights.view(num_rows, num_groups, GROUP).sum(-1).log_() + variates).argmax(-1)
+    index = groups[:, None] * GROUP + torch.arange(GROUP)
+    scores = x.gather(1, index) + gumbels(seeds, choices, positions, TOKENS_STREAM, index)
+    return index.gather(1, scores.argmax(-1, keepdim=True))[:, 0]
+
+
+def _thresholds(x: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The least x [R, 1] kept in each row. A few hundred candidates nearly always hold it; else all are sorted."""
+    vocab = x.shape[1]
+    off = torch.full((x.shape[0], 1), float("-inf"))
+    for num in (min(_FIRST_CANDIDATES, vocab), vocab):
+        candidates = x.topk(num).values
+        index = (top_k.long()[:, None] - 1).clamp(0, num - 1)
+        by_count = torch.where(top_k[:, None] > 0, candidates.gather(1, index), off)
+        masses = (candidates - candidates[:, :1]).exp_().cumsum(-1)
+        total = torch.where(x >= by_count, weights, 0).sum(-1, keepdim=True)
+        short = masses < top_p[:, None] * total
+        index = short.sum(-1, keepdim=True)
+        by_mass = torch.where(top_p[:, None] < 1, candidates.gather(1, index.clamp_max(num - 1)), off)
+        found = (top_k[:, None] <= num) & ((top_p[:, None] >= 1) | (index < num))
+        if bool(found.all()):
+            break
+    by_share = candidates[:, :1] + min_p[:, None].log()
+    return torch.maximum(torch.maximum(by_count, by_mass), by_share)
