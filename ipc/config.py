@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from cableway.ipc import runtime
+
 ENGINE = "0"
 """The one engine of a server today; messages and addresses already name it."""
 
@@ -228,7 +230,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 def write(config: Config) -> str:
     """Put `config.json` into the prepared runtime folder, whole or not at all, for this user alone; its path."""
-    path = Path(config.supervisor.runtime_dir) / "config.json"
+    path = Path(config.supervisor.runtime_dir) / runtime.CONFIG
     text = msgspec.json.format(msgspec.json.encode(config), indent=2)
     draft = path.with_suffix(f".{os.getpid()}.draft")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:

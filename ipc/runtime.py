@@ -1,5 +1,6 @@
 """The runtime folder: sockets, lock and resolved configuration of one server, for its user alone."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,6 +14,7 @@ MAX_SOCKET_PATH_BYTES = 107
 """What the kernel holds of a Unix socket's path."""
 _LONGEST_SOCKET_NAME = "engine-00.frontends.sock"
 SUPERVISOR_SOCKET = "supervisor.sock"
+CONFIG = "config.json"
 _LOCK = "lock"
 
 
@@ -66,42 +68,76 @@ def _check_private(path: Path) -> None:
 
 
 class Lock:
-    """A lock on a prepared folder, held until closed or the process ends, however it ends.
+    """A folder's lock, held until it is released or the process ends, however it ends. Makes the folder if need be.
 
     A supervisor holds it alone. Processes that an outside supervisor starts share it, and each holds its own
     `role-rank` alone, so that neither a second server nor a second process of that role and rank can come in between.
+
+    Raises:
+        RuntimeFolderError: see `prepare`; or somebody else holds the lock.
     """
 
     def __init__(self, folder: Path, process: str = ""):
-        self._files = [_locked(folder / _LOCK, fcntl.LOCK_SH if process else fcntl.LOCK_EX, "another server")]
+        self._folder = folder
+        self._files = [_locked(folder, _LOCK, fcntl.LOCK_SH if process else fcntl.LOCK_EX, "another server")]
         if process:
-            self._files.append(_locked(folder / f"{process}.lock", fcntl.LOCK_EX, f"another {process}"))
+            self._files.append(_locked(folder, f"{process}.lock", fcntl.LOCK_EX, f"another {process}"))
 
     def keep_over_exec(self) -> None:
         """Leave the lock to the program this process turns into."""
         for file in self._files:
             os.set_inheritable(file, True)
 
-    def close(self) -> None:
+    def release(self) -> None:
         for file in self._files:
             os.close(file)
         self._files = []
 
+    def remove_folder(self) -> None:
+        """Remove what is ours in the folder, the folder too when nothing else is in it, and release."""
+        _remove_ours(self._folder)
+        (self._folder / _LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+        self.release()
 
-def _locked(path: Path, kind: int, rival: str) -> int:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise RuntimeFolderError(f"runtime folder {path.parent} is in use by {rival}") from None
-    return file
+
+def _locked(folder: Path, name: str, kind: int, rival: str) -> int:
+    while True:
+        prepare(folder)
+        try:
+            file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            continue  # an ending server removed the folder in this moment
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise RuntimeFolderError(f"runtime folder {folder} is in use by {rival}") from None
+        try:
+            if os.path.samestat(os.fstat(file), os.stat(folder / name)):
+                return file
+        except FileNotFoundError:
+            pass
+        os.close(file)  # what was locked is no longer what is there
 
 
 def clean(folder: Path) -> None:
-    """Remove sockets and configuration that an earlier server left. The caller holds the lock."""
+    """Remove what an earlier server left in a folder that the caller has locked, and other dead servers' folders."""
+    _remove_ours(folder)
+    for other in base_folder().iterdir() if base_folder().is_dir() else ():
+        if other.is_symlink():
+            if not other.exists():
+                other.unlink(missing_ok=True)
+        elif other != folder:
+            with contextlib.suppress(RuntimeFolderError, OSError):
+                Lock(other).remove_folder()
+
+
+def _remove_ours(folder: Path) -> None:
+    """A user may have named a folder that holds other things: only what we make is touched."""
     for path in folder.iterdir():
-        if path.name != _LOCK and (path.is_socket() or path.suffix in (".lock", ".json")):
+        if path.is_socket() or path.name == CONFIG or (path.suffix == ".lock" and path.stat().st_size == 0):
             path.unlink(missing_ok=True)
 
 
@@ -117,13 +153,11 @@ def announce(folder: Path) -> None:
 
 
 def live_folders() -> Iterator[Path]:
-    """Folders of the servers of this user that run now; a link to a folder that is gone is removed."""
+    """Folders of the servers of this user that run now."""
     if not base_folder().is_dir():
         return
     for path in sorted(base_folder().iterdir()):
-        if path.is_symlink() and not path.exists():
-            path.unlink(missing_ok=True)
-        elif answers(path / SUPERVISOR_SOCKET):
+        if answers(path / SUPERVISOR_SOCKET):
             yield path.resolve()
 
 

@@ -1,0 +1,39 @@
+"""A child process that does nothing but be supervised: `python fake_child.py BEHAVIOUR [standard arguments]`."""
+
+import os
+import sys
+import threading
+import time
+
+from cableway.ipc.lifeline import Lifeline, child_arguments
+
+
+def main(behaviour: str, argv: list[str]) -> None:
+    arguments = child_arguments(argv)
+    if behaviour == "dies":
+        print("some noise\nthe last words", file=sys.stderr)
+        raise SystemExit(1)
+    if behaviour == "exits-3":
+        print("model.gguf: not a GGUF file", file=sys.stderr)
+        raise SystemExit(3)
+    lifeline = Lifeline(arguments.lifeline_fd)
+    if behaviour == "gives-up":
+        lifeline.give_up("model.gguf: truncated")
+    stopping = threading.Event()
+    if behaviour != "never-drains":
+        lifeline.on_drain(lambda deadline_s: stopping.set())
+    else:
+        lifeline.on_drain(lambda deadline_s: None)
+    lifeline.ready({"pid": os.getpid()})
+    if behaviour == "dies-when-ready":
+        time.sleep(0.05)
+        os.abort()
+    lifeline.beat()
+    if behaviour == "hangs":
+        time.sleep(3600)
+    lifeline.idle()
+    stopping.wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
