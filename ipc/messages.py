@@ -118,6 +118,7 @@ class Generate(Message, frozen=True, tag="generate"):
     sampling: Sampling
     priority: int = 0  # lower runs first, under the priority policy
     cache_salt: str = ""  # prefix-cache blocks are shared only under the same salt
+    resumed: bool = False  # an earlier life of the core had taken it in: queue limits do not turn it away
 
 
 class Abort(Message, frozen=True, tag="abort"):
