@@ -1,1 +1,1 @@
-"""Block pool, prefix cache, and groups by state spec."""
+"""Key-value cache: which block holds which tokens of whom. Ids only; the bytes are the workers'."""

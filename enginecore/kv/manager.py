@@ -1,0 +1,181 @@
+"""KV manager: the block tables of requests, over one pool and any number of state groups."""
+
+import bisect
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cableway.enginecore.kv.groups import Group
+from cableway.enginecore.kv.pool import BlockPool
+from cableway.enginecore.request import Request
+
+HOLE = -1
+"""In a block table: no layer of the group looks here any more, and the block was given back."""
+
+
+class Match(NamedTuple):
+    """Blocks that hold the first `num_tokens` tokens of a request already; one table a group."""
+
+    num_tokens: int
+    tables: list[list[int]]
+    is_fork: bool = False
+
+
+class KVManager:
+    """Invariant: free + cached + owned == num_blocks, and an owned block has one reference a table that holds it.
+
+    Args:
+        groups: the model's state groups, in the worker's order.
+        num_blocks: blocks of the pool, shared by all groups.
+        block_size: tokens a block holds.
+        chunk_len: tokens of one request computed in one step, at most.
+        prefix_cache: publish full blocks, so that later requests find them.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], num_blocks: int, block_size: int, *, chunk_len: int, prefix_cache: bool
+    ):
+        self.groups = groups
+        self.block_size = block_size
+        self.pool = BlockPool(num_blocks)
+        self.copies: list[int] = []  # pairs (from_block, to_block) for the next plan
+        self._chunk_len = chunk_len
+        self._publishes = prefix_cache
+        # One key names a prefix; a group's own suffix tells apart the blocks that hold its layers' state.
+        self._suffixes = [bytes([index]) if index else b"" for index in range(len(groups))]
+        self._watches_borders = prefix_cache or not all(group.keeps_all for group in groups)
+
+    @property
+    def num_available(self) -> int:
+        return self.pool.num_available
+
+    @property
+    def usage_frac(self) -> float:
+        return 1 - self.pool.num_available / self.pool.num_blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a sequence of `num_tokens` owns at once, at most, while it is computed chunk by chunk."""
+        size = self.block_size
+        total = 0
+        for group in self.groups:
+            kept = group.most_tokens(num_tokens, self._chunk_len)
+            # A window's ends fall inside blocks, and what leaves it is given back at block borders only.
+            total += min(-(-num_tokens // size), -(-kept // size) + 2)
+        return total
+
+    def longest_len(self, max_len: int) -> int:
+        """Tokens, at most `max_len`, of the longest sequence that the whole pool can hold."""
+        return bisect.bisect_right(range(max_len + 1), self.pool.num_blocks, key=self.blocks_for) - 1
+
+    def lookup(self, request: Request) -> Match:
+        """The longest prefix of `request` that every group has cached; at least one token is left to compute."""
+        tokens, size = request.tokens, self.block_size
+        found: list[list[int]] = [[] for _ in self.groups]
+        num_blocks = 0
+        if self._publishes and request.reads_prefix_cache:
+            run_begin = [0] * len(self.groups)  # first block of the unbroken run that ends here
+            for index in range((len(tokens) - 1) // size):
+                key = request.chain.key(index, tokens, size)
+                fits = True
+                for position, group in enumerate(self.groups):
+                    block_id = self.pool.find(key + self._suffixes[position])
+                    found[position].append(HOLE if block_id is None else block_id)
+                    if block_id is None:
+                        run_begin[position] = index + 1
+                    fits = fits and run_begin[position] * size <= group.first_needed((index + 1) * size)
+                if fits:
+                    num_blocks = index + 1
+                elif any(begin and group.keeps_all for begin, group in zip(run_begin, self.groups, strict=True)):
+                    break
+        return self._match(num_blocks * size, found)
+
+    def fork(self, leader: Request, num_tokens: int) -> Match | None:
+        """The blocks of a running `leader` that hold its first `num_tokens`; None when it gave back some of them."""
+        if any(
+            windowed * self.block_size > group.first_needed(num_tokens)
+            for group, windowed in zip(self.groups, leader.num_windowed, strict=True)
+        ):
+            return None
+        return self._match(num_tokens, leader.tables)._replace(is_fork=True)
+
+    def num_new_blocks(self, match: Match, num_tokens: int) -> int:
+        """Available blocks that a sequence of `num_tokens` takes when it begins with `match`."""
+        held = [block_id for table in match.tables for block_id in table if block_id != HOLE]
+        shared = len(held) - (len(self.groups) if match.num_tokens % self.block_size else 0)  # a part block is copied
+        idle = sum(not self.pool.references[block_id] for block_id in held)
+        return max(self.blocks_for(num_tokens) - shared, 0) + idle
+
+    def num_owed(self, request: Request) -> int:
+        """Blocks that `request` still takes for the tokens it has."""
+        held = sum(map(len, request.tables)) - sum(request.num_windowed)
+        return max(self.blocks_for(len(request.tokens) + 1) - held, 0)
+
+    def adopt(self, request: Request, match: Match) -> None:
+        """Give `request` the blocks of `match`, shared; a last block that is filled in part becomes a copy of its own,
+        since the request writes to it at once."""
+        for table in match.tables:
+            for block_id in table:
+                if block_id != HOLE:
+                    self.pool.share(block_id)
+        request.tables = match.tables
+        request.num_slots = len(match.tables[0]) * self.block_size
+        request.num_computed = request.num_planned = match.num_tokens
+        request.num_windowed = [self._num_windowed(group, match.num_tokens) for group in self.groups]
+        if match.num_tokens % self.block_size:
+            for table in match.tables:
+                copy = self.pool.allocate()
+                self.copies += (table[-1], copy)
+                self.pool.release(table[-1])
+                table[-1] = copy
+        self._set_border(request)
+
+    def reserve(self, request: Request, num_tokens: int) -> list[list[int]] | None:
+        """Blocks for the first `num_tokens` tokens: the new ids, one list a group, or None when too few are there."""
+        num_new = -(-(num_tokens - request.num_slots) // self.block_size)
+        if num_new <= 0:
+            return [[] for _ in self.groups]
+        if num_new * len(self.groups) > self.pool.num_available:
+            return None
+        grown = []
+        for table in request.tables:
+            new = [self.pool.allocate() for _ in range(num_new)]
+            table += new
+            grown.append(new)
+        request.num_slots += num_new * self.block_size
+        return grown
+
+    def commit(self, request: Request) -> None:
+        """`request.num_computed` passed a block border: publish the blocks it filled, give back those it left."""
+        size = self.block_size
+        if self._publishes:
+            for index in range(request.next_border // size - 1, request.num_computed // size):
+                key = request.chain.key(index, request.tokens, size)
+                for table, suffix in zip(request.tables, self._suffixes, strict=True):
+                    self.pool.publish(table[index], key + suffix)
+        for position, group in enumerate(self.groups):
+            table, until = request.tables[position], self._num_windowed(group, request.num_computed)
+            for index in range(request.num_windowed[position], until):
+                self.pool.release(table[index])
+                table[index] = HOLE
+            request.num_windowed[position] = until
+        self._set_border(request)
+
+    def release(self, request: Request) -> None:
+        """Give back all blocks; the ends of sequences first, since a cached block is of no use without those before."""
+        for index in range(len(request.tables[0]) - 1, -1, -1):
+            for table in request.tables:
+                if table[index] != HOLE:
+                    self.pool.release(table[index])
+        request.tables = []
+
+    def _match(self, num_tokens: int, tables: Sequence[list[int]]) -> Match:
+        num_blocks = -(-num_tokens // self.block_size)
+        windowed = [self._num_windowed(group, num_tokens) for group in self.groups]
+        return Match(num_tokens, [[HOLE] * w + table[w:num_blocks] for w, table in zip(windowed, tables, strict=True)])
+
+    def _num_windowed(self, group: Group, num_tokens: int) -> int:
+        return group.first_needed(num_tokens) // self.block_size
+
+    def _set_border(self, request: Request) -> None:
+        passed = request.num_computed // self.block_size if self._watches_borders else sys.maxsize >> 16
+        request.next_border = (passed + 1) * self.block_size

@@ -1,0 +1,62 @@
+"""What the core takes in, and with which words it declines the rest."""
+
+from typing import NamedTuple
+
+from cableway.enginecore.waiting import WaitingQueue
+from cableway.ipc.messages import Generate
+
+
+class Limits(NamedTuple):
+    """Of one scheduler; from the configuration."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_queued_requests: int
+    max_queued_tokens: int
+    prefix_cache: bool = True
+    by_priority: bool = False
+
+
+class Refusal(NamedTuple):
+    """Fields of a `Failed`."""
+
+    status: int
+    code: str
+    text: str
+
+
+SHUTTING_DOWN = Refusal(503, "service_unavailable", "the server is shutting down")
+
+
+def refusal(generate: Generate, limits: Limits, queue: WaitingQueue, max_len: int) -> Refusal | None:
+    """Why this request is not queued; None when it is. A request bigger than the limits passes when nobody waits."""
+    sampling = generate.sampling
+    packed = [generate.prompt, sampling.eos_token_ids, sampling.stop_token_ids]
+    if any(len(ints) % 4 for ints in packed + [choice.output for choice in generate.choices]):
+        return Refusal(400, "invalid_request", "token ids are not packed int32 values")
+    num_prompt = len(generate.prompt) // 4
+    if not num_prompt:
+        return Refusal(400, "empty_prompt", "the prompt has no tokens")
+    if too_long := length_refusal(num_prompt, sampling.max_tokens, max_len):
+        return too_long
+    if generate.resumed or not queue.num_requests:
+        return None
+    num_choices = len(generate.choices)
+    if queue.num_requests + num_choices > limits.max_queued_requests:
+        return _try_later(f"{queue.num_requests} requests")
+    if queue.num_tokens + num_choices * num_prompt > limits.max_queued_tokens:
+        return _try_later(f"{queue.num_tokens} tokens")
+    return None
+
+
+def length_refusal(num_prompt: int, max_tokens: int, max_len: int) -> Refusal | None:
+    """A prompt has to leave room for one token, when one is asked for."""
+    if num_prompt + min(max_tokens, 1) <= max_len:
+        return None
+    text = f"the prompt has {num_prompt} tokens, and a sequence may have {max_len} with what is generated"
+    return Refusal(400, "context_length_exceeded", text)
+
+
+def _try_later(waiting: str) -> Refusal:
+    return Refusal(429, "rate_limit_exceeded", f"{waiting} are waiting already; try again later")

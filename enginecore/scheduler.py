@@ -1,0 +1,375 @@
+"""The scheduler: who computes what in the next step, and what a finished step means for its requests.
+
+Pure: messages and times come in, messages go out; no socket, no clock, no randomness. `plan` makes the next step's
+message, `commit` takes a step's result; any number of steps may be in flight between the two.
+"""
+
+import bisect
+import itertools
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import msgspec
+
+from cableway.enginecore.kv.groups import Group
+from cableway.enginecore.kv.manager import KVManager, Match
+from cableway.enginecore.limits import SHUTTING_DOWN, Limits, Refusal, length_refusal, refusal
+from cableway.enginecore.outbox import Outbox
+from cableway.enginecore.request import Family, Request, State
+from cableway.enginecore.step import Step, new_row
+from cableway.enginecore.waiting import WaitingQueue
+from cableway.ipc.messages import Failed, Generate, StepPlan, StepResult, Tokens, unpack_ints
+
+
+class Memory(NamedTuple):
+    """What the workers have for the state of requests."""
+
+    groups: list[Group]
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+
+
+class BadResult(Exception):
+    """A worker's result does not fit the step that it claims to be of."""
+
+
+class Scheduler:
+    """Requests run in the order of (priority, arrival), and that order decides who is preempted.
+
+    Liveness: the first request in this order is never preempted for another, and any one fits into the whole pool
+    alone (`max_len`), so the first one always ends.
+
+    Args:
+        limits: from the configuration.
+        epoch: this life of the core, told to frontends with every token.
+    """
+
+    def __init__(self, limits: Limits, epoch: int):
+        self.max_len = limits.max_model_len
+        self.kv: KVManager | None = None  # None while the workers are not there
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []  # in order
+        self.refuses_new = False  # told to drain
+        self.num_steps = self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = 0
+        self._limits = limits
+        self._epoch = self._workers_epoch = epoch
+        self._arrivals = itertools.count()
+        self._live: dict[bytes, dict[int, Request]] = {}  # frontend -> key -> request
+        self._outboxes: dict[bytes, Outbox] = {}
+        self._in_flight: deque[Step] = deque()
+        self._committed = -1  # number of the last committed step
+        self._draining: list[Request] = []  # preempted or finished, but in a step in flight
+        self._free_rows: list[int] = []
+        self._freed_rows: list[int] = []  # to be told to the workers
+        self._blocked: tuple[Request | None, int] = None, 0  # who could not be admitted, for want of how many blocks
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return sum(map(len, self._live.values()))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Requests come and go
+
+    def submit(self, frontend: bytes, generate: Generate, now_s: float) -> list[int]:
+        """Queue a request's choices, or fail them. Returns the keys ignored because a live choice has them already."""
+        live = self._live.setdefault(frontend, {})
+        outbox = self._outboxes.setdefault(frontend, Outbox())
+        duplicates = [choice.key for choice in generate.choices if choice.key in live]
+        choices = {choice.key: choice for choice in generate.choices if choice.key not in live}
+        declined = SHUTTING_DOWN if self.refuses_new else refusal(generate, self._limits, self.waiting, self.max_len)
+        if declined:
+            outbox.failed += [Failed(key, *declined) for key in choices]
+            return duplicates
+        family = Family() if len(choices) > 1 else None
+        priority = generate.priority if self._limits.by_priority else 0
+        for choice in choices.values():
+            order = (priority, next(self._arrivals))
+            request = Request(generate, choice, order=order, max_model_len=self.max_len, now_s=now_s)
+            request.frontend, request.outbox, request.family = frontend, outbox, family
+            live[choice.key] = request
+            self.waiting.push(request)
+            self._finish_if_ended(request)
+        return duplicates
+
+    def abort(self, frontend: bytes, keys: Iterable[int]) -> None:
+        """End these choices without a word. Unknown keys have just ended by themselves: no fault."""
+        live = self._live.get(frontend, {})
+        for key in keys:
+            if request := live.get(key):
+                self._leave(request)
+        self._prune()
+
+    def drop(self, frontend: bytes) -> None:
+        """The frontend is gone, and all that it asked for."""
+        self.abort(frontend, list(self._live.get(frontend, ())))
+        self._live.pop(frontend, None)
+        self._outboxes.pop(frontend, None)
+
+    def fail_all(self, why: Refusal) -> None:
+        for live in list(self._live.values()):
+            for request in list(live.values()):
+                self._fail(request, why)
+        self._prune()
+
+    def take_messages(self) -> list[tuple[bytes, Tokens | Failed]]:
+        """What is to be sent, and to which frontend."""
+        return [(frontend, message) for frontend, box in self._outboxes.items() for message in box.take(self._epoch)]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Workers come and go
+
+    def start(self, memory: Memory, workers_epoch: int) -> None:
+        """All workers are there, with nothing in their memory. ValueError when that is too small for any request."""
+        kv = KVManager(
+            memory.groups,
+            memory.num_blocks,
+            memory.block_size,
+            chunk_len=self._limits.max_num_batched_tokens,
+            prefix_cache=self._limits.prefix_cache,
+        )
+        max_len = kv.longest_len(self._limits.max_model_len)
+        if max_len < 2:
+            raise ValueError(f"{memory.num_blocks} blocks of {memory.block_size} tokens cannot hold any request")
+        self.kv, self.max_len, self._workers_epoch = kv, max_len, workers_epoch
+        self._free_rows = list(range(min(memory.max_num_seqs, self._limits.max_num_seqs) - 1, -1, -1))
+        for request in list(self.waiting):
+            request.limit(max_len)
+            if why := length_refusal(request.num_prompt, request.sampling.max_tokens, max_len):
+                self._fail(request, why)
+            else:
+                self._finish_if_ended(request)
+
+    def stop(self) -> None:
+        """A worker is gone, and with it all state: what runs goes back to the queue with the tokens so far."""
+        for request in self.running + self._draining:
+            request.reset()
+            if request.state is not State.FINISHED:
+                request.move(State.WAITING)
+                self.waiting.push(request)
+        self.kv = None
+        self.running, self._draining, self._freed_rows = [], [], []
+        self._in_flight.clear()
+        self._blocked = None, 0
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Plan
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step, in flight from now on; None when there is nothing to compute before a commit or a submit."""
+        if self.kv is None:
+            return None
+        step = Step(self.num_steps, self._limits.max_num_batched_tokens)
+        num_preemptions = self.num_preemptions
+        behind = self._plan_decodes(step)
+        # A prompt that takes many steps leaves half of each to shorter ones, so that these soon get through.
+        long = [request for request in behind if request.num_left > self._limits.max_num_batched_tokens]
+        set_aside = step.budget // 2 if long else 0
+        step.budget -= set_aside
+        self._plan_chunks(step, [request for request in behind if request not in long])
+        if num_preemptions == self.num_preemptions:
+            self._admit(step, self.kv, sum(map(self.kv.num_owed, behind)), now_s)
+        step.budget += set_aside
+        self._plan_chunks(step, long)
+        if not step.requests:
+            return None
+        message = step.message(self._workers_epoch, len(self.kv.groups), self._freed_rows, self.kv.copies)
+        self._freed_rows, self.kv.copies = [], []
+        self._in_flight.append(step)
+        self.num_steps += 1
+        return message
+
+    def _plan_decodes(self, step: Step) -> list[Request]:
+        """Add the requests that have one token to compute; returns those that have more."""
+        behind = []
+        for request in self.running.copy():
+            planned = request.num_planned
+            if planned >= request.compute_limit or request.state is not State.RUNNING:
+                continue  # its last token is being drawn, or it was preempted a moment ago
+            if len(request.tokens) + request.num_pending - planned > 1:
+                behind.append(request)
+            elif step.budget and (planned < request.num_slots or self._reserve(step, request, planned + 1)):
+                step.add(request, 1)
+        return behind
+
+    def _plan_chunks(self, step: Step, behind: list[Request]) -> None:
+        """Spend the budget on prompts that are computed in part."""
+        for request in behind:
+            count = min(request.num_left, step.budget)
+            if count and request.state is State.RUNNING and self._reserve(step, request, request.num_planned + count):
+                step.add(request, count)
+
+    def _reserve(self, step: Step, request: Request, num_tokens: int) -> bool:
+        """Get blocks for the row that is added next, if need be from requests that come later in the order."""
+        assert self.kv is not None
+        while (grown := self.kv.reserve(request, num_tokens)) is None:
+            victim = self.running[-1]
+            # Whoever drains gives blocks back soon; whoever is in this step already keeps its place.
+            if self._draining or victim is request or victim.last_step == step.number:
+                return False
+            self.running.pop()
+            victim.move(State.PREEMPTED)
+            self.num_preemptions += 1
+            self._vacate(victim)
+        step.grow(grown)
+        return True
+
+    def _admit(self, step: Step, kv: KVManager, num_owed: int, now_s: float) -> None:
+        """Let in who waits, strictly in order: one that finds no room is not overtaken, so that it gets its turn.
+
+        `num_owed` blocks are for the prompts that are computed in part already.
+        """
+        held = []
+        while step.budget and self._free_rows and (request := self.waiting.first()):
+            others = len(self.running) + len(self._draining)
+            available = kv.num_available - num_owed - others  # each of the others can grow by a block
+            if request is self._blocked[0] and self._blocked[1] > available and others:
+                break
+            match = self._beginning(kv, request)
+            if match is None:
+                held.append(self.waiting.pop())
+                continue
+            num_blocks = kv.num_new_blocks(match, len(request.tokens) + 1)
+            if num_blocks > available and others:
+                self._blocked = request, num_blocks
+                break
+            self._enter(step, kv, self.waiting.pop(), match, now_s)
+            num_owed += kv.num_owed(request)
+        for request in held:
+            self.waiting.push(request)
+
+    def _beginning(self, kv: KVManager, request: Request) -> Match | None:
+        """The blocks a request begins with; None while its leader computes the prompt that they share."""
+        leader = request.family.leader if request.family else None
+        if leader and leader.state is State.RUNNING:
+            num_shared = request.num_prompt - 1  # each computes the prompt's last token itself, and draws its own first
+            if leader.num_computed < num_shared:
+                return None
+            if (fork := kv.fork(leader, num_shared)) and not request.num_output:
+                return fork
+        return kv.lookup(request)
+
+    def _enter(self, step: Step, kv: KVManager, request: Request, match: Match, now_s: float) -> None:
+        kv.adopt(request, match)
+        request.move(State.RUNNING)
+        request.row = self._free_rows.pop()
+        if not match.is_fork:
+            self.num_prefix_queries += len(request.tokens)
+            self.num_prefix_hits += match.num_tokens
+            if request.family:
+                request.family.leader = request
+        if request.queue_s < 0:
+            request.queue_s = now_s - request.arrived_s
+            request.num_cached = min(match.num_tokens, request.num_prompt)
+        bisect.insort(self.running, request, key=lambda other: other.order)
+        step.new.append(new_row(request))
+        count = min(request.num_left, step.budget)
+        grown = kv.reserve(request, request.num_planned + count)
+        assert grown is not None, "there was room"
+        step.grow(grown)
+        step.add(request, count)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Commit
+
+    def commit(self, result: StepResult) -> bool:
+        """Take what the oldest step in flight made; False when the result is of no such step (late, or twice).
+
+        Raises:
+            BadResult: it claims to be of this step, and cannot be.
+        """
+        if not self._in_flight or result.epoch != self._workers_epoch or result.step != self._in_flight[0].number:
+            return False
+        step = self._in_flight[0]
+        if len(result.token_ids) != 4 * sum(step.samples):
+            raise BadResult(f"{len(result.token_ids)} bytes of token ids for {sum(step.samples)} rows")
+        self._in_flight.popleft()
+        self._committed = step.number
+        if result.logprobs or result.failed:
+            self._take_extras(step, result)
+        self._take_tokens(step, unpack_ints(result.token_ids))
+        draining, self._draining = self._draining, []
+        for request in draining:
+            self._vacate(request)
+        self._prune()
+        return True
+
+    def _take_extras(self, step: Step, result: StepResult) -> None:
+        """Log-probabilities and failures, which name rows and positions; frontends know keys and indices."""
+        by_row = {request.row: request for request in step.requests if request.state is not State.FINISHED}
+        for logprobs in result.logprobs:
+            if request := by_row.get(logprobs.key):
+                first_index = logprobs.first_index - (0 if logprobs.prompt else request.num_prompt)
+                chunk = msgspec.structs.replace(logprobs, key=request.key, first_index=first_index)
+                request.outbox.logprobs.append(chunk)
+        for failed in result.failed:
+            if request := by_row.get(failed.key):
+                self._fail(request, Refusal(failed.status, failed.code, failed.text))
+
+    def _take_tokens(self, step: Step, drawn: "memoryview[int]") -> None:
+        kv, token_ids = self.kv, iter(drawn)
+        assert kv is not None
+        for request, count, samples in zip(step.requests, step.counts, step.samples, strict=True):
+            token_id = next(token_ids) if samples else -1
+            if request.state is State.FINISHED:
+                continue
+            request.num_computed += count
+            if request.num_computed >= request.next_border:
+                kv.commit(request)
+            if samples:
+                tokens, outbox = request.tokens, request.outbox
+                outbox.keys.append(request.key)
+                outbox.first_index.append(len(tokens) - request.num_prompt)
+                outbox.token_ids.append(token_id)
+                request.num_pending -= 1
+                tokens.append(token_id)
+                if token_id in request.stop_ids or len(tokens) >= request.max_len:
+                    self._finish_if_ended(request)
+            elif request.only_scores:
+                self._finish_if_ended(request)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Ends
+
+    def _finish_if_ended(self, request: Request) -> None:
+        if finish := request.ending():
+            request.outbox.finished.append(finish)
+            self._leave(request)
+
+    def _fail(self, request: Request, why: Refusal) -> None:
+        request.outbox.failed.append(Failed(request.key, *why))
+        self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        """The request has ended. Whoever calls this calls `_prune` afterwards."""
+        del self._live[request.frontend][request.key]
+        state = request.state
+        request.move(State.FINISHED)
+        if state is State.WAITING:
+            self.waiting.forget(request)
+        elif state is State.RUNNING:
+            self._vacate(request)
+
+    def _prune(self) -> None:
+        if any(request.state is not State.RUNNING for request in self.running):
+            self.running = [request for request in self.running if request.state is State.RUNNING]
+
+    def _vacate(self, request: Request) -> None:
+        """Take row and blocks back, now or when the last step in flight that uses them is committed."""
+        assert self.kv is not None
+        if request.last_step > self._committed:
+            self._draining.append(request)
+            return
+        self.kv.release(request)
+        self._free_rows.append(request.row)
+        self._freed_rows.append(request.row)
+        if request.state is State.PREEMPTED:
+            request.reset()
+            request.move(State.WAITING)
+            self.waiting.push(request)
