@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from cableway.ipc import lifeline
+from cableway.ipc.errors import EXIT_UNMENDABLE
 
 STARTING, READY, DRAINING, RESTARTING, STOPPED = "starting", "ready", "draining", "restarting", "stopped"
 
@@ -118,7 +119,7 @@ class Life:
         self._close_stderr()
         if self._link is not None:
             self.listen()
-        if code == lifeline.UNMENDABLE_EXIT_CODE and not self.unmendable:
+        if code == EXIT_UNMENDABLE and not self.unmendable:
             self.unmendable = self.last_words.rpartition("\n")[2]
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 

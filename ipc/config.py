@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from cableway.ipc import runtime
+from cableway.ipc.errors import EXIT_OPTIONS, UserError
 
 ENGINE = "0"
 """The one engine of a server today; messages and addresses already name it."""
@@ -195,8 +196,10 @@ def workers_address(runtime_dir: str, engine: str) -> str:
 # Reading what the user says
 
 
-class ConfigError(Exception):
-    """What the user asked for cannot be: one clear line."""
+class ConfigError(UserError):
+    """What the user asked for cannot be."""
+
+    exit_code = EXIT_OPTIONS
 
 
 def options(values: dict[str, Any]) -> Options:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from cableway.ipc.errors import EXIT_UNMENDABLE, UserError
+
 _MAX_FIELDS = 1 << 16
 _MAX_TENSORS = 1 << 18
 _MAX_DIMS = 4
@@ -21,8 +23,10 @@ _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 
 
-class ModelError(Exception):
+class ModelError(UserError):
     """A model file that is missing, broken, hostile or not supported. One clear line, for people."""
+
+    exit_code = EXIT_UNMENDABLE
 
 
 class TensorInfo(NamedTuple):

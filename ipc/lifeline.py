@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from cableway.ipc.errors import EXIT_UNMENDABLE
+
 BEAT_INTERVAL_S = 0.5
-UNMENDABLE_EXIT_CODE = 3
-"""Exit code of a process that no restart can mend: a broken model file, say."""
 _SECOND_SIGNAL_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
@@ -136,7 +136,7 @@ class Lifeline:
             print(f"cableway: {reason}", file=sys.stderr, flush=True)
         else:
             self._tell(Unmendable(reason))
-        raise SystemExit(UNMENDABLE_EXIT_CODE)
+        raise SystemExit(EXIT_UNMENDABLE)
 
     def _tell(self, message: FromChild, flags: int = 0) -> None:
         if self._link is not None:

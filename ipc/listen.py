@@ -8,13 +8,16 @@ import stat
 from pathlib import Path
 
 from cableway.ipc import runtime
+from cableway.ipc.errors import EXIT_IN_USE, UserError
 
 _BACKLOG = 4096
 _WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
-class AddressError(Exception):
-    """The address cannot be listened on: one clear line."""
+class AddressError(UserError):
+    """The address cannot be listened on."""
+
+    exit_code = EXIT_IN_USE
 
 
 class Listener:

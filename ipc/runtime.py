@@ -10,6 +10,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from cableway.ipc.errors import EXIT_IN_USE, UserError
+
 MAX_SOCKET_PATH_BYTES = 107
 """What the kernel holds of a Unix socket's path."""
 _LONGEST_SOCKET_NAME = "engine-00.frontends.sock"
@@ -18,8 +20,10 @@ CONFIG = "config.json"
 _LOCK = "lock"
 
 
-class RuntimeFolderError(Exception):
+class RuntimeFolderError(UserError):
     """The runtime folder cannot be used: in use by another server, not ours, or too long a path."""
+
+    exit_code = EXIT_IN_USE
 
 
 def base_folder() -> Path:

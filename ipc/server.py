@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -17,6 +18,7 @@ from cableway.ipc import log as logging
 from cableway.ipc import runtime
 from cableway.ipc.child import Child, python_module
 from cableway.ipc.config import Config, Options
+from cableway.ipc.errors import UserError
 from cableway.ipc.listen import Listener
 from cableway.ipc.resolve import resolve
 from cableway.ipc.supervise import Supervisor
@@ -39,10 +41,11 @@ def serve(options: Options, show: Callable[[str], None]) -> int:
 
     Raises:
         AddressError, RuntimeFolderError: another server is there already.
+        EngineError: a process could not be started, or not be kept alive.
         ConfigError, ModelError: the options or the model are wrong.
     """
     with contextlib.closing(Listener(options.host, options.port, options.uds)) as listener:
-        config = resolve(msgspec.structs.replace(options, port=listener.port))
+        config = resolve(options if options.uds else msgspec.structs.replace(options, port=listener.port))
         log = logging.setup("supervisor", level=config.supervisor.log.level, as_json=config.supervisor.log.as_json)
         for note in config.notes:
             log.info("chosen", note=note)
@@ -57,11 +60,34 @@ def serve(options: Options, show: Callable[[str], None]) -> int:
             )
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: supervisor.stop())
-            return supervisor.run()
+            exit_code = supervisor.run()
+        if supervisor.failure:
+            raise EngineError(supervisor.failure, exit_code)
+        return exit_code
 
 
-class EngineError(Exception):
-    """The engine could not be started; the text says why."""
+def become(role: str, rank: int, options: Options) -> NoReturn:
+    """Turn this process into one of a server's processes, watched by an outside supervisor; it drains on SIGTERM.
+
+    Every one resolves the same options to the same runtime folder, where they find each other in any order.
+
+    Raises:
+        RuntimeFolderError: a server, or another process of this role and rank, is there already.
+        ConfigError, ModelError: the options or the model are wrong.
+    """
+    config = resolve(options)
+    lock = runtime.Lock(Path(config.supervisor.runtime_dir), f"{role}-{rank}")
+    command = [*python_module(MODULES[role]), "--rank", str(rank), "--config", configuration.write(config)]
+    lock.keep_over_exec()
+    os.execv(command[0], command)
+
+
+class EngineError(UserError):
+    """A process could not be started or kept alive; the text says why."""
+
+    def __init__(self, reason: str, exit_code: int):
+        super().__init__(reason)
+        self.exit_code = exit_code
 
 
 class EngineProcesses:
@@ -109,9 +135,9 @@ class EngineProcesses:
                 self._supervisor = Supervisor(
                     self.config.supervisor, config_path, _engine(self.config), log=log, on_ready=self._settled.set
                 )
-                self._supervisor.run()
+                exit_code = self._supervisor.run()
                 if self._supervisor.failure:
-                    self._failure = EngineError(self._supervisor.failure)
+                    self._failure = EngineError(self._supervisor.failure, exit_code)
         except BaseException as error:  # told to the thread that waits for it
             self._failure = error
         finally:

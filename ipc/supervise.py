@@ -14,12 +14,10 @@ import zmq
 from cableway.ipc.child import DRAINING, READY, RESTARTING, STARTING, STOPPED, Child, Life
 from cableway.ipc.config import SupervisorConfig
 from cableway.ipc.control import Control, Process, Processes
+from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_UNMENDABLE
 from cableway.ipc.lifeline import AbortNow, ChildArguments, Drain, Lifeline, child_arguments
 
 __all__ = ["ChildArguments", "Lifeline", "Supervisor", "child_arguments"]
-
-EXIT_STOPPED, EXIT_FAILED, EXIT_OPTIONS, EXIT_UNMENDABLE, EXIT_IN_USE = 0, 1, 2, 3, 4
-"""Exit codes: drained; gave up or aborted; wrong options; broken model; address or runtime folder in use."""
 
 _DRAIN_ORDER = ("frontend", "enginecore", "worker")
 """Requests end where they came in first: whoever serves them stays until then."""

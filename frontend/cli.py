@@ -1,0 +1,158 @@
+"""`cableway …`: reads flags, starts what is asked for, and imports nothing before it is needed.
+
+The flags are the fields of `Options`, so that a flag, a key of a config file and a keyword of `LLM` are one thing.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+import msgspec
+
+import cableway
+from cableway.ipc import config as configuration
+from cableway.ipc.config import Options
+from cableway.ipc.errors import UserError
+
+_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+
+
+def main() -> NoReturn:
+    """Entry point of the console script: what a user can mend ends in one line and an exit code."""
+    try:
+        commands.main(prog_name="cableway", standalone_mode=True)
+    except UserError as error:
+        click.echo(f"cableway: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(cableway.__version__, prog_name="cableway")
+def commands() -> None:
+    """An LLM inference engine of separate processes, with the OpenAI API."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers
+
+
+def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command MODEL, `--config` and one flag a field of `Options`; those not given are left out."""
+    for field in reversed(msgspec.inspect.type_info(Options).fields):  # type: ignore[attr-defined]
+        command = _flag(field)(command)
+    command = click.option("--config", type=click.Path(), help="TOML file with these names; flags win over it.")(
+        command
+    )
+    return click.argument("model_argument", metavar="[MODEL]", required=False)(command)
+
+
+def _flag(field: msgspec.inspect.Field) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    metadata = field.type
+    assert isinstance(metadata, msgspec.inspect.Metadata)
+    name = field.name.replace("_", "-")
+    default = "" if field.default in (msgspec.NODEFAULT, "") else f"  [{field.default}]"
+    settings: dict[str, Any] = {
+        "default": None,
+        "help": f"{(metadata.extra_json_schema or {})['description']}{default}",
+    }
+    match metadata.type:
+        case msgspec.inspect.BoolType():
+            name = f"{name}/--no-{name}"
+        case msgspec.inspect.ListType():
+            settings |= {"multiple": True}
+        case msgspec.inspect.IntType():
+            settings |= {"type": int}
+        case msgspec.inspect.FloatType():
+            settings |= {"type": float}
+        case msgspec.inspect.StrType(pattern=str(pattern)) if pattern.startswith("^("):
+            settings |= {"type": click.Choice(pattern[2:-2].split("|"))}
+    return click.option(f"--{name}", field.name, **settings)
+
+
+def _options(config: str | None, model_argument: str | None, flags: dict[str, Any]) -> Options:
+    """The config file's values under the flags'."""
+    from_file = configuration.read_toml(config) if config else {}
+    values = {name.replace("-", "_"): value for name, value in from_file.items()}
+    values |= {name: value for name, value in flags.items() if value is not None and value != ()}
+    if model_argument is not None:
+        values["model"] = model_argument
+    return configuration.options({name: list(v) if isinstance(v, tuple) else v for name, v in values.items()})
+
+
+@commands.command()
+@_with_options
+def serve(config: str | None, model_argument: str | None, **flags: Any) -> None:
+    """Serve MODEL (an alias, .gguf file, folder or hub id) until SIGTERM or Ctrl-C.
+
+    Starts and watches one engine core, its workers and the frontends; prints its address when it is ready.
+    """
+    from cableway.ipc.server import serve as run
+
+    sys.exit(run(_options(config, model_argument, flags), click.echo))
+
+
+def _alone(role: str, what: str) -> None:
+    @commands.command(role, help=f"Run {what} alone, for an outside supervisor. Start the roles in any order.")
+    @click.option("--rank", type=click.IntRange(0), default=0, help="Which of the processes of this role.  [0]")
+    @_with_options
+    def command(rank: int, config: str | None, model_argument: str | None, **flags: Any) -> None:
+        from cableway.ipc.server import become
+
+        become(role, rank, _options(config, model_argument, flags))
+
+
+_alone("frontend", "one HTTP frontend")
+_alone("enginecore", "the engine core")
+_alone("worker", "one worker")
+
+
+@commands.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
+def ps(as_json: bool) -> None:
+    """List the processes of this user's servers."""
+    from cableway.ipc import control, runtime
+
+    rows = []
+    for folder in runtime.live_folders():
+        answer = control.ask(folder)
+        if answer is None:
+            click.echo(f"cableway: the supervisor of {folder} does not answer", err=True)
+            continue
+        rows += [msgspec.structs.asdict(process) | {"url": answer.url} for process in answer.processes]
+    click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2) if as_json else _table(rows))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines: list[tuple[str, ...]] = [("URL", "ROLE", "ENGINE", "RANK", "PID", "UPTIME", "RESTARTS", "STATE")]
+    for row in rows:
+        uptime = f"{row['uptime_s']:.0f} s"
+        shown = (row["url"], row["role"], row["engine"], row["rank"], row["pid"], uptime, row["restarts"], row["state"])
+        lines.append(tuple(str(value) for value in shown))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands that live in other modules, each as `command`
+
+
+@commands.group()
+def bench() -> None:
+    """Measure."""
+
+
+def _elsewhere(group: click.Group, name: str, module: str, what: str) -> None:
+    @group.command(name, help=what, add_help_option=False, context_settings=_PASS_ON)
+    @click.pass_context
+    def command(context: click.Context) -> None:
+        found: click.Command = importlib.import_module(module).command
+        found.main(args=context.args, prog_name=context.command_path)
+
+
+_elsewhere(commands, "chat", "cableway.frontend.chat", "Talk with a model in this terminal.")
+_elsewhere(bench, "offline", "cableway.bench.offline", "Time the engine without HTTP.")
+_elsewhere(bench, "serve", "cableway.bench.serve", "Load any OpenAI server and time its answers.")
+_elsewhere(bench, "step", "cableway.bench.step", "Show where the time of a step goes.")
