@@ -1,1 +1,26 @@
-"""One file a weight format."""
+"""How a weight matrix is held in memory and multiplied. One file a format; model files know none of them.
+
+Many encodings in files end in few formats here, each with one product tuned for it. Where a file's integers can be
+multiplied as they are, they stay integers; nothing is ever rounded to fewer bits than the file has or the compute
+dtype gives.
+"""
+
+from collections.abc import Sequence
+
+from cableway.workers.formats.base import Format, Place
+from cableway.workers.formats.dense import Dense, Packed, Tiled
+from cableway.workers.formats.int4 import Int4
+from cableway.workers.formats.stored import Encoding
+
+__all__ = ["Format", "Place", "choose"]
+
+
+def choose(encodings: Sequence[Encoding], num_out: int, num_in: int, place: Place) -> Format:
+    """The fastest format that keeps all that these encodings hold of a matrix [num_out, num_in]."""
+    if place.device.type != "cpu":
+        return Dense(place)
+    if Int4.fits(encodings, num_out, num_in, place):
+        return Int4(place)
+    if place.invariant:
+        return Tiled(place)
+    return Packed(place) if Packed.fits(place) else Dense(place)

@@ -1,0 +1,68 @@
+"""What models are made of.
+
+A spec composes blocks into a tree. As a spec makes it a block is a template: it knows its sizes and logical axes and
+holds no weights, so one `Layer` may stand for thirty. `Decoder` copies templates, `weights.load` fills their slots, and
+`prepare` lets each block settle what depends on where it runs.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+from cableway.workers.formats.base import Place
+from cableway.workers.formats.stored import Stored
+from cableway.workers.parallel import Axis
+
+
+class Block:
+    """A node of the tree; attributes that are blocks, or lists of blocks, are its children."""
+
+    def children(self) -> Iterator[tuple[str, "Block"]]:
+        """(name, block) of each child, in the order the spec made them; the i-th of a list is `name.i`."""
+        for name, value in vars(self).items():
+            if isinstance(value, Block):
+                yield name, value
+            elif isinstance(value, list):
+                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Block))
+
+    def copy(self) -> Self:
+        """A template of its own, even where this one uses the same child twice."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Block):
+                setattr(twin, name, value.copy())
+            elif isinstance(value, list):
+                setattr(twin, name, [item.copy() if isinstance(item, Block) else item for item in value])
+        return twin
+
+    def slots(self, path: str = "") -> Iterator[tuple[str, "Slot"]]:
+        """(path, slot) of every slot below."""
+        for name, child in self.children():
+            yield from child.slots(f"{path}.{name}" if path else name)
+
+    def prepare(self, place: Place) -> None:
+        """Called once all weights are loaded."""
+        for _, child in self.children():
+            child.prepare(place)
+
+
+class Slot(Block):
+    """A leaf of the tree: one place for weights, which a checkpoint gives as one tensor or several.
+
+    Attributes:
+        parts: axis of the rows of each part. `qkv` has parts q, k and v, one matrix in memory that a checkpoint gives
+            whole or part by part; a slot of one part calls it "".
+        leaves: what each part consists of, with its dimensions after the first: `weight` (in,), `bias` ().
+        optional: leaves that a checkpoint may do without.
+    """
+
+    parts: Mapping[str, Axis]
+    leaves: Mapping[str, tuple[int, ...]]
+    optional: frozenset[str] = frozenset()
+
+    def slots(self, path: str = "") -> Iterator[tuple[str, "Slot"]]:
+        yield path, self
+
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        """Take this rank's share of the given tensors: part -> leaf -> tensor, names and shapes already checked."""
+        raise NotImplementedError

@@ -1,0 +1,95 @@
+"""Slots: the places in a model where weights go, each with the logical axes by which it is cut over ranks."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cableway.workers import formats
+from cableway.workers.blocks.block import Slot
+from cableway.workers.formats.base import Place
+from cableway.workers.formats.stored import Stored
+from cableway.workers.parallel import Axis
+
+
+class Linear(Slot):
+    """y = x Wᵀ + b, with W [out, in] of one or several parts along `out` that are multiplied as one.
+
+    Where `in` is cut over ranks, the ranks' results are summed.
+
+    Args:
+        out: axis of each part, or one axis.
+        bias: whether the checkpoint has one; None = as it pleases.
+    """
+
+    def __init__(self, out: Axis | Mapping[str, Axis], in_: Axis, *, bias: bool | None = False):
+        self.parts = dict(out) if isinstance(out, Mapping) else {"": out}
+        self.leaves = {"weight": (in_.size,)} if bias is False else {"weight": (in_.size,), "bias": ()}
+        self.optional = frozenset({"bias"} if bias is None else ())
+        self.local_sizes: list[int] = []
+        self._in = in_
+        self._apply: Callable[[Tensor, Any], Tensor]
+        self._params: Any
+        self._bias: Tensor | None = None
+        self._reduce: Callable[[Tensor], Tensor] | None = None
+
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        mesh, columns = place.mesh, place.mesh.span(self._in)
+        spans = {part: mesh.span(axis) for part, axis in self.parts.items()}
+        self.local_sizes = [span.size for span in spans.values()]
+        pieces = [parts[part]["weight"].piece(span, columns) for part, span in spans.items()]
+        form = formats.choose([piece.encoding for piece in pieces], sum(self.local_sizes), columns.size, place)
+        self._params, self._apply = form.finish(pieces), form.apply
+        if any("bias" in leaves for leaves in parts.values()):
+            biases = [parts[part]["bias"].piece(span).decode(place.dtype) for part, span in spans.items()]
+            self._bias = torch.cat(biases).to(place.device)
+        if mesh.is_cut(self._in):
+            self._reduce = mesh.all_reduce
+            if mesh.tp_rank > 0:
+                self._bias = None  # it is added once, by rank 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] -> [T, out], in the dtype of x; sizes are this rank's."""
+        y = self._apply(x, self._params)
+        if self._bias is not None:
+            y += self._bias
+        return y if self._reduce is None else self._reduce(y)
+
+
+class Embedding(Slot):
+    """Rows of a table [vocab, hidden]; where the vocabulary is cut over ranks, each adds the rows it holds."""
+
+    def __init__(self, vocab: Axis, hidden: Axis):
+        self.parts, self.leaves = {"": vocab}, {"weight": (hidden.size,)}
+        self._table: Tensor
+        self._first = 0
+        self._reduce: Callable[[Tensor], Tensor] | None = None
+
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        vocab = self.parts[""]
+        span = place.mesh.span(vocab)
+        self._table = parts[""]["weight"].piece(span).decode(place.dtype).to(place.device)
+        if place.mesh.is_cut(vocab):
+            self._first, self._reduce = span.start, place.mesh.all_reduce
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids [T] -> [T, hidden]"""
+        if self._reduce is None:
+            return self._table.index_select(0, token_ids)
+        local = token_ids - self._first
+        inside = (local >= 0) & (local < len(self._table))
+        return self._reduce(self._table.index_select(0, local * inside) * inside[:, None])
+
+
+class Vector(Slot):
+    """A row of numbers along one axis, a norm's weight say; kept in float32, since it costs nothing."""
+
+    def __init__(self, axis: Axis, *, optional: bool = False):
+        self.parts, self.leaves = {"": axis}, {"weight": ()}
+        self.optional = frozenset({"weight"} if optional else ())
+        self.weight: Tensor | None = None
+
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        if stored := parts[""].get("weight"):
+            self.weight = stored.piece(place.mesh.span(self.parts[""])).decode(torch.float32).to(place.device)

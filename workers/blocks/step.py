@@ -1,0 +1,41 @@
+"""One forward pass as the blocks see it: what is worked out once and used by every layer."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from cableway.kernels.paged_attention import AttentionPlan
+from cableway.workers.batch import Batch
+from cableway.workers.blocks.rope import Rope
+
+
+class Step:
+    """A batch, the caches it writes and reads, and the angles of its positions.
+
+    Args:
+        caches: one a layer.
+        group_of: the state group of each layer.
+        tables: angles by position of each kind of rotation in the model.
+    """
+
+    def __init__(
+        self, batch: Batch, caches: Sequence[Tensor], group_of: Sequence[int], tables: Mapping[Rope, Tensor]
+    ) -> None:
+        self._caches, self._group_of, self._slots = caches, group_of, batch.slots
+        self._positions = batch.positions
+        self._tables = tables
+        self._plans = [
+            AttentionPlan(
+                batch.query_start, batch.seq_lens, table, batch.max_query_len, batch.max_seq_len, batch.invariant
+            )
+            for table in batch.block_tables
+        ]
+
+    def angles(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        """(cos_sin, positions) as the rope kernel takes them."""
+        return self._tables[rope], self._positions
+
+    def state(self, layer: int) -> tuple[Tensor, AttentionPlan, Tensor]:
+        """A layer's cache, where the batch's sequences lie in it, and the slots of the batch's tokens [T] i64."""
+        group = self._group_of[layer]
+        return self._caches[layer], self._plans[group], self._slots[group]

@@ -1,0 +1,97 @@
+"""A tensor as a checkpoint holds it: known without being read, cut before it is decoded.
+
+An `Encoding` says how numbers are written in a file; a `Format` (see `formats/__init__.py`) how a matrix is held in
+memory and multiplied. The first is the file's choice, the second ours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cableway.workers.parallel import Span
+
+GROUP_LEN = 32
+"""Numbers along `in` that share a scale in `GroupInts`."""
+
+
+class GroupInts(NamedTuple):
+    """A matrix as the sum of planes of 4-bit integers: sum over planes of `(codes - 8) * scale + zero`, exactly."""
+
+    codes: Tensor  # [planes, out, in] u8, 0 … 15
+    scale: Tensor  # [planes, out, in / GROUP_LEN] f32
+    zero: Tensor  # [planes, out, in / GROUP_LEN] f32
+
+
+class Encoding(Protocol):
+    """How a file writes numbers. Encoded tensors are [rows, blocks, …] where a block holds `block_len` numbers."""
+
+    name: str
+    block_len: int
+    num_planes: int  # of its GroupInts; 0 = it has no such form
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """The numbers themselves, in a floating dtype that holds them exactly."""
+
+    def group_ints(self, encoded: Tensor) -> GroupInts:
+        """The same numbers as integers and scales; only where `num_planes` > 0."""
+
+
+class Plain:
+    """Numbers as they are: float32, float16 or bfloat16."""
+
+    name = "plain"
+    block_len = 1
+    num_planes = 0
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        return encoded
+
+    def group_ints(self, encoded: Tensor) -> GroupInts:
+        raise NotImplementedError
+
+
+PLAIN = Plain()
+
+
+class Piece(NamedTuple):
+    """An encoded tensor in memory, or a view of the file, followed by `num_padding` rows of zeros."""
+
+    encoding: Encoding
+    encoded: Tensor
+    num_padding: int = 0
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        values = self.encoding.decode(self.encoded).to(dtype)
+        if not self.num_padding:
+            return values
+        return torch.cat((values, values.new_zeros(self.num_padding, *values.shape[1:])))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint. `read` gives it encoded, as a view of the file where that can be."""
+
+    name: str
+    shape: tuple[int, ...]  # in numbers, however they are encoded
+    encoding: Encoding
+    read: Callable[[], Tensor]
+    row_order: Tensor | None = None
+    """Within each unit of rows (a head), the stored row that belongs at each place; None = as they are."""
+
+    def piece(self, rows: Span, columns: Span | None = None) -> Piece:
+        """Cut out what one rank holds. Columns that split a block are decoded first."""
+        encoding, encoded = self.encoding, self.read()[rows.start : rows.stop]
+        if columns is not None and columns.stop - columns.start < self.shape[1]:
+            if columns.start % encoding.block_len or columns.stop % encoding.block_len:
+                encoding, encoded = PLAIN, encoding.decode(encoded)
+            encoded = encoded[:, columns.start // encoding.block_len : columns.stop // encoding.block_len]
+        if self.row_order is not None:
+            encoded = encoded.unflatten(0, (-1, len(self.row_order)))[:, self.row_order].flatten(0, 1)
+        return Piece(encoding, encoded, rows.size - (rows.stop - rows.start))
+
+    def rows(self, start: int, stop: int) -> "Stored":
+        """Some of its rows as a tensor of their own: one part of a matrix that is stored fused."""
+        return replace(self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop])

@@ -1,0 +1,153 @@
+"""Load a model: checkpoint tensors -> name map -> each rank's share -> format -> slot. Strict, and slot by slot.
+
+Names and shapes are settled before a weight is read: every tensor of the checkpoint fills a slot or is known not to be
+needed, and every slot is filled. Then slots are loaded one after another from mapped files, so that memory holds the
+model and one slot's worth of work.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cableway.ipc.modelfiles import ModelError, ModelFiles
+from cableway.workers import models
+from cableway.workers.blocks.block import Slot
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.checkpoint import open_files
+from cableway.workers.formats.base import Place
+from cableway.workers.formats.stored import PLAIN, Stored
+from cableway.workers.models.names import Names, Target
+from cableway.workers.parallel import Mesh
+
+_NUM_NAMES_SHOWN = 8
+
+Filling = dict[str, dict[str, dict[str, Stored]]]
+"""slot path -> part -> leaf -> tensor"""
+
+
+def load(
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    max_model_len: int,
+    invariant: bool = False,
+    mesh: Mesh | None = None,
+    load_format: str = "auto",
+    seed: int = 0,
+) -> Decoder:
+    """The model of `files`, ready to run.
+
+    Args:
+        max_model_len: positions that a sequence may have.
+        invariant: a row's results never depend, to the bit, on what else is in the batch.
+        load_format: `dummy` draws random weights from `seed` and reads nothing but the config.
+
+    Raises:
+        ModelError: config or weights are broken, not complete, or not supported.
+    """
+    place = Place(dtype, torch.device(device), max_model_len, invariant, mesh or Mesh())
+    architecture = models.find(files.config)
+    decoder = architecture.build(files.config)
+    slots = dict(decoder.slots())
+    if load_format == "dummy":
+        filling = _random(slots, decoder.tied, place, seed)
+    else:
+        if files.kind not in architecture.names:
+            raise ModelError(f"{files.path}: {architecture.name} is not known in {files.kind} files")
+        filling = _match(slots, decoder.tied, open_files(files), architecture.names[files.kind], files.path)
+    with torch.inference_mode():
+        for path, slot in slots.items():
+            slot.load(filling[path], place)
+        decoder.prepare(place)
+    return decoder
+
+
+def _match(
+    slots: Mapping[str, Slot], tied: Mapping[str, str], tensors: Mapping[str, Stored], names: Names, source: str
+) -> Filling:
+    """Find each tensor's slot; ModelError that names both sides where they do not meet."""
+    filling: Filling = {path: {part: {} for part in slot.parts} for path, slot in slots.items()}
+    owners = {f"{path}.{part}": (path, [part]) for path, slot in slots.items() for part in slot.parts}
+    owners |= {path: (path, list(slot.parts)) for path, slot in slots.items()}
+    unknown = []
+    for name, stored in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        target = names.find(stem)
+        if names.ignores(stem) or (target and target.path in tied):
+            continue
+        path, parts = owners.get(target.path, ("", [])) if target else ("", [])
+        if not parts or leaf not in slots[path].leaves:
+            unknown.append(name)
+            continue
+        for part, tensor in _unfuse(stored, slots[path], parts, leaf, target, source).items():
+            if leaf in filling[path][part]:
+                raise ModelError(f"{source}: tensor {name!r} fills {path!r} a second time")
+            filling[path][part][leaf] = tensor
+    for path, other in tied.items():
+        filling[path] = filling[other]
+    missing = [name for path, slot in slots.items() for name in _missing(path, slot, filling[path])]
+    if unknown or missing:
+        raise ModelError(
+            f"{source}: weights and model do not fit: tensors without a slot: {_listed(unknown)}; "
+            f"slots without a tensor: {_listed(missing)}"
+        )
+    return filling
+
+
+def _unfuse(stored: Stored, slot: Slot, parts: list[str], leaf: str, target: Target, source: str) -> dict[str, Stored]:
+    """One tensor as the parts that it holds, one after another; ModelError when its shape is not theirs."""
+    sizes = [slot.parts[part].size for part in parts]
+    shape = (sum(sizes), *slot.leaves[leaf])
+    if stored.shape != shape:
+        raise ModelError(
+            f"{source}: tensor {stored.name!r} has shape {stored.shape}, slot {target.path!r} takes {shape}"
+        )
+    ends = list(itertools.accumulate(sizes))
+    cut = {part: stored.rows(end - size, end) for part, size, end in zip(parts, sizes, ends, strict=True)}
+    if target.row_order is None:
+        return cut
+    return {part: replace(tensor, row_order=target.row_order(slot.parts[part])) for part, tensor in cut.items()}
+
+
+def _missing(path: str, slot: Slot, parts: Mapping[str, Mapping[str, Stored]]) -> list[str]:
+    """What a slot still needs. A leaf that may be absent is so in all parts alike."""
+    present = {leaf for leaves in parts.values() for leaf in leaves}
+    needed = [leaf for leaf in slot.leaves if leaf in present or leaf not in slot.optional]
+    return [f"{path}.{part}.{leaf}".replace("..", ".") for part in parts for leaf in needed if leaf not in parts[part]]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NUM_NAMES_SHOWN} more" if len(names) > _NUM_NAMES_SHOWN else ""
+    return (", ".join(names[:_NUM_NAMES_SHOWN]) or "none") + more
+
+
+def _random(slots: Mapping[str, Slot], tied: Mapping[str, str], place: Place, seed: int) -> Filling:
+    """Dummy weights: matrices N(0, 1 / in), norms 1, and nothing that is optional; the same whatever the mesh."""
+    filling: Filling = {}
+    for number, (path, slot) in enumerate(slots.items()):
+        filling[path] = {
+            part: {
+                leaf: _random_tensor(f"{path}.{part}.{leaf}", (axis.size, *dims), place, (seed, number, index))
+                for leaf, dims in slot.leaves.items()
+                if leaf not in slot.optional
+            }
+            for index, (part, axis) in enumerate(slot.parts.items())
+        }
+    for path, other in tied.items():
+        filling[path] = filling[other]
+    return filling
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], place: Place, key: tuple[int, ...]) -> Stored:
+    def read() -> Tensor:
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=place.dtype, device=place.device)
+        generator = torch.Generator(place.device).manual_seed(hash(key))
+        values = torch.randn(shape, dtype=place.dtype, device=place.device, generator=generator)
+        return values.mul_(shape[-1] ** -0.5)
+
+    return Stored(name, shape, PLAIN, read)
