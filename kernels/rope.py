@@ -25,8 +25,7 @@ def ref(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
     cos, sin = cos_sin[positions.long(), None].float().split(half, -1)
     for x in (q, k):
         x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
-        x[..., :half] = (x1 * cos - x2 * sin).to(x.dtype)
-        x[..., half : 2 * half] = (x2 * cos + x1 * sin).to(x.dtype)
+        x[..., :half], x[..., half : 2 * half] = (x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype)
 
 
 @jit
