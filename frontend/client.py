@@ -115,6 +115,11 @@ class EngineClient:
         """Choices that have not ended."""
         return sum(link.num_live for link in self._links.values())
 
+    def fail_all(self, error: RequestError) -> None:
+        """End every live choice with `error`."""
+        for link in self._links.values():
+            link.fail_all(error)
+
     def close(self) -> None:
         """Abort what is live and disconnect."""
         if self._timer is not None:
@@ -136,8 +141,7 @@ class EngineClient:
             except Exception as error:
                 if not self.failed.done():
                     self.failed.set_exception(error)
-                for link in self._links.values():
-                    link.fail_all(RequestError(500, "The engine is lost.", type="server_error", code="engine_lost"))
+                self.fail_all(RequestError(500, "The engine is lost.", type="server_error", code="engine_lost"))
 
         return guarded
 
@@ -145,7 +149,7 @@ class EngineClient:
 class _Request:
     """A prompt and how it is continued: what its choices have in common."""
 
-    __slots__ = ("cache_salt", "num_prompt_logprobs", "priority", "prompt", "request_id", "sampling")
+    __slots__ = ("cache_salt", "num_prompt_logprobs", "priority", "prompt", "request_id", "sampling", "was_sent")
 
     def __init__(self, request_id: str, prompt: Ints, sampling: Sampling, priority: int, cache_salt: str):
         self.request_id = request_id
@@ -154,6 +158,7 @@ class _Request:
         self.priority = priority
         self.cache_salt = cache_salt
         self.num_prompt_logprobs = 0
+        self.was_sent = False
 
 
 class _LiveChoice:
@@ -227,6 +232,8 @@ class _Link:
             )
 
     def fail_all(self, error: RequestError) -> None:
+        if self._live and self._epoch is not None:
+            self._send(Abort(ints(self._live)))
         for choice in list(self._live.values()):
             self._end(choice).error = error
 
@@ -327,7 +334,8 @@ class _Link:
         for choice in choices:
             by_request.setdefault(choice.request, []).append(choice)
         for request, members in by_request.items():
-            self._send(Abort(ints(choice.key for choice in members)))
+            if request.was_sent:
+                self._send(Abort(ints(choice.key for choice in members)))
             for choice in members:
                 del self._live[choice.key]
                 self._take_key(choice)
@@ -342,8 +350,10 @@ class _Link:
                 sampling=request.sampling,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
+                resumed=request.was_sent,
             )
         )
+        request.was_sent = True
 
     def _take_key(self, choice: _LiveChoice) -> None:
         key = next(self._keys) & _KEY_MASK

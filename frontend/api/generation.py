@@ -1,0 +1,251 @@
+"""What the endpoints that generate text have in common: a request's choices under way, and how they are sent."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from cableway.frontend import sse
+from cableway.frontend.api.schema import SamplingFields
+from cableway.frontend.errors import RequestError
+from cableway.frontend.job import Job, Update
+from cableway.frontend.keys import ENGINE, FACTS, METRICS, MODELS, REQUEST_ID
+from cableway.frontend.served import ServedModel
+from cableway.frontend.text import ChoiceText, Delta, TextOptions, TokenLogprob, token_logprobs
+from cableway.ipc.messages import Sampling
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+log = structlog.get_logger()
+
+
+def find_model(request: web.Request, name: str) -> ServedModel:
+    """The model a client asks for; 404 when it is not served here."""
+    model = request.app[MODELS].get(name)
+    if model is None:
+        raise RequestError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+    return model
+
+
+class Generation:
+    """The choices of one client's request, from submission to the last token; a context, which aborts what is left.
+
+    Args:
+        prefix: of the id that the client sees.
+        n: choices a prompt.
+    """
+
+    def __init__(self, request: web.Request, model: ServedModel, body: SamplingFields, *, prefix: str):
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model
+        self.n = body.n or 1
+        self.prompts: list[list[int]] = []
+        self.prompt_logprobs: list[list[TokenLogprob]] = []
+        self._request = request
+        self._body = body
+        self._metrics = request.app[METRICS].of(model.name)
+        self._job = Job()
+        self._choices: list[ChoiceText] = []
+        self._num_cached: dict[int, int] = {}
+        self._open: set[int] = set()
+        self._last_token_s: dict[int, float] = {}
+        self._began_s = time.perf_counter()
+        self._has_failed = False
+
+    def submit(self, prompt_ids: list[int], sampling: Sampling, options: TextOptions) -> None:
+        """Add a prompt, whose choices are numbered on from those of the prompts before it."""
+        first = len(self._choices)
+        indices = range(first, first + self.n)
+        self.prompts.append(prompt_ids)
+        self.prompt_logprobs.append([])
+        self._choices.extend(ChoiceText(i, self.model.tokenizer, prompt_ids, options) for i in indices)
+        self._open.update(indices)
+        self._request.app[ENGINE].submit(
+            prompt_ids,
+            sampling,
+            n=self.n,
+            priority=self._body.priority or 0,
+            cache_salt=self._body.cache_salt or "",
+            request_id=self._request[REQUEST_ID],
+            first_index=first,
+            model=self.model.name,
+            job=self._job,
+        )
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What is new, as often as anything is; ends when every choice has. RequestError when one fails."""
+        async for updates in self._job:
+            now_s = time.perf_counter()
+            deltas = [self._take(update, now_s) for update in updates]
+            yield [delta for delta in deltas if delta is not None]
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts of all prompts and choices, in OpenAI's form."""
+        num_prompt = sum(map(len, self.prompts))
+        num_made = sum(choice.num_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_made,
+            "total_tokens": num_prompt + num_made,
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached.values())},
+        }
+
+    def envelope(self, kind: str) -> dict[str, Any]:
+        """The fields that a response and each of its chunks begin with."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model.name,
+            "system_fingerprint": self.model.fingerprint,
+        }
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._job.abort()
+        for _index in self._open:
+            self._metrics.finished("error" if isinstance(error, Exception) or self._has_failed else "abort")
+        usage = self.usage()
+        self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        self._metrics.prompt_len.observe(usage["prompt_tokens"])
+        self._metrics.generation_len.observe(usage["completion_tokens"])
+        self._metrics.generation_tokens.inc(usage["completion_tokens"])
+        self._metrics.e2e_latency_s.observe(time.perf_counter() - self._began_s)
+        self._request[FACTS] |= {
+            "id": self.id,
+            "model": self.model.name,
+            "prompt_tokens": usage["prompt_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+        }
+
+    def failed(self) -> None:
+        """The stream ends with an error that was told within it."""
+        self._has_failed = True
+
+    def _take(self, update: Update, now_s: float) -> Delta | None:
+        if update.error is not None:
+            raise update.error
+        index = update.index
+        for packed in update.prompt_logprobs:
+            self.prompt_logprobs[index // self.n].extend(token_logprobs(packed))
+        if not update.token_ids and update.finish is None:
+            return None
+        self._clock(index, len(update.token_ids), now_s)
+        delta = self._choices[index].feed(update)
+        if update.finish is not None:
+            self._metrics.queue_s.observe(update.finish.queue_s)
+            if index % self.n == 0:
+                self._num_cached[index] = update.finish.num_cached_tokens
+        if delta.finish_reason is not None:
+            self._job.abort(index)  # it ended by a stop string; where the engine ended it this does nothing
+            self._open.discard(index)
+            self._metrics.finished(delta.finish_reason)
+        return delta
+
+    def _clock(self, index: int, num_tokens: int, now_s: float) -> None:
+        last_s = self._last_token_s.get(index)
+        if last_s is not None and num_tokens:
+            self._metrics.inter_token_latency_s.observe_many((now_s - last_s) / num_tokens, num_tokens)
+        elif not self._last_token_s:
+            first_token_s = now_s - self._began_s
+            self._metrics.time_to_first_token_s.observe(first_token_s)
+            self._request[FACTS]["first_token_s"] = round(first_token_s, 6)
+        self._last_token_s[index] = now_s
+
+
+async def stream(
+    request: web.Request,
+    generation: Generation,
+    chunk: Callable[[Delta], bytes],
+    ending: Callable[[], bytes],
+) -> web.StreamResponse:
+    """Send deltas as server-sent events.
+
+    Headers wait for the first of them, so that a request which the engine refuses still gets a status of its own. What
+    came while the last write was under way goes out in one.
+    """
+    updates = generation.deltas()
+    deltas = await anext(updates)
+    response = web.StreamResponse(headers=sse.HEADERS)
+    await response.prepare(request)
+    try:
+        await response.write(b"".join(map(chunk, deltas)))
+        async for deltas in updates:
+            if payload := b"".join(map(chunk, deltas)):
+                await response.write(payload)
+        await response.write(ending() + sse.DONE)
+    except RequestError as error:
+        generation.failed()
+        await response.write(b"data: " + error.body() + b"\n\n" + sse.DONE)
+    except ConnectionError:
+        raise
+    except Exception:
+        generation.failed()
+        log.exception("stream_failed", request_id=request[REQUEST_ID])
+        told = RequestError(500, "Internal error.", type="server_error", code="internal_error")
+        await response.write(b"data: " + told.body() + b"\n\n" + sse.DONE)
+    await response.write_eof()
+    return response
+
+
+class Whole:
+    """All that came of one choice, for an answer in one piece."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[tuple[int, TokenLogprob]] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+async def collect(generation: Generation) -> list[Whole]:
+    """Every choice, complete, in order."""
+    wholes = [Whole() for _ in range(generation.n * len(generation.prompts))]
+    async for deltas in generation.deltas():
+        for delta in deltas:
+            wholes[delta.index].add(delta)
+    return wholes
+
+
+def json_response(body: dict[str, Any]) -> web.Response:
+    return web.Response(body=sse.encode(body), content_type="application/json")
+
+
+def finite(logprob: float | None) -> float:
+    """A log-probability that JSON can say."""
+    return LEAST_LOGPROB if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+def prompt_logprobs_json(
+    prompt_ids: list[int], entries: list[TokenLogprob], model: ServedModel
+) -> list[dict[str, Any] | None]:
+    """vLLM's form: null for the first token, then a map of token ids for each; the prompt's own token comes first."""
+
+    def one(token_id: int, logprob: float | None, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": model.tokenizer.token_text(token_id)}
+
+    shown: list[dict[str, Any] | None] = [None]
+    for entry in entries:
+        tokens = {str(entry.token_id): one(entry.token_id, entry.logprob, entry.rank)}
+        for rank, (token_id, logprob) in enumerate(entry.top, 1):
+            tokens.setdefault(str(token_id), one(token_id, logprob, rank))
+        shown.append(tokens)
+    return shown[: len(prompt_ids)]

@@ -1,0 +1,91 @@
+"""A frontend process: HTTP in, messages to the engine core out."""
+
+import asyncio
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+import cableway
+from cableway.frontend import served
+from cableway.frontend.app import Server, make_app
+from cableway.frontend.client import EngineClient
+from cableway.frontend.metrics import Metrics
+from cableway.ipc import config as configuration
+from cableway.ipc import log as logging
+from cableway.ipc import supervise
+from cableway.ipc.config import FrontendConfig
+from cableway.ipc.errors import UserError
+from cableway.ipc.listen import Listener
+
+METRICS_FOLDER = "metrics"
+_BEAT_INTERVAL_S = 0.5
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run until drained; see `ipc.supervise` for the arguments."""
+    arguments = supervise.child_arguments(argv)
+    config = configuration.read(arguments.config_path).frontend
+    lifeline = supervise.Lifeline(arguments.lifeline_fd, config.drain_timeout_s)
+    logging.setup("frontend", arguments.rank, level=config.log.level, as_json=config.log.as_json)
+    try:
+        models = served.load(config, cableway.__version__)
+        sockets = [socket.socket(fileno=fd) for fd in arguments.listen_fds]
+        sockets = sockets or Listener(config.host, config.port, config.uds).sockets
+    except UserError as error:
+        lifeline.give_up(str(error))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(config, arguments.rank, lifeline, models, sockets))
+
+
+async def _serve(
+    config: FrontendConfig,
+    rank: int,
+    lifeline: supervise.Lifeline,
+    models: dict[str, served.ServedModel],
+    sockets: list[socket.socket],
+) -> None:
+    loop = asyncio.get_running_loop()
+    engine = EngineClient(config, rank)
+    await engine.start()
+    metrics = Metrics(str(Path(config.runtime_dir) / METRICS_FOLDER), config.metrics_prefix, engine, config.engines)
+    server = Server(make_app(config, engine, models, metrics), sockets)
+    drained: asyncio.Future[float] = loop.create_future()
+
+    def end(deadline_s: float) -> None:
+        if not drained.done():
+            drained.set_result(deadline_s)
+
+    def on_drain(deadline_s: float) -> None:
+        loop.call_soon_threadsafe(end, deadline_s)
+
+    lifeline.on_drain(on_drain)
+    beating = loop.create_task(_beat(lifeline))
+    await server.start()
+    lifeline.ready({"port": sockets[0].getsockname()[1] if sockets[0].family != socket.AF_UNIX else 0})
+    try:
+        waited: list[asyncio.Future[Any]] = [drained, engine.failed, beating]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if engine.failed.done():
+            engine.failed.result()
+        if beating.done():
+            beating.result()
+        await server.drain(drained.result())
+    finally:
+        beating.cancel()
+        await server.stop()
+        engine.close()
+
+
+async def _beat(lifeline: supervise.Lifeline) -> None:
+    """Tell that the event loop turns. It is never idle: a turn that ends late is one that somebody held up."""
+    while True:
+        lifeline.beat()
+        await asyncio.sleep(_BEAT_INTERVAL_S)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,71 @@
+"""What a frontend knows of a model it serves: tokenizer, chat template, limits and the model's own defaults."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from cableway.frontend.template import ChatTemplate
+from cableway.frontend.tokens import Tokenizer
+from cableway.ipc import modelfiles
+from cableway.ipc.config import FrontendConfig
+
+_DEFAULTS = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "max_new_tokens": int,
+}
+"""Keys of generation_config.json that are taken as a request's defaults."""
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as its clients see it; one a served name."""
+
+    name: str
+    path: str
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    max_model_len: int
+    vocab_size: int
+    defaults: dict[str, Any]
+    eos_token_ids: Sequence[int]
+    created: int  # seconds since 1970
+    fingerprint: str
+
+
+def load(config: FrontendConfig, version: str) -> dict[str, ServedModel]:
+    """Everything this frontend serves, by name; ModelError when the model's files are broken."""
+    files = modelfiles.locate(config.model)
+    tokenizer = Tokenizer.load(files)
+    template = ChatTemplate.load(files, config.chat_template or None)
+    own_eos = files.generation_config.get("eos_token_id") or []
+    eos_token_ids = dict.fromkeys([*([own_eos] if isinstance(own_eos, int) else own_eos), *tokenizer.eos_token_ids])
+    digest = hashlib.sha256(f"{version} {files.path} {config.max_model_len}".encode()).hexdigest()
+    return {
+        name: ServedModel(
+            name=name,
+            path=files.path,
+            tokenizer=tokenizer,
+            template=template,
+            max_model_len=config.max_model_len,
+            vocab_size=config.vocab_size,
+            defaults=_defaults(files.generation_config) if config.generation_config == "auto" else {},
+            eos_token_ids=list(eos_token_ids),
+            created=int(time.time()),
+            fingerprint=f"fp_{digest[:12]}",
+        )
+        for name in config.engines
+    }
+
+
+def _defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    given = {name: generation_config.get(name) for name in _DEFAULTS}
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise modelfiles.ModelError(f"generation_config: {name} is no number: {value!r}")
+    return {name: _DEFAULTS[name](value) for name, value in given.items() if value is not None}
