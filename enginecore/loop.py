@@ -149,7 +149,7 @@ class EngineCore:
                 self._frontends.leave(peer)
                 self._scheduler.drop(peer)
         elif peer not in self._frontends:
-            self._refuse(self._to_frontends, peer, f"the first message has to be Hello, not {_describe(message)}")
+            self._heard_early(self._to_frontends, peer, message)
         elif self._frontends.heard(peer, self._clock()):
             # It was taken for dead, and its requests are gone: it submits them again, this one included.
             self._to_frontends.send(Welcome(PROTOCOL_VERSION, self.epoch), to=peer)
@@ -218,7 +218,7 @@ class EngineCore:
                 if rank is not None:
                     self._worker_lost(peer, rank)
             case _ if rank is None:
-                self._refuse(self._to_workers, peer, f"the first message has to be Hello, not {_describe(message)}")
+                self._heard_early(self._to_workers, peer, message)
             case Ping():
                 pass
             case Ready():
@@ -275,6 +275,13 @@ class EngineCore:
         except BadResult as error:
             self._refuse(self._to_workers, peer, str(error))
             self._worker_lost(peer, 0)
+
+    def _heard_early(self, endpoint: Endpoint, peer: bytes, message: Any) -> None:
+        """Something before Hello: what a survivor had queued for the core before this one, or another protocol."""
+        if isinstance(message, Undecodable):
+            self._refuse(endpoint, peer, f"the first message has to be Hello, not {_describe(message)}")
+        else:
+            self._log.info("early_message_ignored", peer=_name(peer), message=_describe(message))
 
     def _refuse(self, endpoint: Endpoint, peer: bytes, reason: str) -> None:
         self._log.error("peer_refused", peer=_name(peer), reason=reason)
