@@ -18,6 +18,7 @@ _LONGEST_SOCKET_NAME = "engine-00.frontends.sock"
 SUPERVISOR_SOCKET = "supervisor.sock"
 CONFIG = "config.json"
 _LOCK = "lock"
+_MAX_NAME_LEN = 30
 
 
 class RuntimeFolderError(UserError):
@@ -36,10 +37,10 @@ def base_folder() -> Path:
 
 def folder_for(host: str, port: int, uds: str = "") -> Path:
     """The folder of the server at this address."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "_", uds or f"{host}-{port}").strip("_")
-    if uds or len(name) > 40:
-        digest = hashlib.sha256(f"{host} {port} {uds}".encode()).hexdigest()[:8]
-        name = f"{name[-20:].strip('_')}-{digest}"
+    address = uds or f"{host}-{port}"
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", address)[-_MAX_NAME_LEN:]
+    if name != address:
+        name = f"{name.strip('_')}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
     return base_folder() / name
 
 

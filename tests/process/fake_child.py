@@ -18,20 +18,20 @@ def main(behaviour: str, argv: list[str]) -> None:
         raise SystemExit(3)
     lifeline = Lifeline(arguments.lifeline_fd)
     if behaviour == "gives-up":
-        lifeline.give_up("model.gguf: truncated")
+        lifeline.give_up("model.gguf: not a GGUF file")
     stopping = threading.Event()
-    if behaviour != "never-drains":
-        lifeline.on_drain(lambda deadline_s: stopping.set())
-    else:
-        lifeline.on_drain(lambda deadline_s: None)
+    lifeline.on_drain(lambda deadline_s: None if behaviour == "never-drains" else stopping.set())
     lifeline.ready({"pid": os.getpid()})
+    print("at work", flush=True)
+    lifeline.beat()
     if behaviour == "dies-when-ready":
         time.sleep(0.05)
         os.abort()
-    lifeline.beat()
     if behaviour == "hangs":
         time.sleep(3600)
     lifeline.idle()
+    while behaviour == "works" and not stopping.wait(0.5):
+        lifeline.beat()
     stopping.wait()
 
 

@@ -1,0 +1,181 @@
+"""What the user says and what becomes of it: `Options`, `resolve`, and the command line made of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import cableway
+from cableway.frontend import cli
+from cableway.ipc import config as configuration
+from cableway.ipc import machine, resolve
+from cableway.ipc.config import ConfigError, Options
+from cableway.ipc.modelfiles import ModelError
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"prot": 8000}, "prot: there is no such option"),
+        ({"port": "8000"}, "port: expected int, got str"),
+        ({"port": 65536}, "port: expected int <= 65535"),
+        ({"max_num_seqs": 0}, "max_num_seqs: expected int >= 1"),
+        ({"dtype": "int8"}, "dtype: expected one of auto, float32, float16, bfloat16"),
+        ({"api_key": ["a", 1]}, "api_key[1]: expected str, got int"),
+        ({"prefix_cache": 1}, "prefix_cache: expected bool, got int"),
+    ],
+)
+def test_a_wrong_option_is_named(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configuration.options(values)
+    assert str(caught.value) == complaint
+
+
+def model(folder: Path, **config: Any) -> str:
+    """A model folder that describes itself, without weights."""
+    described = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "max_position_embeddings": 2048} | config
+    (folder / "config.json").write_text(json.dumps(described))
+    return str(folder)
+
+
+def resolved(folder: Path, described: dict[str, Any] | None = None, **values: Any) -> configuration.Config:
+    path = model(folder, **(described or {}))
+    return resolve.resolve(Options(**{"model": path, "load_format": "dummy", "device": "cpu"} | values))
+
+
+def test_the_model_gives_length_vocabulary_and_name(tmp_path: Path) -> None:
+    config = resolved(tmp_path)
+    assert config.frontend.max_model_len == config.core.max_model_len == config.worker.max_model_len == 2048
+    assert config.frontend.vocab_size == 100
+    assert config.frontend.engines == {tmp_path.name: "0"}
+    assert any(note.startswith("max_model_len = 2048") for note in config.notes)
+
+
+def test_served_names_replace_the_models_own(tmp_path: Path) -> None:
+    config = resolved(tmp_path, served_model_name=["a", "b"])
+    assert list(config.frontend.engines) == ["a", "b"]
+
+
+def test_max_model_len_may_be_less_but_not_more_than_the_models(tmp_path: Path) -> None:
+    assert resolved(tmp_path, max_model_len=100).core.max_model_len == 100
+    with pytest.raises(ConfigError, match="max_model_len: 4096 is more than the model's own 2048"):
+        resolved(tmp_path, max_model_len=4096)
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"type": "linear", "factor": 2.0}, 4096),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}, 2048),
+    ],
+)
+def test_rope_scaling_lengthens_what_it_was_meant_to(tmp_path: Path, rope: dict[str, Any], length: int) -> None:
+    assert resolved(tmp_path, {"rope_scaling": rope}).core.max_model_len == length
+
+
+@pytest.mark.parametrize(
+    ("stored", "has_bfloat16", "computed"),
+    [
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float32"),
+        ("float16", True, "float32"),
+        ("float32", True, "float32"),
+    ],
+)
+def test_a_cpu_never_computes_coarser_than_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, has_bfloat16: bool, computed: str
+) -> None:
+    monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: has_bfloat16)
+    assert resolved(tmp_path, {"torch_dtype": stored}).worker.dtype == computed
+    assert resolved(tmp_path, {"dtype": stored}).worker.dtype == computed
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu_build", "device", "dtype"), [(True, False, "cuda", "bfloat16"), (True, True, "cpu", "float32")]
+)
+def test_a_gpu_is_used_when_torch_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, cpu_build: bool, device: str, dtype: str
+) -> None:
+    monkeypatch.setattr(machine, "has_nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(machine, "torch_is_cpu_build", lambda: cpu_build)
+    worker = resolved(tmp_path, {"dtype": "float32"}, device="auto").worker
+    assert (worker.device, worker.dtype) == (device, dtype)
+
+
+def test_a_step_must_hold_a_token_for_each_sequence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_num_batched_tokens: 8"):
+        resolved(tmp_path, max_num_batched_tokens=8, max_num_seqs=16)
+
+
+@pytest.mark.parametrize("described", [{"vocab_size": None}, {"max_position_embeddings": "many"}, {"vocab_size": -1}])
+def test_a_hostile_description_is_refused(tmp_path: Path, described: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=next(iter(described))):
+        resolved(tmp_path, described)
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    config = resolved(tmp_path, runtime_dir=str(tmp_path), api_key=["secret"])
+    path = configuration.write(config)
+    assert configuration.read(path) == config
+    assert Path(path).stat().st_mode & 0o777 == 0o600
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
+    """Options that `cableway serve` would have run with."""
+    calls: list[Options] = []
+    monkeypatch.setattr("cableway.ipc.server.serve", lambda options, show: calls.append(options) or 0)
+    return calls
+
+
+def test_flags_win_over_the_file(tmp_path: Path, served: list[Options]) -> None:
+    (tmp_path / "c.toml").write_text('port = 1\nmax-num-seqs = 3\nprefix_cache = true\nmodel = "m"\n')
+    flags = ["--port", "2", "--no-prefix-cache", "--api-key", "a", "--api-key", "b", "--drain-timeout-s", "1.5"]
+    outcome = CliRunner().invoke(cli.commands, ["serve", "--config", str(tmp_path / "c.toml"), *flags])
+    assert outcome.exit_code == 0, outcome.output
+    given = Options(model="m", port=2, max_num_seqs=3, prefix_cache=False, api_key=["a", "b"], drain_timeout_s=1.5)
+    assert served == [given]
+
+
+def test_every_option_has_its_flag() -> None:
+    text = CliRunner().invoke(cli.commands, ["serve", "--help"], terminal_width=200).output
+    for name in Options.__struct_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "complaint"),
+    [
+        (["--port", "x"], 2, "Error: Invalid value for '--port': 'x' is not a valid integer."),
+        (["--port", "70000"], 2, "cableway: port: expected int <= 65535"),
+        (["--config", "/no/such.toml"], 2, "cableway: /no/such.toml: No such file or directory"),
+        (["/no/such/model"], 3, "cableway: /no/such/model: no such file or folder"),
+        (["--chat-template", "/no/such.jinja"], 2, "cableway: chat_template: no file /no/such.jinja"),
+    ],
+)
+def test_a_user_error_is_one_line_and_an_exit_code(
+    arguments: list[str],
+    exit_code: int,
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cableway", "serve", "--port", "0", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == exit_code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1].startswith(complaint)
+    assert "Traceback" not in captured.err
+
+
+def test_version() -> None:
+    assert cableway.__version__ in CliRunner().invoke(cli.commands, ["--version"]).output
