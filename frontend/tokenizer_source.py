@@ -23,8 +23,26 @@ def read(files: ModelFiles) -> TokenizerSource:
     """Read or rebuild the tokenizer; ModelError when it is missing, broken or of a kind that is not supported."""
     if files.kind == "gguf":
         metadata = read_header(files.path).metadata
-        return TokenizerSource(gguf_tokenizer.build(files.path, metadata), gguf_tokenizer.special_tokens(metadata))
+        return TokenizerSource(gguf_tokenizer.build(files.path, metadata), gguf_special_tokens(metadata))
     return _from_folder(Path(files.path))
+
+
+def gguf_special_tokens(metadata: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by name, such as {"bos_token": "<s>"}; empty for a file without a vocabulary."""
+    return gguf_tokenizer.special_tokens(metadata) if "tokenizer.ggml.tokens" in metadata else {}
+
+
+def folder_special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The same, from tokenizer_config.json; older files write tokens as objects."""
+    found = {name: settings.get(name) for name in SPECIAL_NAMES}
+    contents = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: content for name, content in contents.items() if isinstance(content, str)}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, or nothing where there is none."""
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _from_folder(folder: Path) -> TokenizerSource:
@@ -37,19 +55,11 @@ def _from_folder(folder: Path) -> TokenizerSource:
         raise ModelError(f"{path}: not a usable tokenizer: {error}") from None
     library.no_truncation()
     library.no_padding()
-    settings_path = folder / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.exists() else {}
-    special_tokens = _special_tokens(settings)
+    settings = read_settings(folder)
+    special_tokens = folder_special_tokens(settings)
     _add_declared_tokens(library, settings, special_tokens)
     _set_declared_ends(library, settings, special_tokens)
     return TokenizerSource(library, special_tokens)
-
-
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """Special tokens by name; older files write them as objects."""
-    found = {name: settings.get(name) for name in SPECIAL_NAMES}
-    contents = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
-    return {name: content for name, content in contents.items() if isinstance(content, str)}
 
 
 def _add_declared_tokens(library: tokenizers.Tokenizer, settings: dict[str, Any], special: dict[str, str]) -> None:
