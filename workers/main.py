@@ -1,0 +1,139 @@
+"""The worker process: loads the model once, then does what the core's plans say, in order.
+
+When the core dies the worker keeps its weights and waits; a Welcome with another epoch means that nothing of the former
+life counts any more. Broken model files end the process with one clear line; any other error ends it loudly.
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from cableway.ipc import log, messages
+from cableway.ipc.config import Config, WorkerConfig, workers_address
+from cableway.ipc.endpoint import Endpoint, PeerDown, PeerUp, Undecodable, identity
+from cableway.ipc.messages import Hello, Ping, Ready, Refused, Shutdown, StateGroup, StepPlan, Welcome
+from cableway.ipc.modelfiles import ModelError
+from cableway.ipc.supervise import Lifeline, child_arguments
+
+REFUSED_EXIT_CODE = 4
+
+
+class Worker:
+    """Speaks with the core for one `Runner`.
+
+    Args:
+        config: this worker's slice.
+        rank: which worker of its engine this is.
+        runner: a `runner.Runner`.
+        load_s: how long the runner took to make.
+    """
+
+    def __init__(self, config: WorkerConfig, rank: int, runner: Any, load_s: float, lifeline: Lifeline, logger: Any):
+        self._config = config
+        self._rank = rank
+        self._runner = runner
+        self._lifeline = lifeline
+        self._log = logger
+        self._load_s = load_s
+        self._epoch: int | None = None
+        self._exit_code: int | None = None
+        self._stop_at_s: float | None = None
+        self._wake_up, self._wake = os.pipe()
+        self._endpoint = Endpoint(
+            workers_address(config.runtime_dir, config.engine),
+            messages.ToWorker,
+            own_identity=identity("worker", rank),
+        )
+        lifeline.on_drain(self._drain)
+
+    def run(self) -> int:
+        """Serve until told to stop; the exit code."""
+        poller = zmq.Poller()
+        for source in (*self._endpoint.sockets, self._wake_up):
+            poller.register(source, zmq.POLLIN)
+        while self._exit_code is None:
+            self._lifeline.idle()
+            woken = poller.poll(self._patience_ms())
+            self._lifeline.beat()
+            if self._stop_at_s is not None and (self._epoch is None or time.monotonic() >= self._stop_at_s):
+                return 0
+            if any(source == self._wake_up for source, _ in woken):
+                os.read(self._wake_up, 1)
+            for arrival in self._endpoint.receive():
+                self._handle(arrival.message)
+        return self._exit_code
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case StepPlan():
+                if message.epoch == self._epoch:
+                    self._endpoint.send(self._runner.step(message))
+                    self._lifeline.beat()
+            case PeerUp():
+                version, config = messages.PROTOCOL_VERSION, self._config
+                self._endpoint.send(Hello(version, "worker", self._rank, os.getpid(), config.engine))
+            case Welcome(_, epoch):
+                self._welcome(epoch)
+            case PeerDown():
+                self._log.warning("core_lost", epoch=self._epoch)
+                self._epoch = None
+            case Refused(reason):
+                self._log.error("refused_by_core", reason=reason)
+                self._exit_code = REFUSED_EXIT_CODE
+            case Undecodable(reason):
+                self._log.error("undecodable_message", reason=reason)
+                self._exit_code = REFUSED_EXIT_CODE
+            case Shutdown():
+                self._exit_code = 0
+            case Ping():
+                pass
+
+    def _welcome(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._runner.forget()
+        runner, config = self._runner, self._config
+        groups = [StateGroup(spec.kind, spec.num_layers, spec.window) for spec in runner.state_groups]
+        self._endpoint.send(
+            Ready(self._rank, runner.num_blocks, config.block_size, groups, config.max_num_seqs, self._load_s)
+        )
+        self._log.info("core_joined", epoch=epoch)
+
+    def _drain(self, deadline_s: float) -> None:
+        """From the lifeline's thread. The core drains too, and needs its workers until it says Shutdown or is gone."""
+        self._stop_at_s = time.monotonic() + deadline_s
+        os.write(self._wake, b"d")
+
+    def _patience_ms(self) -> int | None:
+        return None if self._stop_at_s is None else max(0, math.ceil((self._stop_at_s - time.monotonic()) * 1000))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one worker; returns the exit code."""
+    arguments = child_arguments(argv)
+    lifeline = Lifeline(arguments.lifeline_fd)
+    config = msgspec.json.decode(Path(arguments.config_path).read_bytes(), type=Config).worker
+    logger = log.setup("worker", arguments.rank, level=config.log.level, as_json=config.log.as_json)
+    began_s = time.monotonic()
+    from cableway.workers.runner import build  # torch takes a second to import: the lifeline beats meanwhile
+
+    try:
+        runner = build(config)
+    except ModelError as error:
+        lifeline.give_up(str(error))
+    load_s = time.monotonic() - began_s
+    payload = {"num_blocks": runner.num_blocks, "load_s": load_s}
+    logger.info("worker_ready", **payload)
+    worker = Worker(config, arguments.rank, runner, load_s, lifeline, logger)
+    lifeline.ready(payload)
+    return worker.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""The KV cache: how many blocks there are, and the tensors that hold them.
+
+Block ids are unique over all state groups, so groups share memory: the i-th layer of one group lies in the same tensor
+as the i-th layer of another whose blocks have the same shape, and a block belongs to whichever group was given its id.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cableway.ipc.config import WorkerConfig
+from cableway.ipc.modelfiles import ModelError
+from cableway.kernels.block_copy import block_copy
+from cableway.kernels.kv_write import kv_cache_shape
+from cableway.workers import host
+from cableway.workers.batch import StateSpec
+
+_CPU_BYTES = 1 << 30
+"""Enough by default on a CPU, unless one sequence needs more."""
+_CPU_AVAILABLE_FRAC = 0.5
+_CUDA_FREE_FRAC = 0.9
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """`layers[i]` is what layer i reads and writes; `tensors` are the distinct ones among them."""
+
+    layers: list[Tensor]
+    tensors: list[Tensor]
+    num_blocks: int
+
+    def copy_blocks(self, pairs: Tensor) -> None:
+        """Copy block pairs[i, 0] over block pairs[i, 1] in every layer; pairs [n, 2] i64."""
+        for tensor in self.tensors:
+            block_copy(tensor, pairs)
+
+
+def allocate(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """Make the cache. Zeroed memory: a CPU takes pages only as they are written.
+
+    Raises:
+        ModelError: not even one sequence of `max_model_len` tokens fits.
+    """
+    places = _places(groups, config.block_size)
+    elements_per_block = sum(torch.Size(shape).numel() for shape, _ in dict.fromkeys(places.values()))
+    num_blocks = num_blocks_for(config, len(groups), elements_per_block * dtype.itemsize, device)
+    tensors = {
+        place: torch.zeros(2, num_blocks, *place[0][2:], dtype=dtype, device=device)
+        for place in dict.fromkeys(places.values())
+    }
+    layers = [tensors[places[layer]] for layer in sorted(places)]
+    return KVCache(layers, list(tensors.values()), num_blocks)
+
+
+def num_blocks_for(config: WorkerConfig, num_groups: int, block_bytes: int, device: torch.device) -> int:
+    """How many blocks of `block_bytes` to take: as configured, or as the free memory allows.
+
+    Raises:
+        ModelError: not even one sequence of `max_model_len` tokens fits.
+    """
+    sequence_blocks = -(-config.max_model_len // config.block_size) * num_groups
+    if config.num_kv_blocks:
+        num_blocks = config.num_kv_blocks
+    elif config.kv_cache_memory_bytes:
+        num_blocks = config.kv_cache_memory_bytes // block_bytes
+    elif device.type == "cpu":
+        most = int(host.available_memory_bytes() * _CPU_AVAILABLE_FRAC) // block_bytes
+        wanted = max(sequence_blocks, _CPU_BYTES // block_bytes)
+        num_blocks = min(config.max_num_seqs * sequence_blocks, wanted, most)
+    else:
+        num_blocks = int(torch.cuda.mem_get_info(device)[0] * _CUDA_FREE_FRAC) // block_bytes
+    if num_blocks < sequence_blocks:
+        raise ModelError(
+            f"the KV cache has room for {num_blocks * config.block_size // num_groups} tokens, but max_model_len is "
+            f"{config.max_model_len}: lower it, or give kv_cache_memory_bytes {sequence_blocks * block_bytes}"
+        )
+    return num_blocks
+
+
+def _places(groups: Sequence[StateSpec], block_size: int) -> dict[int, tuple[tuple[int, ...], int]]:
+    """layer -> (shape of one block's memory, which of the tensors of that shape)."""
+    return {
+        layer: (kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim), index)
+        for group in groups
+        for index, layer in enumerate(group.layers)
+    }

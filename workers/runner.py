@@ -1,0 +1,132 @@
+"""One worker's model, memory and rows: carries out the core's plans, one after another. The same on every device."""
+
+import time
+
+import numpy as np
+import torch
+
+from cableway.ipc import modelfiles
+from cableway.ipc.config import WorkerConfig
+from cableway.ipc.messages import Failed, Logprobs, StepPlan, StepResult
+from cableway.workers import host, memory, weights
+from cableway.workers.batch import Decoder, StateSpec
+from cableway.workers.logprobs import PromptLogprobs
+from cableway.workers.rows import Chunks, Rows, unpack, upload
+from cableway.workers.sampler import Drawn, Sampler
+
+_BROKEN_LOGITS = "the model's logits for this request are not finite"
+
+
+def build(config: WorkerConfig) -> "Runner":
+    """Load the model and take the memory; ModelError when the model's files, or the memory, will not do."""
+    torch.set_num_threads(config.num_threads or host.num_physical_cores())
+    files = modelfiles.locate(config.model, config.load_format)
+    decoder = weights.load(
+        files,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        max_model_len=config.max_model_len,
+        invariant=config.batch_invariant,
+        load_format=config.load_format,
+        seed=config.seed,
+    )
+    return Runner(decoder, config)
+
+
+class Runner:
+    """Runs `decoder` for up to `max_num_seqs` requests, each in the row that the core gave it."""
+
+    @torch.inference_mode()
+    def __init__(self, decoder: Decoder, config: WorkerConfig) -> None:
+        device = torch.device(config.device)
+        self.state_groups: list[StateSpec] = decoder.state_groups()
+        self._decoder = decoder
+        self._device = device
+        self._invariant = config.batch_invariant
+        self._cache = memory.allocate(self.state_groups, config, getattr(torch, config.dtype), device)
+        self._rows = Rows(config.max_num_seqs, config.max_model_len, config.block_size, len(self.state_groups), device)
+        self._sampler = Sampler(config.max_num_seqs, decoder.vocab_size, device)
+        self._prompt_logprobs = PromptLogprobs(decoder.vocab_size)
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks the core may hand out."""
+        return self._cache.num_blocks
+
+    def forget(self) -> None:
+        """Empty all rows, for a core that knows nothing of them. Weights and memory stay."""
+        for row in range(len(self._rows.num_tokens)):
+            self._leave(row)
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan.
+
+        Raises:
+            ValueError: the plan contradicts what the rows hold: the core and this worker no longer agree.
+        """
+        began_ns = time.perf_counter_ns()
+        self._change_rows(plan)
+        token_ids = b""
+        logprobs: list[Logprobs] = []
+        failed: list[Failed] = []
+        if plan.rows:
+            chunks = self._rows.chunk(plan)
+            drawing = np.flatnonzero(chunks.samples)
+            drawn, logprobs = self._run(chunks, drawing)
+            if drawn is not None:
+                drawn_ids = drawn.token_ids.cpu().numpy()
+                token_ids = drawn_ids.tobytes()
+                logprobs += self._logprobs_of(drawn, chunks, drawing)
+                broken = chunks.rows[drawing[drawn_ids < 0]]
+                failed = [Failed(row, 500, "broken_logits", _BROKEN_LOGITS) for row in broken.tolist()]
+        elapsed_us = (time.perf_counter_ns() - began_ns) // 1000
+        return StepResult(plan.epoch, plan.step, token_ids, elapsed_us, logprobs, failed)
+
+    def _change_rows(self, plan: StepPlan) -> None:
+        """What happens to rows and blocks before the forward pass."""
+        for row in unpack(plan.freed).tolist():
+            self._leave(row)
+        for new in plan.new:
+            self._rows.enter(new)
+            self._sampler.enter(new)
+            self._prompt_logprobs.enter(new)
+        if plan.copies:
+            pairs = unpack(plan.copies).reshape(-1, 2).astype(np.int64)
+            self._cache.copy_blocks(upload(pairs, self._device))
+        self._rows.append_blocks(plan)
+
+    def _leave(self, row: int) -> None:
+        self._rows.leave(row)
+        self._sampler.leave(row)
+        self._prompt_logprobs.leave(row)
+
+    def _run(self, chunks: Chunks, drawing: np.ndarray) -> tuple[Drawn | None, list[Logprobs]]:
+        """Forward pass and draws: what rows `chunks.rows[drawing]` drew, and log-probabilities of prompts."""
+        rows, decoder = self._rows, self._decoder
+        stretches = self._prompt_logprobs.stretches(chunks, rows)
+        last_tokens = chunks.query_start[1:][drawing] - 1
+        logits_at = np.concatenate((last_tokens, *(stretch.tokens for stretch in stretches)))
+        batch = rows.gather(chunks, logits_at, invariant=self._invariant)
+        hidden = decoder.forward(batch, self._cache.layers)
+        judged = self._prompt_logprobs.judge(stretches, hidden, rows, decoder.logits)
+        if not len(drawing):
+            return None, judged
+        logits = decoder.logits(hidden.index_select(0, batch.logits_at[: len(drawing)]))
+        drawing_rows, positions = chunks.rows[drawing], chunks.ends[drawing]
+        num_drawn = positions - rows.num_prompt_tokens[drawing_rows]
+        drawn = self._sampler.draw(logits, drawing_rows, positions, num_drawn)
+        rows.write(drawing_rows, positions, drawn.token_ids)
+        return drawn, judged
+
+    def _logprobs_of(self, drawn: Drawn, chunks: Chunks, drawing: np.ndarray) -> list[Logprobs]:
+        """Log-probabilities of drawn tokens, each as wide as its request asked for."""
+        if drawn.logprobs is None:
+            return []
+        found = drawn.logprobs.to_host()
+        where = drawing[drawn.logprob_rows]
+        rows_and_positions = zip(chunks.rows[where].tolist(), chunks.ends[where].tolist(), strict=True)
+        return [
+            found.narrowed(index, self._sampler.num_logprobs(row)).message(row, position)
+            for index, (row, position) in enumerate(rows_and_positions)
+        ]
