@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ MAX_SOCKET_PATH_BYTES = 107
 _LONGEST_SOCKET_NAME = "engine-00.frontends.sock"
 SUPERVISOR_SOCKET = "supervisor.sock"
 CONFIG = "config.json"
+METRICS = "metrics"
+"""Folder in which the frontends add up their counters."""
 _LOCK = "lock"
 _MAX_NAME_LEN = 30
 
@@ -141,6 +144,7 @@ def clean(folder: Path) -> None:
 
 def _remove_ours(folder: Path) -> None:
     """A user may have named a folder that holds other things: only what we make is touched."""
+    shutil.rmtree(folder / METRICS, ignore_errors=True)
     for path in folder.iterdir():
         if path.is_socket() or path.name == CONFIG or (path.suffix == ".lock" and path.stat().st_size == 0):
             path.unlink(missing_ok=True)

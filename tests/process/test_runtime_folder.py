@@ -76,6 +76,7 @@ def test_what_a_dead_server_left_is_cleaned_and_nothing_else(base: Path) -> None
         Lock(path).release()
         with closing(socket.socket(socket.AF_UNIX)) as left:
             left.bind(str(path / "engine-0.workers.sock"))
+        (path / runtime.METRICS).mkdir()
     (folder / "notes.txt").write_text("the user's own")
     held = Lock(live)
     lock = Lock(folder)
