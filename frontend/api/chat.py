@@ -16,7 +16,7 @@ from cableway.frontend.api.generation import (
     prompt_logprobs_json,
     stream,
 )
-from cableway.frontend.api.messages import ChatFields, Messages, chat_prompt
+from cableway.frontend.api.messages import Messages, chat_prompt
 from cableway.frontend.api.sampling import (
     check_logprobs,
     common_checks,
@@ -35,7 +35,7 @@ from cableway.frontend.text import Delta, TokenLogprob
 routes = web.RouteTableDef()
 
 
-class ChatRequest(ChatFields, SamplingFields, kw_only=True):
+class ChatRequest(SamplingFields, kw_only=True):
     messages: Messages
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0)] | None = None

@@ -45,7 +45,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0)] | None = None
-    add_special_tokens: bool | None = None
     best_of: Annotated[int, Meta(ge=0, le=20)] | None = None
 
     # Known to OpenAI's or vLLM's clients and not served yet.

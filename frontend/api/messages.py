@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from cableway.frontend.api.schema import PromptFields
 from cableway.frontend.errors import RequestError
 from cableway.frontend.served import ServedModel
 
 ROLES = ("system", "developer", "user", "assistant")
 MAX_MESSAGES = 4096
 
-_RESERVED_VARIABLES = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "self"})
+_RESERVED_VARIABLES = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
 _THREAD_CHARS = 20_000
 """Texts longer than this are tokenized in a thread; shorter ones take less than the loop may be held up."""
 
@@ -34,18 +35,8 @@ class ChatMessage(msgspec.Struct):
 Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class ChatFields(msgspec.Struct, kw_only=True):
-    """Fields that say how messages become a prompt; null means the same as absent."""
-
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None
-    chat_template: Any = None  # not taken from a client: a template is a program
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
 async def chat_prompt(
-    messages: list[ChatMessage], fields: ChatFields, model: ServedModel, variables: dict[str, Any] | None = None
+    messages: list[ChatMessage], fields: PromptFields, model: ServedModel, variables: dict[str, Any] | None = None
 ) -> list[int]:
     """Render and tokenize a chat; RequestError 400 when the messages or the template do not allow it."""
     _check(fields)
@@ -76,7 +67,7 @@ async def in_thread_if_long(num_chars: int, make: Callable[[], list[int]]) -> li
     return make() if num_chars <= _THREAD_CHARS else await asyncio.to_thread(make)
 
 
-def _check(fields: ChatFields) -> None:
+def _check(fields: PromptFields) -> None:
     if fields.chat_template is not None:
         raise RequestError(
             400, "`chat_template` is not taken from clients.", param="chat_template", code="unsupported_parameter"

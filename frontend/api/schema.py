@@ -28,7 +28,17 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True):
+class PromptFields(msgspec.Struct, kw_only=True):
+    """How a text or messages become token ids; a text has no use for those that speak of templates."""
+
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: Any = None  # not taken from clients: a template is a program
+
+
+class SamplingFields(PromptFields, kw_only=True):
     """Fields that /v1/chat/completions and /v1/completions have in common; null means the same as absent."""
 
     model: str

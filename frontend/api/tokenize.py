@@ -7,9 +7,9 @@ from aiohttp import web
 from msgspec import Meta
 
 from cableway.frontend.api.generation import find_model, json_response
-from cableway.frontend.api.messages import ChatFields, Messages, chat_prompt, text_prompt
+from cableway.frontend.api.messages import Messages, chat_prompt, text_prompt
 from cableway.frontend.api.sampling import check_tokens
-from cableway.frontend.api.schema import read_json
+from cableway.frontend.api.schema import PromptFields, read_json
 from cableway.frontend.errors import RequestError
 from cableway.frontend.keys import MODELS
 from cableway.frontend.served import ServedModel
@@ -19,7 +19,7 @@ routes = web.RouteTableDef()
 MAX_TOKENS = 1 << 20
 
 
-class TokenizeRequest(ChatFields, kw_only=True):
+class TokenizeRequest(PromptFields, kw_only=True):
     """A text as `prompt`, or a chat as `messages`."""
 
     model: str | None = None
