@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -85,12 +85,14 @@ def wait_for(found: Callable[[], T | None], timeout_s: float, complaint: Callabl
 
 
 @contextmanager
-def start(*arguments: str) -> Iterator[Server]:
+def start(*arguments: str, program: Sequence[str] = COMMAND, cwd: Path | None = None) -> Iterator[Server]:
     """Run `cableway serve` with these arguments, ready or not; killed at the end if it still runs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
-            process = subprocess.Popen([*COMMAND, *arguments], stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                [*program, *arguments], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd
+            )
         try:
             yield Server(process, folder)
         finally:
@@ -99,9 +101,11 @@ def start(*arguments: str) -> Iterator[Server]:
 
 
 @contextmanager
-def serve(*flags: str, model: str = "smollm2-135m") -> Iterator[Server]:
+def serve(
+    *flags: str, model: str = "smollm2-135m", program: Sequence[str] = COMMAND, cwd: Path | None = None
+) -> Iterator[Server]:
     """A server that is ready, on a free port of 127.0.0.1; it must also end as it should."""
-    with start(model, "--port", "0", *flags) as server:
+    with start(model, "--port", "0", *flags, program=program, cwd=cwd) as server:
         server.wait_ready()
         yield server
         if server.process.poll() is None:
