@@ -259,14 +259,16 @@ class Scheduler:
         kv.adopt(request, match)
         request.move(State.RUNNING)
         request.row = self._free_rows.pop()
-        if not match.is_fork:
+        if match.leader is None:
             self.num_prefix_queries += len(request.tokens)
             self.num_prefix_hits += match.num_tokens
             if request.family:
                 request.family.leader = request
         if request.queue_s < 0:
             request.queue_s = now_s - request.arrived_s
-            request.num_cached = min(match.num_tokens, request.num_prompt)
+            # What a fork shares was just computed, but for what its leader had found in the cache.
+            num_found = match.leader.num_cached if match.leader else match.num_tokens
+            request.num_cached = min(num_found, request.num_prompt)
         bisect.insort(self.running, request, key=lambda other: other.order)
         step.new.append(new_row(request))
         count = min(request.num_left, step.budget)

@@ -18,7 +18,7 @@ class Match(NamedTuple):
 
     num_tokens: int
     tables: list[list[int]]
-    is_fork: bool = False
+    leader: Request | None = None  # whose blocks they are, when they were not found in the cache
 
 
 class KVManager:
@@ -96,7 +96,7 @@ class KVManager:
             for group, windowed in zip(self.groups, leader.num_windowed, strict=True)
         ):
             return None
-        return self._match(num_tokens, leader.tables)._replace(is_fork=True)
+        return self._match(num_tokens, leader.tables)._replace(leader=leader)
 
     def num_new_blocks(self, match: Match, num_tokens: int) -> int:
         """Available blocks that a sequence of `num_tokens` takes when it begins with `match`."""

@@ -3,6 +3,8 @@
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from fake_worker import EOS, FakeWorker, undisturbed
+
 from cableway.enginecore.kv.groups import group_of
 from cableway.enginecore.kv.manager import HOLE
 from cableway.enginecore.limits import Limits
@@ -20,7 +22,6 @@ from cableway.ipc.messages import (
     ints,
     unpack_ints,
 )
-from fake_worker import EOS, FakeWorker, undisturbed
 
 FRONTEND = b"frontend.0"
 PAGED = StateGroup("paged", 1)
