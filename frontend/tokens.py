@@ -75,9 +75,12 @@ class Tokenizer:
         piece = self._pieces[False][token_id]
         return piece if isinstance(piece, str) else piece.decode(errors="replace")
 
-    def token_name(self, token_id: int) -> str:
-        """The token as the vocabulary stores it, such as `Ġthe`; "" for an unknown id."""
-        return self._library.id_to_token(token_id) or ""
+    def token_name(self, token_id: int) -> str | None:
+        """The token as the vocabulary stores it, such as `Ġthe`; None for an unknown id."""
+        if not 0 <= token_id < 1 << 31:
+            return None
+        name: str | None = self._library.id_to_token(token_id)
+        return name
 
     def pieces(self, skip_special_tokens: bool) -> "_Pieces":
         """Every token's text, or its bytes where these are no whole characters."""
@@ -85,10 +88,8 @@ class Tokenizer:
 
     def spell(self, token_id: int) -> bytes | None:
         """Work out one token's bytes; None for an unknown id."""
-        if not 0 <= token_id < 1 << 31:
-            return None
-        token = self._library.id_to_token(token_id)
-        return None if token is None else self._spell(token)
+        name = self.token_name(token_id)
+        return None if name is None else self._spell(name)
 
 
 class _Pieces(dict[int, str | bytes]):
