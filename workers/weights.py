@@ -1,12 +1,13 @@
 """Load a model: checkpoint tensors -> name map -> each rank's share -> format -> slot. Strict, and slot by slot.
 
 Names and shapes are settled before a weight is read: every tensor of the checkpoint fills a slot or is known not to be
-needed, and every slot is filled. Then slots are loaded one after another from mapped files, so that memory holds the
-model and one slot's worth of work.
+needed, and every slot is filled. Then slots are loaded from mapped files, a few at a time, so that memory holds the
+model and a few slots' worth of work.
 """
 
 import itertools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -59,11 +60,30 @@ def load(
         if files.kind not in architecture.names:
             raise ModelError(f"{files.path}: {architecture.name} is not known in {files.kind} files")
         filling = _match(slots, decoder.tied, open_files(files), architecture.names[files.kind], files.path)
+    _load_slots(slots, filling, place)
     with torch.inference_mode():
-        for path, slot in slots.items():
-            slot.load(filling[path], place)
         decoder.prepare(place)
     return decoder
+
+
+def _load_slots(slots: Mapping[str, Slot], filling: Filling, place: Place) -> None:
+    """Load slots side by side: the work on one is many small steps, which gain nothing from torch's own threads."""
+
+    def load_one(path: str) -> None:
+        with torch.inference_mode():
+            slots[path].load(filling[path], place)
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            try:
+                for loaded in [pool.submit(load_one, path) for path in slots]:
+                    loaded.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _match(

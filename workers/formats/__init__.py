@@ -21,6 +21,5 @@ def choose(encodings: Sequence[Encoding], num_out: int, num_in: int, place: Plac
         return Dense(place)
     if Int4.fits(encodings, num_out, num_in, place):
         return Int4(place)
-    if place.invariant:
-        return Tiled(place)
-    return Packed(place) if Packed.fits(place) else Dense(place)
+    form = Packed(place) if Packed.fits(place) else Dense(place)
+    return Tiled(form) if place.invariant else form

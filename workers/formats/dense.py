@@ -9,34 +9,21 @@ from torch import Tensor
 from cableway.workers.formats.base import Place
 from cableway.workers.formats.stored import Piece
 
-_TILE_ROWS = 16
+_TILE_ROWS = 8
 
 
 class Dense:
     """Row-major, multiplied by torch."""
 
     def __init__(self, place: Place):
-        self.place = place
+        self._place = place
 
     def finish(self, pieces: Sequence[Piece]) -> Tensor:
-        weight = torch.cat([piece.decode(self.place.dtype) for piece in pieces])
-        return weight.to(self.place.device)
+        decoded = [piece.decode(self._place.dtype) for piece in pieces]
+        return (torch.cat(decoded) if len(decoded) > 1 else decoded[0].clone()).to(self._place.device)
 
     def apply(self, x: Tensor, params: Tensor) -> Tensor:
         return F.linear(x, params)
-
-
-class Tiled(Dense):
-    """On a CPU, a row's sums in the same order whatever rows are beside it: each product takes exactly 16 rows.
-
-    A BLAS picks its kernel, and with it the order of its sums, by the number of rows.
-    """
-
-    def apply(self, x: Tensor, params: Tensor) -> Tensor:
-        num_rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -num_rows % _TILE_ROWS))
-        tiles = [F.linear(tile, params) for tile in padded.split(_TILE_ROWS)]
-        return torch.cat(tiles)[:num_rows] if len(tiles) > 1 else tiles[0][:num_rows]
 
 
 class Packed(Dense):
@@ -54,3 +41,22 @@ class Packed(Dense):
 
     def apply(self, x: Tensor, params: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, params, None, "none", [], "")
+
+
+class Tiled:
+    """On a CPU, the sums of a row in one order whatever rows are beside it: each product takes exactly 8 rows.
+
+    A matrix library picks its kernel, and with it the order of its sums, by the number of rows.
+    PERF: SmolLM2-135M in bfloat16, over untiled: 1 row + 20 %, 256 rows + 35 %; with tiles of 16 rows + 65 % and + 15 %.
+    """
+
+    def __init__(self, form: Dense):
+        self._form = form
+        self.finish = form.finish
+
+    def apply(self, x: Tensor, params: Tensor) -> Tensor:
+        num_rows = x.shape[0]
+        if num_rows % _TILE_ROWS:
+            x = F.pad(x, (0, 0, 0, -num_rows % _TILE_ROWS))
+        tiles = [self._form.apply(tile, params) for tile in x.split(_TILE_ROWS)]
+        return (torch.cat(tiles) if len(tiles) > 1 else tiles[0])[:num_rows]

@@ -18,11 +18,11 @@ GROUP_LEN = 32
 
 
 class GroupInts(NamedTuple):
-    """A matrix as the sum of planes of 4-bit integers: sum over planes of `(codes - 8) * scale + zero`, exactly."""
+    """A matrix of 4-bit integers: `(codes - 8) * scale + zero`, exactly."""
 
-    codes: Tensor  # [planes, out, in] u8, 0 … 15
-    scale: Tensor  # [planes, out, in / GROUP_LEN] f32
-    zero: Tensor  # [planes, out, in / GROUP_LEN] f32
+    codes: Tensor  # [out, in] u8, 0 … 15
+    scale: Tensor  # [out, in / GROUP_LEN] f32
+    zero: Tensor  # [out, in / GROUP_LEN] f32
 
 
 class Encoding(Protocol):
@@ -30,13 +30,13 @@ class Encoding(Protocol):
 
     name: str
     block_len: int
-    num_planes: int  # of its GroupInts; 0 = it has no such form
+    is_group_ints: bool
 
     def decode(self, encoded: Tensor) -> Tensor:
         """The numbers themselves, in a floating dtype that holds them exactly."""
 
     def group_ints(self, encoded: Tensor) -> GroupInts:
-        """The same numbers as integers and scales; only where `num_planes` > 0."""
+        """The same numbers as integers and scales; only where `is_group_ints`."""
 
 
 class Plain:
@@ -44,7 +44,7 @@ class Plain:
 
     name = "plain"
     block_len = 1
-    num_planes = 0
+    is_group_ints = False
 
     def decode(self, encoded: Tensor) -> Tensor:
         return encoded
