@@ -13,6 +13,7 @@ from cableway.ipc.gguf import ModelError, read_header
 from cableway.ipc.modelfiles import ModelFiles, read_json
 
 _DEFAULT, _TOOLS = "default", "tool_use"
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _MAX_TEMPLATE_CHARS = 1 << 20
 _MAX_MESSAGE_CHARS = 2000  # of an error, to a client
 
@@ -75,8 +76,7 @@ class ChatTemplate:
                 400, "This model has no chat template: the server can be given one with --chat-template.",
                 code="no_chat_template",
             )  # fmt: skip
-        # Templates ask whether a key is there; clients send null for what is not.
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        given = [_as_templates_expect(message) for message in messages]
         continued = _mark_continuation(given) if continue_final_message else None
         variables = self._special_tokens | variables | {
             "messages": given,
@@ -86,6 +86,16 @@ class ChatTemplate:
         }  # fmt: skip
         text = _render(self._templates[name], variables)
         return text if continued is None else _cut_at_mark(text, continued)
+
+
+def _as_templates_expect(message: dict[str, Any]) -> dict[str, Any]:
+    """Without nulls, since templates ask whether a key is there; and with reasoning under each name it goes by."""
+    message = {key: value for key, value in message.items() if value is not None}
+    for name in _REASONING_NAMES:
+        if name in message:
+            reasoning = message[name]
+            return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
 
 
 def _render(template: Template, variables: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Streams of tokens become the text that the whole sequence is, whatever the cuts, and never half a character."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ kinds = pytest.mark.parametrize("kind", TOKENIZERS)
 
 def feed_in_parts(detokenizer: Detokenizer, ids: list[int], cuts: list[int]) -> list[str]:
     edges = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    return [detokenizer.feed(ids[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+    return [detokenizer.feed(ids[start:end]) for start, end in pairwise(edges)]
 
 
 def token_ids(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:

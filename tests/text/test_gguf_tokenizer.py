@@ -1,6 +1,7 @@
 """Tokenizers rebuilt from GGUF metadata, against transformers' and against the sentencepiece library."""
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def join_by_score(text: str) -> list[int]:
     plain = {p: s for p, s, kind in zip(cases["pieces"], cases["scores"], cases["kinds"], strict=True) if kind == 1}
     symbols = list("▁" + text.replace(" ", "▁")) if text else []
     while True:
-        joined = [(-plain[a + b], i) for i, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False)) if a + b in plain]
+        joined = [(-plain[a + b], i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in plain]
         if not joined:
             break
         _, i = min(joined)

@@ -1,6 +1,7 @@
 """Stop strings: the first to end wins, no part of one is sent, and the cuts of the text make no difference."""
 
 import time
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +28,7 @@ def run(text: str, stops: list[str], cuts: list[int], include_stop: bool = False
     finder = StopStrings(stops, include_stop)
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     sent = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         safe, stop = finder.feed(text[start:end])
         sent.append(safe)
         if stop is not None:
