@@ -51,7 +51,10 @@ def _from_folder(folder: Path) -> TokenizerSource:
         raise ModelError(f"{folder}: no tokenizer.json")
     try:
         library = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+        library.encode("a tokenizer that cannot do this can do nothing", add_special_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and panics where a file contradicts itself
         raise ModelError(f"{path}: not a usable tokenizer: {error}") from None
     library.no_truncation()
     library.no_padding()

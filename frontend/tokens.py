@@ -13,7 +13,7 @@ import tokenizers
 from cableway.frontend import tokenizer_source
 from cableway.frontend.errors import RequestError
 from cableway.frontend.spelling import spelling
-from cableway.ipc.modelfiles import ModelFiles
+from cableway.ipc.modelfiles import ModelError, ModelFiles
 
 _MAX_CHARACTER_BYTES = 4
 
@@ -43,7 +43,10 @@ class Tokenizer:
         declared = files.generation_config.get("eos_token_id")
         named = library.token_to_id(special_tokens.get("eos_token", ""))
         eos_ids = [*(declared if isinstance(declared, list) else [declared]), named]
-        return cls(library, special_tokens, dict.fromkeys(i for i in eos_ids if isinstance(i, int)))
+        try:
+            return cls(library, special_tokens, dict.fromkeys(i for i in eos_ids if isinstance(i, int)))
+        except ModelError as error:
+            raise ModelError(f"{files.path}: {error}") from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Special tokens written out in it are taken as such.
