@@ -62,6 +62,7 @@ class EngineCore:
         self._workers = Workers(settings.num_workers)
         self._workers_epoch = self.epoch
         self._progress_s = clock()  # when the last step finished, or the first one in flight began
+        self._asked_status: list[bytes] = []  # frontends to answer at the end of the turn
         self._drain_until_s: float | None = None
         self._to_frontends = Endpoint(
             config.frontends_address(settings.runtime_dir, settings.engine), ToCore, bind=True
@@ -69,7 +70,7 @@ class EngineCore:
         self._to_workers = Endpoint(
             config.workers_address(settings.runtime_dir, settings.engine), FromWorker, bind=True
         )
-        self._wake_read, self._wake_write = os.pipe()
+        self._wake_read, self._wake_write = os.pipe()  # open to the end of the process: it may be drained twice
         self._poller = zmq.Poller()
         for source in [*self._to_frontends.sockets, *self._to_workers.sockets, self._wake_read]:
             self._poller.register(source, zmq.POLLIN)
@@ -117,6 +118,9 @@ class EngineCore:
     def _send_to_frontends(self) -> None:
         for frontend, message in self._scheduler.take_messages():
             self._to_frontends.send(message, to=frontend)
+        for frontend in self._asked_status:
+            self._to_frontends.send(self._status(), to=frontend)
+        self._asked_status.clear()
 
     def _is_drained(self) -> bool:
         if self._drain_until_s is None or not self._scheduler.refuses_new:
@@ -133,8 +137,6 @@ class EngineCore:
         )  # last words still leave; a stopped reader is not awaited
         self._to_frontends.close()
         self._to_workers.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Frontends
@@ -171,7 +173,7 @@ class EngineCore:
     def _frontend_says(self, peer: bytes, message: Any) -> None:
         match message:
             case Ping():
-                self._to_frontends.send(self._status(), to=peer)
+                self._asked_status.append(peer)
             case Generate():
                 duplicates = self._scheduler.submit(peer, message, self._clock())
                 if duplicates:

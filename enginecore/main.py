@@ -1,21 +1,18 @@
-"""The engine-core process: `python -m cableway.enginecore.main --config RUNTIME_DIR/config.json --rank 0`."""
+"""The engine-core process: `python -m cableway.enginecore.main --config RUNTIME_DIR/config.json`."""
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import msgspec
 import zmq
 
 from cableway.enginecore.loop import EngineCore
-from cableway.ipc import log, supervise
-from cableway.ipc.config import Config
+from cableway.ipc import config, log, supervise
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve until told to drain; a fault of the core's own ends the process with a traceback."""
+    """Serve until told to drain. A fault of the core's own ends the process with a traceback."""
     arguments = supervise.child_arguments(argv)
-    settings = msgspec.json.decode(Path(arguments.config_path).read_bytes(), type=Config).core
+    settings = config.read(arguments.config_path).core
     lifeline = supervise.Lifeline(arguments.lifeline_fd, settings.drain_timeout_s)
     logger = log.setup("enginecore", arguments.rank, level=settings.log.level, as_json=settings.log.as_json)
     core = EngineCore(settings, lifeline, logger)
@@ -23,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     lifeline.on_abort(lambda: core.drain(0.0))
     lifeline.ready({"epoch": core.epoch})
     core.run()
-    zmq.Context.instance().term()  # waits for the last words to leave
+    zmq.Context.instance().term()  # waits, for a moment, until the last words have left
 
 
 if __name__ == "__main__":
