@@ -40,7 +40,7 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
 
 def load(config: FrontendConfig, version: str) -> dict[str, ServedModel]:
     """Everything this frontend serves, by name; ModelError when the model's files are broken."""
-    files = modelfiles.locate(config.model)
+    files = modelfiles.locate(config.model, load_format="dummy")  # weights are the workers' business
     tokenizer = Tokenizer.load(files)
     template = ChatTemplate.load(files, config.chat_template or None)
     own_eos = files.generation_config.get("eos_token_id") or []

@@ -88,7 +88,8 @@ class FakeCore:
         self.tokens_a_step = tokens_a_step
         self.generates: list[Generate] = []
         self.aborted: dict[int, float] = {}
-        self.refuses: Failed | None = None
+        self.refuses: Failed | None = None  # every request, with this
+        self.fails = False  # whatever is under way
         self.is_ready = True
         self.is_silent = False
         self.step_age_s = 0.0
@@ -163,7 +164,12 @@ class FakeCore:
         for stream in self._streams.values():
             by_peer.setdefault(stream.peer, []).append(stream)
         for peer, streams in by_peer.items():
-            endpoint.send(self._tokens(streams), to=peer)
+            if self.fails:
+                for stream in streams:
+                    del self._streams[peer, stream.key]
+                    endpoint.send(Failed(stream.key, 500, "broken", "it broke"), to=peer)
+            else:
+                endpoint.send(self._tokens(streams), to=peer)
 
     def _tokens(self, streams: list[Stream]) -> Tokens:
         keys, first, num, token_ids = [], [], [], []
