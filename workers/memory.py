@@ -6,6 +6,7 @@ as the i-th layer of another whose blocks have the same shape, and a block belon
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from cableway.ipc.config import WorkerConfig
 from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.block_copy import block_copy
 from cableway.kernels.kv_write import kv_cache_shape
-from cableway.workers import host
 from cableway.workers.batch import StateSpec
 
 _CPU_BYTES = 1 << 30
@@ -66,7 +66,7 @@ def num_blocks_for(config: WorkerConfig, num_groups: int, block_bytes: int, devi
     elif config.kv_cache_memory_bytes:
         num_blocks = config.kv_cache_memory_bytes // block_bytes
     elif device.type == "cpu":
-        most = int(host.available_memory_bytes() * _CPU_AVAILABLE_FRAC) // block_bytes
+        most = int(_available_bytes() * _CPU_AVAILABLE_FRAC) // block_bytes
         wanted = max(sequence_blocks, _CPU_BYTES // block_bytes)
         num_blocks = min(config.max_num_seqs * sequence_blocks, wanted, most)
     else:
@@ -86,3 +86,14 @@ def _places(groups: Sequence[StateSpec], block_size: int) -> dict[int, tuple[tup
         for group in groups
         for index, layer in enumerate(group.layers)
     }
+
+
+def _available_bytes() -> int:
+    """Memory that can be taken without swapping: the kernel's estimate, or less where the control group allows less."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        return available
+    return min(available, max(0, limit - used))

@@ -8,7 +8,7 @@ import torch
 from cableway.ipc import modelfiles
 from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Failed, Logprobs, StepPlan, StepResult
-from cableway.workers import host, memory, weights
+from cableway.workers import memory, weights
 from cableway.workers.batch import Decoder, StateSpec
 from cableway.workers.logprobs import PromptLogprobs
 from cableway.workers.rows import Chunks, Rows, unpack, upload
@@ -19,9 +19,14 @@ _BROKEN_LOGITS = "the model's logits for this request are not finite"
 
 def build(config: WorkerConfig) -> "Runner":
     """Load the model and take the memory; ModelError when the model's files, or the memory, will not do."""
-    torch.set_num_threads(config.num_threads or host.num_physical_cores())
+    return Runner(load(config), config)
+
+
+def load(config: WorkerConfig) -> Decoder:
+    """The model a worker is to run; also sets how many threads this process computes with."""
+    torch.set_num_threads(config.num_threads)
     files = modelfiles.locate(config.model, config.load_format)
-    decoder = weights.load(
+    return weights.load(
         files,
         dtype=getattr(torch, config.dtype),
         device=config.device,
@@ -30,7 +35,6 @@ def build(config: WorkerConfig) -> "Runner":
         load_format=config.load_format,
         seed=config.seed,
     )
-    return Runner(decoder, config)
 
 
 class Runner:
