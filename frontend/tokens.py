@@ -60,6 +60,12 @@ class Tokenizer:
             (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:
             raise RequestError(400, "The text is not valid Unicode: it holds unpaired surrogates.") from None
+        except BaseException as error:
+            if (
+                type(error).__name__ != "PanicException"
+            ):  # the library's Rust panicked; its class has no importable name
+                raise
+            raise RequestError(400, "The model's tokenizer cannot take this text.") from None
         ids: list[int] = encoding.ids
         return ids
 
