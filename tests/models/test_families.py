@@ -1,4 +1,4 @@
-"""Every registered family against transformers: same logits, whole or in chunks; and each number of the config counts."""
+"""Every registered family against transformers: same logits, whole or in chunks; each number of a config counts."""
 
 import json
 from pathlib import Path

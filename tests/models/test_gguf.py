@@ -1,0 +1,186 @@
+"""GGUF files: every block type, decoded and multiplied, and whole models against transformers."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from cableway.ipc import modelfiles
+from cableway.workers import formats
+from cableway.workers.formats import gguf as gguf_format
+from cableway.workers.formats.base import Place
+from cableway.workers.formats.stored import GROUP_LEN, Stored
+from cableway.workers.parallel import Span
+from tests.checkpoints import oracle
+from tests.models import gguf_files
+from tests.models.harness import Session, load, logits_of, prompt
+
+QUANTIZED = [Kind[n] for n in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
+PLAIN = [Kind.F32, Kind.F16, Kind.BF16]
+BF16 = Place(torch.bfloat16, torch.device("cpu"), 64)
+
+
+def stored(kind: Kind, num_rows: int = 48, num_columns: int = 512) -> tuple[Stored, np.ndarray]:
+    """A random matrix of `kind`, and its values by the gguf package."""
+    values = np.random.default_rng(0).standard_normal((num_rows, num_columns), dtype=np.float32)
+    encoded = gguf_files.encode(values, kind)
+    raw = encoded.view(np.uint8).reshape(-1)
+    shape = (num_rows, num_columns)
+    encoding = gguf_format.encoding(kind, "x")
+    tensor = Stored("x", shape, encoding, lambda: gguf_format.view(raw, shape, kind))
+    return tensor, gguf.quants.dequantize(encoded, kind)
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *QUANTIZED])
+def test_a_type_is_decoded_exactly(kind: Kind) -> None:
+    tensor, values = stored(kind)
+    piece = tensor.piece(Span(0, 48, 48), Span(0, 512, 512))
+    assert np.array_equal(piece.decode(torch.float32).numpy(), values)
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *QUANTIZED])
+@pytest.mark.parametrize("columns", [(0, 256), (256, 512), (32, 96), (40, 100)])
+def test_a_piece_holds_its_rows_and_columns_and_zeros_after(kind: Kind, columns: tuple[int, int]) -> None:
+    tensor, values = stored(kind)
+    start, stop = columns
+    piece = tensor.piece(Span(16, 40, 32), Span(start, stop, stop - start))
+    got = piece.decode(torch.float32).numpy()
+    assert np.array_equal(got[:24], values[16:40, start:stop])
+    assert got.shape[0] == 32
+    assert not got[24:].any()
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
+def test_integers_and_scales_are_the_values(kind: Kind) -> None:
+    tensor, values = stored(kind)
+    ints = tensor.encoding.group_ints(tensor.read())
+    scale, zero = (part.repeat_interleave(GROUP_LEN, 1).double() for part in ints[1:])
+    got = (ints.codes.double() - 8) * scale + zero
+    assert ints.codes.max() == 15
+    np.testing.assert_allclose(got.numpy(), values, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 33])
+def test_products_in_bfloat16_are_as_good_as_with_rounded_weights(kind: Kind, num_rows: int) -> None:
+    tensor, values = stored(kind)
+    form = formats.choose([tensor.encoding], 48, 512, BF16)
+    params = form.finish([tensor.piece(Span(0, 48, 48), Span(0, 512, 512))])
+    x = torch.randn(num_rows, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = torch.from_numpy(values)
+    exact = x.double() @ weight.double().T
+    rounded = (x.double() @ weight.bfloat16().double().T).bfloat16()
+    assert (form.apply(x, params) - exact).std() <= 1.3 * (rounded - exact).std()
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *QUANTIZED])
+@pytest.mark.parametrize(("family", "architecture"), [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")])
+def test_a_model_of_each_type_gives_the_logits_of_transformers(
+    tmp_path: Path, kind: Kind, family: str, architecture: str
+) -> None:
+    # Types with blocks of 256 want wide matrices.
+    model = oracle(family, hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=2)
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, model, architecture, kind)
+    ids = prompt()
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(load(path), ids), expected, atol=2e-4, rtol=0)
+
+
+def test_tied_embeddings_are_those_of_a_file_without_output(tmp_path: Path) -> None:
+    model = oracle("llama", tie_word_embeddings=True)
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, model, "llama", Kind.Q8_0)
+    ids = prompt()
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(load(path), ids), expected, atol=1e-4, rtol=0)
+
+
+def test_biases_of_q_and_k_are_reordered_like_their_rows(tmp_path: Path) -> None:
+    model = oracle("llama", attention_bias=True)
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, model, "llama", Kind.F32)
+    ids = prompt()
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(load(path), ids), expected, atol=1e-4, rtol=0)
+
+
+def test_rope_divisors_of_the_file_are_used(tmp_path: Path) -> None:
+    """Llama 3.1 files keep the slowed frequencies as a tensor, and say nothing of them in metadata."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    model = oracle("llama", rope_parameters=rope)
+    plain = 1 / 10_000.0 ** (torch.arange(0, 16, 2) / 16)
+    divisors = (plain / model.model.rotary_emb.inv_freq).numpy().astype(np.float32)
+    assert divisors.max() > 3
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, model, "llama", Kind.F32, extra={"rope_freqs.weight": divisors})
+    ids = prompt()
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(load(path), ids), expected, atol=1e-4, rtol=0)
+
+
+def test_types_that_are_not_served_are_named(tmp_path: Path) -> None:
+    model = oracle("llama", hidden_size=256, intermediate_size=256)
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, model, "llama", Kind.F32, extra={"odd.weight": np.zeros(4, np.int32)})
+    with pytest.raises(modelfiles.ModelError, match=r"'odd.weight' is I32, not one of F32, F16"):
+        load(path)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[str, Any]:
+    """The demo model in transformers, through its own reading of GGUF files."""
+    files = modelfiles.locate("smollm2-135m")
+    config = LlamaConfig(
+        **{k: v for k, v in files.config.items() if k not in ("architectures", "model_type", "rope_theta")}
+    )
+    config.rope_parameters = {"rope_type": "default", "rope_theta": files.config["rope_theta"]}
+    with no_init_weights():
+        model = LlamaForCausalLM(config).eval()
+    tensors = load_gguf_checkpoint(os.fspath(files.path), return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    model.tie_weights()
+    return "smollm2-135m", model
+
+
+def test_the_demo_model_gives_the_logits_of_transformers(smollm2: tuple[str, Any]) -> None:
+    alias, model = smollm2
+    ids = prompt(64, model.config.vocab_size)
+    with torch.inference_mode():
+        expected = model(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(load(alias), ids), expected, atol=1e-3, rtol=0)
+
+
+def test_bfloat16_is_as_good_as_that_of_transformers(smollm2: tuple[str, Any]) -> None:
+    """Our 4-bit products round scales where transformers rounds weights."""
+    alias, model = smollm2
+    ids = prompt(64, model.config.vocab_size)
+    with torch.inference_mode():
+        exact = model(ids[None]).logits[0]
+        theirs = (model.bfloat16()(ids[None]).logits[0] - exact).std()
+        model.float()
+    ours = load(alias, dtype=torch.bfloat16)
+    one_go = (logits_of(ours, ids, dtype=torch.bfloat16) - exact).std()
+    session = Session(ours, dtype=torch.bfloat16)
+    few_rows = (torch.cat([session.step([(0, rows)])[0] for rows in ids.split(4)]) - exact).std()
+    assert max(one_go, few_rows) < 1.3 * theirs
