@@ -1,0 +1,40 @@
+"""One tiny Llama for all tests of the worker, and transformers' view of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from cableway.bench.driver import Driver
+from cableway.ipc.config import WorkerConfig
+from cableway.workers.batch import Decoder
+from tests import checkpoints
+from tests.workers import running
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.tiny(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path) -> transformers.PreTrainedModel:
+    torch.set_num_threads(1)
+    return checkpoints.oracle("llama")
+
+
+@pytest.fixture(scope="session")
+def config(checkpoint: Path) -> WorkerConfig:
+    return running.worker_config(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def decoder(config: WorkerConfig) -> Decoder:
+    return running.load(config)
+
+
+@pytest.fixture
+def driver(decoder: Decoder, config: WorkerConfig) -> Driver:
+    """A runner with empty rows."""
+    return running.drive(decoder, config)
