@@ -125,6 +125,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         response.headers["Vary"] = "Origin"
     if request.app[ADMISSION].is_draining:
         response.force_close()
+        response.headers["Connection"] = "close"
 
 
 @web.middleware

@@ -19,7 +19,17 @@ def frontend(shared_frontend: Frontend) -> Iterator[Frontend]:
     """A frontend that other tests used before; its core is as new. It must be alive at the end."""
     core = shared_frontend.core
     core.generates, core.aborted = [], {}
-    settings = ("script", "step_s", "tokens_a_step", "refuses", "fails", "is_ready", "is_silent", "step_age_s")
+    settings = (
+        "script",
+        "step_s",
+        "tokens_a_step",
+        "refuses",
+        "fails",
+        "loses_logprobs",
+        "is_ready",
+        "is_silent",
+        "step_age_s",
+    )
     before = {name: getattr(core, name) for name in settings}
     yield shared_frontend
     for name, value in before.items():

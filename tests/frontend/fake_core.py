@@ -90,6 +90,7 @@ class FakeCore:
         self.aborted: dict[int, float] = {}
         self.refuses: Failed | None = None  # every request, with this
         self.fails = False  # whatever is under way
+        self.loses_logprobs = False
         self.is_ready = True
         self.is_silent = False
         self.step_age_s = 0.0
@@ -184,7 +185,7 @@ class FakeCore:
             new, finish = stream.next_tokens(self.tokens_a_step)
             num.append(len(new))
             token_ids += new
-            if stream.sampling.logprobs >= 0:
+            if stream.sampling.logprobs >= 0 and not self.loses_logprobs:
                 logprobs.append(_logprobs(stream.key, first[-1], new, stream.sampling.logprobs))
             if finish is not None:
                 finished.append(finish)

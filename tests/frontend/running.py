@@ -1,16 +1,16 @@
 """A real frontend process in front of a fake engine core."""
 
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,13 @@ def says(text: str) -> Callable[[Generate, int], list[int]]:
 class Frontend:
     """A frontend process and the fake core it speaks to."""
 
-    def __init__(self, process: subprocess.Popen[bytes], core: FakeCore, port: int, folder: Path):
+    def __init__(self, process: subprocess.Popen[bytes], core: FakeCore, port: int, folder: Path, uds: str = ""):
         self.process = process
         self.core = core
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.folder = folder
+        self.uds = uds
 
     @property
     def log(self) -> str:
@@ -68,13 +69,14 @@ class Frontend:
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, str, Message]:
-        request = urllib.request.Request(self.url + path, body, headers or {}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=20) as response:
-                return response.status, response.read().decode(), response.headers
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode(), error.headers
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with closing(connection):
+            if self.uds:
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.connect(self.uds)
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, response.read().decode(), response.headers
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -88,30 +90,28 @@ class Frontend:
         while found != state:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline_s, f"{found}, not {state}\n{self.log}"
-            with suppress(ConnectionError):
+            with suppress(ConnectionError, FileNotFoundError):
                 found = json.loads(self.get("/health")[1])["status"]
             time.sleep(0.02)
 
 
 @contextmanager
-def start_frontend(**options: object) -> Iterator[Frontend]:
-    """`Options` by name; the process is ready, and must end cleanly on SIGTERM."""
+def start_frontend(*, inherits: bool = True, **options: Any) -> Iterator[Frontend]:
+    """A frontend with these `Options`, ready; it must end cleanly on SIGTERM.
+
+    Args:
+        inherits: whether it is given its listening socket, or opens it by itself.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runtime_dir = folder / "run"
         runtime_dir.mkdir(mode=0o700)
         listener = Listener("127.0.0.1", 0)
-        config = resolve(Options(**{"model": MODEL, "port": listener.port, "runtime_dir": str(runtime_dir)} | options))
-        path = configuration.write(config)
+        chosen = {"model": MODEL, "port": listener.port, "runtime_dir": str(runtime_dir)} | options
+        path = configuration.write(resolve(Options(**chosen)))
         core = FakeCore(str(runtime_dir))
-        command = [sys.executable, "-m", "cableway.frontend.main", "--config", path]
-        command += [flag for fd in listener.descriptors() for flag in ("--listen-fd", str(fd))]
-        with (folder / "stderr").open("wb") as stderr:
-            process = subprocess.Popen(
-                command, pass_fds=listener.descriptors(), stderr=stderr, stdin=subprocess.DEVNULL, cwd=os.sep
-            )
-        listener.close()
-        frontend = Frontend(process, core, listener.port, folder)
+        process = launch(path, listener, folder / "stderr", inherits=inherits)
+        frontend = Frontend(process, core, listener.port, folder, chosen.get("uds", ""))
         try:
             frontend.wait_health("ok")
             yield frontend
@@ -122,3 +122,30 @@ def start_frontend(**options: object) -> Iterator[Frontend]:
             process.kill()
             process.wait()
             core.die()
+
+
+@contextmanager
+def start_sibling(frontend: Frontend) -> Iterator[Frontend]:
+    """One more frontend of the same server, on a socket of its own."""
+    listener = Listener("127.0.0.1", 0)
+    process = launch(str(frontend.folder / "run" / "config.json"), listener, frontend.folder / "stderr2", rank=1)
+    sibling = Frontend(process, frontend.core, listener.port, frontend.folder)
+    try:
+        sibling.wait_health("ok")
+        yield sibling
+    finally:
+        process.kill()
+        process.wait()
+
+
+def launch(
+    config_path: str, listener: Listener, log: Path, *, inherits: bool = True, rank: int = 0
+) -> subprocess.Popen[bytes]:
+    """Start the process, which gets the listener's sockets or nothing; the listener is closed here."""
+    descriptors = listener.descriptors() if inherits else []
+    command = [sys.executable, "-m", "cableway.frontend.main", "--config", config_path, "--rank", str(rank)]
+    command += [flag for fd in descriptors for flag in ("--listen-fd", str(fd))]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, pass_fds=descriptors, stderr=stderr, stdin=subprocess.DEVNULL, cwd=os.sep)
+    listener.close()
+    return process
