@@ -62,12 +62,12 @@ class Worker:
             self._lifeline.idle()
             woken = poller.poll(self._patience_ms())
             self._lifeline.beat()
-            if self._stop_at_s is not None and (self._epoch is None or time.monotonic() >= self._stop_at_s):
-                return 0
             if any(source == self._wake_up for source, _ in woken):
                 os.read(self._wake_up, 1)
             for arrival in self._endpoint.receive():
                 self._handle(arrival.message)
+            if self._stop_at_s is not None and (self._epoch is None or time.monotonic() >= self._stop_at_s):
+                self._exit_code = self._exit_code or 0
         return self._exit_code
 
     def _handle(self, message: Any) -> None:
