@@ -45,8 +45,6 @@ __all__ = ["EngineClient", "EngineLost", "Job", "Update"]
 PING_INTERVAL_S = 1.0
 _KEY_MASK = 0x7FFFFFFF
 
-log = structlog.get_logger()
-
 
 class EngineLost(Exception):
     """The core refused this process, or what it sends cannot be understood: the process cannot work any more."""
@@ -56,12 +54,16 @@ class EngineClient:
     """Connections to every engine of the configuration, one core each.
 
     `failed` is a future that never has a result: it gets an exception when this process cannot go on.
+
+    Args:
+        log: structlog logger; the process's own when there is none.
     """
 
     failed: "asyncio.Future[None]"
 
-    def __init__(self, config: FrontendConfig, rank: int = 0):
-        self._links = {engine: _Link(config, engine, rank) for engine in dict.fromkeys(config.engines.values())}
+    def __init__(self, config: FrontendConfig, rank: int = 0, log: Any = None):
+        log = log or structlog.get_logger()
+        self._links = {engine: _Link(config, engine, rank, log) for engine in dict.fromkeys(config.engines.values())}
         self._engines = config.engines
         self._timer: asyncio.TimerHandle | None = None
 
@@ -179,7 +181,8 @@ class _LiveChoice:
 class _Link:
     """The connection to one engine's core, and the choices it is working on."""
 
-    def __init__(self, config: FrontendConfig, engine: str, rank: int):
+    def __init__(self, config: FrontendConfig, engine: str, rank: int, log: Any):
+        self._log = log
         self.status: Status | None = None
         self.status_at_s = time.monotonic()
         self._address = frontends_address(config.runtime_dir, engine)
@@ -255,14 +258,14 @@ class _Link:
                 self._send(Hello(PROTOCOL_VERSION, "frontend", self._rank, os.getpid(), self._engine))
             case PeerDown():
                 if self._epoch is not None:
-                    log.warning("engine_away", engine=self._engine, num_live=len(self._live))
+                    self._log.warning("engine_away", engine=self._engine, num_live=len(self._live))
                     self._epoch, self.status = None, None
                     self._away_since_s = self.status_at_s = time.monotonic()
             case Refused(reason) | Undecodable(reason):
                 raise EngineLost(f"engine {self._engine}: {reason}")
 
     def _on_welcome(self, epoch: int) -> None:
-        log.info("engine_welcome", engine=self._engine, epoch=epoch, num_resumed=len(self._live))
+        self._log.info("engine_welcome", engine=self._engine, epoch=epoch, num_resumed=len(self._live))
         self._epoch = epoch
         self._resume(self._live.values())
         self._send(Ping())
@@ -281,7 +284,7 @@ class _Link:
                     choice.output.extend(new_ids)
                     choice.job.update(choice.index).token_ids.extend(new_ids)
                 elif first_index > expected:
-                    log.error("tokens_missing", engine=self._engine, expected=expected, first_index=first_index)
+                    self._log.error("tokens_missing", engine=self._engine, expected=expected, first_index=first_index)
                     self._resume([choice])
             position += num
         for logprobs in tokens.logprobs:

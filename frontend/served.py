@@ -43,8 +43,6 @@ def load(config: FrontendConfig, version: str) -> dict[str, ServedModel]:
     files = modelfiles.locate(config.model, load_format="dummy")  # weights are the workers' business
     tokenizer = Tokenizer.load(files)
     template = ChatTemplate.load(files, config.chat_template or None)
-    own_eos = files.generation_config.get("eos_token_id") or []
-    eos_token_ids = dict.fromkeys([*([own_eos] if isinstance(own_eos, int) else own_eos), *tokenizer.eos_token_ids])
     digest = hashlib.sha256(f"{version} {files.path} {config.max_model_len}".encode()).hexdigest()
     return {
         name: ServedModel(
@@ -54,8 +52,8 @@ def load(config: FrontendConfig, version: str) -> dict[str, ServedModel]:
             template=template,
             max_model_len=config.max_model_len,
             vocab_size=config.vocab_size,
-            defaults=_defaults(files.generation_config) if config.generation_config == "auto" else {},
-            eos_token_ids=list(eos_token_ids),
+            defaults=sampling_defaults(files.generation_config) if config.generation_config == "auto" else {},
+            eos_token_ids=tokenizer.eos_token_ids,
             created=int(time.time()),
             fingerprint=f"fp_{digest[:12]}",
         )
@@ -63,7 +61,8 @@ def load(config: FrontendConfig, version: str) -> dict[str, ServedModel]:
     }
 
 
-def _defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """What a model's authors would have as defaults of a request; ModelError when one is no number."""
     given = {name: generation_config.get(name) for name in _DEFAULTS}
     for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):

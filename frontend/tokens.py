@@ -40,11 +40,10 @@ class Tokenizer:
     def load(cls, files: ModelFiles) -> "Tokenizer":
         """Read `tokenizer.json`, or rebuild it from GGUF metadata; ModelError when that cannot be done."""
         library, special_tokens = tokenizer_source.read(files)
-        declared = files.generation_config.get("eos_token_id")
         named = library.token_to_id(special_tokens.get("eos_token", ""))
-        eos_ids = [*(declared if isinstance(declared, list) else [declared]), named]
+        eos_ids = [*declared_eos_ids(files), *([] if named is None else [named])]
         try:
-            return cls(library, special_tokens, dict.fromkeys(i for i in eos_ids if isinstance(i, int)))
+            return cls(library, special_tokens, dict.fromkeys(eos_ids))
         except ModelError as error:
             raise ModelError(f"{files.path}: {error}") from None
 
@@ -99,6 +98,12 @@ class Tokenizer:
         """Work out one token's bytes; None for an unknown id."""
         name = self.token_name(token_id)
         return None if name is None else self._spell(name)
+
+
+def declared_eos_ids(files: ModelFiles) -> list[int]:
+    """The tokens that end a sequence as the model's generation config has it: one, several or none."""
+    declared = files.generation_config.get("eos_token_id")
+    return [i for i in (declared if isinstance(declared, list) else [declared]) if isinstance(i, int)]
 
 
 class _Pieces(dict[int, str | bytes]):

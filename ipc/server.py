@@ -121,6 +121,11 @@ class EngineProcesses:
             self.close()
             raise self._failure
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the processes ended by themselves; None as long as they are kept alive."""
+        return self._failure
+
     def close(self) -> None:
         """Stop the processes and wait for their end; the second time does nothing."""
         if self._supervisor is not None:
