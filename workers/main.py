@@ -18,11 +18,10 @@ import zmq
 from cableway.ipc import log, messages
 from cableway.ipc.config import Config, WorkerConfig, workers_address
 from cableway.ipc.endpoint import Endpoint, PeerDown, PeerUp, Undecodable, identity
+from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED
 from cableway.ipc.messages import Hello, Ping, Ready, Refused, Shutdown, StateGroup, StepPlan, Welcome
 from cableway.ipc.modelfiles import ModelError
 from cableway.ipc.supervise import Lifeline, child_arguments
-
-REFUSED_EXIT_CODE = 4
 
 
 class Worker:
@@ -67,7 +66,7 @@ class Worker:
             for arrival in self._endpoint.receive():
                 self._handle(arrival.message)
             if self._stop_at_s is not None and (self._epoch is None or time.monotonic() >= self._stop_at_s):
-                self._exit_code = self._exit_code or 0
+                self._exit_code = self._exit_code or EXIT_STOPPED
         return self._exit_code
 
     def _handle(self, message: Any) -> None:
@@ -84,14 +83,11 @@ class Worker:
             case PeerDown():
                 self._log.warning("core_lost", epoch=self._epoch)
                 self._epoch = None
-            case Refused(reason):
+            case Refused(reason) | Undecodable(reason):
                 self._log.error("refused_by_core", reason=reason)
-                self._exit_code = REFUSED_EXIT_CODE
-            case Undecodable(reason):
-                self._log.error("undecodable_message", reason=reason)
-                self._exit_code = REFUSED_EXIT_CODE
+                self._exit_code = EXIT_FAILED
             case Shutdown():
-                self._exit_code = 0
+                self._exit_code = EXIT_STOPPED
             case Ping():
                 pass
 

@@ -1,5 +1,6 @@
 """Runners on tiny checkpoints, and what transformers says of the same."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from cableway.workers.runner import Runner
 
 BLOCK_SIZE = 8
 GREEDY = Sampling(temperature=0.0)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """Token ids that every tiny checkpoint has."""
+    return random.Random(seed).choices(range(256), k=length)
 
 
 def worker_config(model: Path | str, **overrides: Any) -> WorkerConfig:

@@ -8,13 +8,9 @@ import transformers
 from cableway.bench.driver import Driver
 from cableway.ipc.messages import StepPlan, ints
 from cableway.workers.runner import Runner
-from tests.workers.running import BLOCK_SIZE, GREEDY, drive, expected_greedy, generate_alone, worker_config
+from tests.workers.running import BLOCK_SIZE, GREEDY, drive, expected_greedy, generate_alone, prompt_of, worker_config
 
 NUM_TOKENS = 24
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(256), k=length)
 
 
 @pytest.mark.parametrize("length", [1, BLOCK_SIZE - 1, BLOCK_SIZE, 50])
