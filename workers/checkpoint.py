@@ -61,8 +61,10 @@ def _open_torch(path: str) -> Iterator[Stored]:
     if not isinstance(tensors, dict):
         raise ModelError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ModelError(f"{path}: entry {name!r} is no tensor with a name")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ModelError(f"{path}: tensor {name!r} is {tensor.layout} on {tensor.device}, not plain numbers")
         if tensor.dtype not in _TORCH_DTYPES:
             raise ModelError(f"{path}: tensor {name!r} is {tensor.dtype}, not float32, float16 or bfloat16")
         yield Stored(name, tuple(tensor.shape), PLAIN, lambda tensor=tensor: tensor.detach())

@@ -1,5 +1,6 @@
-"""Write small GGUF files as llama.cpp's converter would: its names, its order of q and k, any block type."""
+"""GGUF files as llama.cpp's converter makes them (names, order of q and k): write small ones, read the demo's."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
+
+from cableway.ipc import modelfiles
+from cableway.ipc.gguf import read_header
 
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -78,6 +84,30 @@ def write(path: Path, model: Any, architecture: str, kind: Kind, *, extra: dict[
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@functools.cache
+def demo_model() -> LlamaForCausalLM:
+    """The demo model in transformers, float32; `test_gguf.py` holds its weights against transformers' own reading."""
+    files = modelfiles.locate("smollm2-135m")
+    known = LlamaConfig().to_dict().keys() - {"architectures", "model_type"}
+    config = LlamaConfig(**{name: value for name, value in files.config.items() if name in known})
+    config.rope_parameters = {"rope_type": "default", "rope_theta": files.config["rope_theta"]}
+    with no_init_weights():
+        model = LlamaForCausalLM(config).eval()
+    tensors, data = read_header(files.path).tensors, np.memmap(files.path, np.uint8, "r")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            stem, leaf = name.rsplit(".", 1)
+            if stem == "lm_head":
+                continue
+            info = tensors[f"{_gguf_name(stem)}.{leaf}"]
+            raw = data[info.offset : info.offset + info.num_bytes].reshape(*info.shape[:-1], -1)
+            values = torch.from_numpy(np.array(gguf.quants.dequantize(raw, Kind(info.ggml_type))))
+            is_rotated = stem.endswith(("q_proj", "k_proj"))
+            weight[_converter_order(len(weight), config.head_dim) if is_rotated else slice(None)] = values
+    model.tie_weights()
+    return model
 
 
 def _converter_order(num_rows: int, head_dim: int) -> Tensor:

@@ -1,16 +1,13 @@
 """GGUF files: every block type, decoded and multiplied, and whole models against transformers."""
 
-import os
+import copy
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.initialization import no_init_weights
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from cableway.ipc import modelfiles
@@ -21,6 +18,7 @@ from cableway.workers.formats.stored import GROUP_LEN, Stored
 from cableway.workers.parallel import Span
 from tests.checkpoints import oracle
 from tests.models import gguf_files
+from tests.models.gguf_files import demo_model
 from tests.models.harness import Session, load, logits_of, prompt
 
 QUANTIZED = [Kind[n] for n in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
@@ -146,40 +144,29 @@ def test_types_that_are_not_served_are_named(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[str, Any]:
-    """The demo model in transformers, through its own reading of GGUF files."""
-    files = modelfiles.locate("smollm2-135m")
-    config = LlamaConfig(
-        **{k: v for k, v in files.config.items() if k not in ("architectures", "model_type", "rope_theta")}
-    )
-    config.rope_parameters = {"rope_type": "default", "rope_theta": files.config["rope_theta"]}
-    with no_init_weights():
-        model = LlamaForCausalLM(config).eval()
-    tensors = load_gguf_checkpoint(os.fspath(files.path), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    model.tie_weights()
-    return "smollm2-135m", model
+@pytest.mark.slow  # its reading takes some 15 s
+def test_the_demo_model_is_what_transformers_reads() -> None:
+    path = modelfiles.locate("smollm2-135m").path
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=demo_model())["tensors"]
+    ours = demo_model().state_dict()
+    assert tensors.keys() == ours.keys() - {"lm_head.weight"}
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in tensors.items())
 
 
-def test_the_demo_model_gives_the_logits_of_transformers(smollm2: tuple[str, Any]) -> None:
-    alias, model = smollm2
-    ids = prompt(64, model.config.vocab_size)
+def test_the_demo_model_gives_the_logits_of_transformers() -> None:
+    ids = prompt(64, 49152)
     with torch.inference_mode():
-        expected = model(ids[None]).logits[0]
-    torch.testing.assert_close(logits_of(load(alias), ids), expected, atol=1e-3, rtol=0)
+        expected = demo_model()(ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(load("smollm2-135m"), ids), expected, atol=1e-3, rtol=0)
 
 
-def test_bfloat16_is_as_good_as_that_of_transformers(smollm2: tuple[str, Any]) -> None:
+def test_bfloat16_is_as_good_as_that_of_transformers() -> None:
     """Our 4-bit products round scales where transformers rounds weights."""
-    alias, model = smollm2
-    ids = prompt(64, model.config.vocab_size)
+    ids = prompt(64, 49152)
     with torch.inference_mode():
-        exact = model(ids[None]).logits[0]
-        theirs = (model.bfloat16()(ids[None]).logits[0] - exact).std()
-        model.float()
-    ours = load(alias, dtype=torch.bfloat16)
+        exact = demo_model()(ids[None]).logits[0]
+        theirs = (copy.deepcopy(demo_model()).bfloat16()(ids[None]).logits[0] - exact).std()
+    ours = load("smollm2-135m", dtype=torch.bfloat16)
     one_go = (logits_of(ours, ids, dtype=torch.bfloat16) - exact).std()
     session = Session(ours, dtype=torch.bfloat16)
     few_rows = (torch.cat([session.step([(0, rows)])[0] for rows in ids.split(4)]) - exact).std()

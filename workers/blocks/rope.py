@@ -52,7 +52,7 @@ class Rope:
     def of(cls, rotary_dim: int, parameters: Mapping[str, Any]) -> "Rope":
         """From a config's `rope_parameters`; ModelError when they are of an unknown kind or not complete."""
         kind = parameters.get("rope_type", "default")
-        if kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise ModelError(f"rope_type {kind!r} is not supported (known: {', '.join(_KINDS)})")
         wanted = ("rope_theta", *_KINDS[kind][1])
         for name in wanted:

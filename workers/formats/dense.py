@@ -34,7 +34,11 @@ class Packed(Dense):
 
     @staticmethod
     def fits(place: Place) -> bool:
-        return place.dtype in (torch.bfloat16, torch.float16) and torch.backends.mkldnn.is_available()
+        if not torch.backends.mkldnn.is_available():
+            return False
+        if place.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return place.dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
     def finish(self, pieces: Sequence[Piece]) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(super().finish(pieces), _TILE_ROWS)
