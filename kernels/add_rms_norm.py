@@ -2,7 +2,7 @@
 
 x  [num_tokens, hidden]  bf16|f16|f32   rows may be strided
 r  [num_tokens, hidden]  dtype of x     rows may be strided; h is written over it
-w  [hidden]              any float
+w  [hidden]              f32
 y  [num_tokens, hidden]  dtype of x, contiguous
 
 h is rounded to the dtype of r before it is normalised, so that the sum that is kept is the one that was normalised.
@@ -51,7 +51,7 @@ def launch(x: Tensor, r: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) 
 
 def make(num_tokens: int, hidden: int, dtype: torch.dtype, strided: bool = False, offset: float = 0.0, device="cpu"):
     x, r = torch.randn(2, num_tokens, hidden * (1 + strided), device=device).to(dtype)[..., :hidden]
-    return call(x, r, torch.randn(hidden, device=device).to(dtype), eps=1e-5, offset=offset)
+    return call(x, r, torch.randn(hidden, device=device), eps=1e-5, offset=offset)
 
 
 @kernel(

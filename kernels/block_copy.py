@@ -50,11 +50,16 @@ def make(num_pairs, block_size, num_kv_heads, head_dim, dtype, num_blocks=16, de
     make=make,
     cases=grid(num_pairs=(1, 5), block_size=(16,), num_kv_heads=(3,), head_dim=(64,), dtype=FLOATS),
     bench_cases=grid(
-        num_pairs=(64,), block_size=(16,), num_kv_heads=(8,), head_dim=(128,), num_blocks=(256,), dtype=(torch.bfloat16,)
+        num_pairs=(64,),
+        block_size=(16,),
+        num_kv_heads=(8,),
+        head_dim=(128,),
+        num_blocks=(256,),
+        dtype=(torch.bfloat16,),
     ),
     num_bytes=lambda c: 4 * nbytes(c.args[0][0, 0]) * c.args[1].shape[0],
     updates=(0,),
-)  # fmt: skip
+)
 def block_copy(cache: Tensor, pairs: Tensor) -> None:
     """Copy block pairs[i, 0] over block pairs[i, 1], keys and values; ValueError when pairs are not [n, 2] i64."""
     check(pairs.dim() == 2 and pairs.shape[1] == 2 and pairs.dtype == torch.int64, "pairs are not [num_pairs, 2] i64")

@@ -1,9 +1,10 @@
 """The paged KV cache of one layer, and the kernel that writes new keys and values into it.
 
 Layout: `cache [2, num_blocks, block_size, num_kv_heads, head_dim]`, keys then values, contiguous. A token's slot is
-`block_id * block_size + offset`, so that `cache.view(2, num_slots, num_kv_heads, head_dim)[0, slot]` is its key. Why this
-one: on a CPU a sequence's gathered blocks are [len, num_kv_heads, head_dim] without a further copy, and without any copy
-where its blocks are consecutive; on a GPU a tile of one head is rows of head_dim elements, whole cache lines each.
+`block_id * block_size + offset`: `cache.view(2, num_slots, num_kv_heads, head_dim)[0, slot]` is its key. Why this one:
+on a CPU a sequence's gathered blocks are one dense matrix [len, num_kv_heads * head_dim] without a further copy (with
+keys and values of a token side by side, bfloat16 products over it take 3 to 5 times as long); on a GPU a tile of one
+head is rows of head_dim elements, whole cache lines each.
 
 k, v   [num_tokens, num_kv_heads, head_dim]  dtype of cache  last two dimensions contiguous; tokens may be strided
 cache  [2, num_blocks, block_size, num_kv_heads, head_dim]   bf16|f16|f32, contiguous
@@ -50,8 +51,17 @@ def launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
     width = k.shape[1] * k.shape[2]
     block = triton.next_power_of_2(width)
     _kv_write[(k.shape[0],)](
-        k, v, cache, slots, k.stride(0), v.stride(0), width, cache.stride(0), BLOCK=block, num_warps=min(block // 256 + 1, 8)
-    )  # fmt: skip
+        k,
+        v,
+        cache,
+        slots,
+        k.stride(0),
+        v.stride(0),
+        width,
+        cache.stride(0),
+        BLOCK=block,
+        num_warps=min(block // 256 + 1, 8),
+    )
 
 
 def make(num_tokens, num_kv_heads, head_dim, block_size, dtype, num_blocks=16, device="cpu"):
@@ -67,12 +77,16 @@ def make(num_tokens, num_kv_heads, head_dim, block_size, dtype, num_blocks=16, d
     make=make,
     cases=grid(num_tokens=(1, 33), num_kv_heads=(1, 3), head_dim=(64,), block_size=(16,), dtype=FLOATS),
     bench_cases=grid(
-        num_tokens=(1, 16, 512), num_kv_heads=(3, 8), head_dim=(64,), block_size=(16,), num_blocks=(512,),
+        num_tokens=(1, 16, 512),
+        num_kv_heads=(3, 8),
+        head_dim=(64,),
+        block_size=(16,),
+        num_blocks=(512,),
         dtype=(torch.bfloat16,),
     ),
     num_bytes=lambda c: 2 * nbytes(*c.args[:2]),
     updates=(2,),
-)  # fmt: skip
+)
 def kv_write(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Write keys and values [T, KV, D] to their slots [T] i64; ValueError when shapes or dtypes do not fit.
 

@@ -1,4 +1,4 @@
-"""The one place that imports Triton, so that every kernel file loads where Triton is not installed (CPU builds of torch).
+"""The one place that imports Triton, so that kernel files load where it is not installed (with CPU builds of torch).
 
 Kernel files say `from cableway.kernels.lang import jit, tl, triton`, with annotations left as strings. Without Triton a
 kernel can be defined but not launched.

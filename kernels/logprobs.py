@@ -5,7 +5,8 @@
 logits     [num_rows, vocab]  f32, contiguous rows
 token_ids  [num_rows]  i64    the chosen tokens
 num_top    int                likeliest tokens wanted beside them, in falling order; 0 … vocab
-returns    token_ids [num_rows, 1 + num_top] i32 (chosen first), values [num_rows, 1 + num_top] f32, ranks [num_rows] i32
+returns    token_ids [num_rows, 1 + num_top] i32, values [num_rows, 1 + num_top] f32, both with the chosen first,
+           and ranks [num_rows] i32, of the chosen
 
 Bound: bytes; reads logits once (Triton: again from cache for each of the likeliest, without a sort).
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.lang import jit, tl
 from cableway.kernels.registry import call, check, grid, kernel, nbytes
 
 Logprobs = tuple[Tensor, Tensor, Tensor]
@@ -98,7 +99,7 @@ def make(num_rows: int, vocab: int, num_top: int, device="cpu"):
     num_bytes=lambda c: nbytes(c.args[0]),
 )
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
-    """(token_ids [R, 1 + n] i32, values [R, 1 + n] f32, ranks [R] i32) of chosen and likeliest tokens of logits [R, V]."""
+    """token_ids [R, 1 + n] i32, values [R, 1 + n] f32, ranks [R] i32 of logits [R, V]; ValueError on a bad shape."""
     check(logits.dtype == torch.float32 and logits.stride(1) == 1, "logits are not float32 rows")
     check(token_ids.shape == logits.shape[:1] and token_ids.dtype == torch.int64, "token_ids are not [R] i64")
     check(0 <= num_top <= logits.shape[1], "num_top is not in 0 … vocab")

@@ -4,26 +4,28 @@
 
 The i-th of the n new tokens of a sequence of length L (n included) has position p = L - n + i and sees the keys at
 positions 0 … p, or p - window + 1 … p where window > 0. Query head h reads KV head h // (num_heads / num_kv_heads).
-The new tokens' own keys and values are already in the cache (kv_write runs first).
+The new tokens' own keys and values are already in the cache: kv_write runs first.
 
 q            [num_tokens, num_heads, head_dim]  dtype of cache; heads contiguous, tokens may be strided
-cache        [2, num_blocks, block_size, num_kv_heads, head_dim]  see kv_write.py
-query_start  [num_seqs + 1]         i32  tokens query_start[i]:query_start[i + 1] belong to sequence i
-seq_lens     [num_seqs]             i32
-block_table  [num_seqs, max_blocks] i32  entries past a sequence's length are any valid block
+cache        [2, num_blocks, block_size, num_kv_heads, head_dim]  bf16|f16|f32; see kv_write.py
+plan         an AttentionPlan: which tokens and which blocks each sequence has
 returns      [num_tokens, num_heads, head_dim]  contiguous
 
-Bound: bytes for decode (keys and values of every sequence), FLOPs for prefill (4 * head_dim a query head and visible key).
+Bound: bytes for decode (keys and values of every sequence), FLOPs for prefill (4 * head_dim a head and visible key).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from cableway.kernels import attention_cpu
+from cableway.kernels.kv_write import kv_cache_shape
+from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,33 @@ class AttentionPlan:
     was cut into chunks.
     """
 
-    query_start: Tensor  # [num_seqs + 1] i32
-    seq_lens: Tensor  # [num_seqs] i32
-    block_table: Tensor  # [num_seqs, max_blocks] i32
+    query_start: Tensor  # [num_seqs + 1] i32; tokens query_start[i]:query_start[i + 1] belong to sequence i
+    seq_lens: Tensor  # [num_seqs] i32; tokens computed before, and the new ones
+    block_table: Tensor  # [num_seqs, max_blocks] i32; entries past a sequence's length are not read
     max_query_len: int
     max_seq_len: int
     invariant: bool = False
+    _host_plans: dict[tuple, attention_cpu.HostPlan] = field(default_factory=dict)
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
-        """(first token, end token, sequence length) of each sequence, on the host: read on a CPU only."""
+        """(first token, end token, sequence length) of each sequence, on the host: waits for the device."""
         starts = self.query_start.tolist()
         return list(zip(starts[:-1], starts[1:], self.seq_lens.tolist(), strict=True))
 
+    def on_host(self, block_size: int, window: int, dtype: torch.dtype) -> attention_cpu.HostPlan:
+        """What the CPU form works from; made by the first layer that asks."""
+        key = block_size, window, dtype
+        if key not in self._host_plans:
+            self._host_plans[key] = attention_cpu.HostPlan.of(self, *key)
+        return self._host_plans[key]
 
-def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0) -> Tensor:
+
+def ref(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
+) -> Tensor:
     group, block_size = q.shape[1] // cache.shape[3], cache.shape[2]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for i, (start, end, length) in enumerate(plan.spans):
         blocks = plan.block_table[i, : -(-length // block_size)].long()
         k, v = (x[blocks].flatten(0, 1)[:length].repeat_interleave(group, 1).float() for x in cache)
@@ -58,31 +70,163 @@ def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: 
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         distance = torch.arange(length - end + start, length)[:, None] - torch.arange(length)
-        hidden = distance < 0 if not window else (distance < 0) | (distance >= window)
-        scores = scores.masked_fill(hidden.to(q.device), float("-inf"))
+        unseen = (distance < 0) | (distance >= (window or length))
+        scores = scores.masked_fill(unseen.to(q.device), float("-inf"))
         out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
     return out
 
 
+@jit
+def _paged_attention(
+    q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, scale, soft_cap, window,
+    q_stride, value_offset, table_stride, block_size, num_kv_heads,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """One tile of TILE query tokens of one sequence, for the query heads of one KV head."""
+    sequence, kv_head = tl.program_id(0), tl.program_id(2)
+    start = tl.load(query_start_ptr + sequence)
+    num_queries = tl.load(query_start_ptr + sequence + 1) - start
+    first_query = tl.program_id(1) * TILE
+    if first_query < num_queries:
+        length = tl.load(seq_lens_ptr + sequence)
+        row = tl.arange(0, TILE * BLOCK_GROUP)
+        query, head = first_query + row // BLOCK_GROUP, row % BLOCK_GROUP
+        position = length - num_queries + query
+        dim = tl.arange(0, BLOCK_DIM)
+        row_inside = (query < num_queries) & (head < GROUP)
+        inside = row_inside[:, None] & (dim[None, :] < HEAD_DIM)
+        element = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+        token = (start + query).to(tl.int64)[:, None]
+        q = tl.load(q_ptr + token * q_stride + element, mask=inside, other=0.0)
+
+        top = tl.full((TILE * BLOCK_GROUP,), float("-inf"), tl.float32)
+        mass = tl.zeros((TILE * BLOCK_GROUP,), tl.float32)
+        sums = tl.zeros((TILE * BLOCK_GROUP, BLOCK_DIM), tl.float32)
+        last_key = tl.minimum(length, length - num_queries + first_query + TILE)
+        first_key = 0
+        if HAS_WINDOW:
+            first_key = tl.maximum(length - num_queries + first_query - window + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
+        for keys_from in range(first_key, last_key, BLOCK_KEYS):
+            key = keys_from + tl.arange(0, BLOCK_KEYS)
+            key_inside = key < last_key
+            block = tl.load(table_ptr + sequence * table_stride + key // block_size, mask=key_inside, other=0)
+            slot = block.to(tl.int64) * block_size + key % block_size
+            place = (slot * num_kv_heads + kv_head)[:, None] * HEAD_DIM + dim[None, :]
+            kv_inside = key_inside[:, None] & (dim[None, :] < HEAD_DIM)
+            k = tl.load(cache_ptr + place, mask=kv_inside, other=0.0)
+            v = tl.load(cache_ptr + value_offset + place, mask=kv_inside, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if HAS_CAP:
+                scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
+            seen = key_inside[None, :] & (key[None, :] <= position[:, None])
+            if HAS_WINDOW:
+                seen = seen & (key[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            # A row that has seen nothing yet has no maximum: keep its differences finite.
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp(scores - shift[:, None])
+            decay = tl.exp(top - shift)
+            mass = mass * decay + tl.sum(weights, 1)
+            sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            top = new_top
+        y = sums / tl.where(row_inside, mass, 1.0)[:, None]
+        tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(q.dtype), mask=inside)
+
+
+def launch(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
+) -> Tensor:
+    (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    group = num_heads // num_kv_heads
+    block_group = triton.next_power_of_2(group)
+    # A tile has at least 16 rows, which tl.dot wants. An invariant one has the same rows for a chunk of any length.
+    most_rows = 16 if plan.invariant or plan.max_query_len == 1 else 64
+    tile = max(most_rows // block_group, 1)
+    block_group = max(block_group, 16 // tile)
+    block_dim = max(triton.next_power_of_2(head_dim), 16)
+    _paged_attention[(plan.seq_lens.shape[0], triton.cdiv(plan.max_query_len, tile), num_kv_heads)](
+        q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, scale, soft_cap, window,
+        q.stride(0), cache.stride(0), plan.block_table.stride(0), block_size, num_kv_heads,
+        GROUP=group, HEAD_DIM=head_dim, HAS_CAP=soft_cap > 0, HAS_WINDOW=window > 0,
+        TILE=tile, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim, BLOCK_KEYS=64 if block_dim <= 128 else 32,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
+def make(
+    spans: tuple[tuple[int, int], ...],
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    block_size: int = 16,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    invariant: bool = False,
+    device: str = "cpu",
+) -> Call:
+    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_kv_heads, head_dim."""
+    num_heads, num_kv_heads, head_dim = heads
+    query_lens, seq_lens = zip(*spans, strict=True)
+    width = -(-max(seq_lens) // block_size) + 1
+    num_blocks = len(spans) * width
+    # Tokens of a fused projection; blocks that no sequence owns hold NaN, as a broken request may have left them.
+    q = torch.randn(sum(query_lens), num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)[:, :num_heads]
+    cache = torch.randn(kv_cache_shape(num_blocks, block_size, num_kv_heads, head_dim), device=device).to(dtype)
+    table = torch.randperm(num_blocks, device=device).view(-1, width).int()
+    for row, length in zip(table.long(), seq_lens, strict=True):
+        used = -(-length // block_size)
+        cache[:, row[used:]] = float("nan")
+        cache[:, row[used - 1], length - (used - 1) * block_size :] = float("nan")
+    plan = AttentionPlan(
+        query_start=torch.tensor((0, *query_lens), device=device).cumsum(0).int(),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        block_table=table,
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+        invariant=invariant,
+    )
+    return call(q, cache, plan, scale=2 * head_dim**-0.5, window=window, soft_cap=soft_cap)
+
+
+def _visible_keys(made: Call) -> int:
+    """Pairs of a query token and a key it sees."""
+    window = made.kwargs["window"]
+    lengths = (p + 1 for start, end, length in made.args[2].spans for p in range(length - end + start, length))
+    return sum(min(length, window or length) for length in lengths)
+
+
+DECODE = ((1, 5), (1, 33), (1, 70), (1, 1))
+MIXED = ((1, 40), (20, 20), (7, 30), (1, 9), (70, 75))
+BENCH_DECODE, BENCH_PREFILL = ((1, 512),) * 16, ((512, 512),)
+
+
+@kernel(
+    ref=ref,
+    launch=launch,
+    make=make,
+    cases=[
+        *grid(spans=(DECODE, MIXED), heads=((9, 3, 64), (4, 4, 32)), dtype=FLOATS, invariant=(False, True)),
+        *grid(spans=(MIXED, DECODE), heads=((6, 2, 80),), dtype=FLOATS, window=(16,), soft_cap=(0.0, 2.0)),
+        *grid(spans=(MIXED,), heads=((4, 1, 16),), dtype=FLOATS, block_size=(8, 24), window=(0, 9), invariant=(True,)),
+    ],
+    bench_cases=grid(
+        spans=(((1, 128),), ((1, 1024),), BENCH_DECODE, BENCH_PREFILL),
+        heads=((9, 3, 64), (32, 8, 128)),
+        dtype=(torch.bfloat16,),
+    ),
+    num_bytes=lambda c: 2 * nbytes(c.args[0]) + nbytes(c.args[1][:, 0, 0]) * sum(span[2] for span in c.args[2].spans),
+    num_flops=lambda c: 4 * c.args[0].shape[1] * c.args[0].shape[2] * _visible_keys(c),
+    tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
+)
 def paged_attention(
     q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
 ) -> Tensor:
     """Attend q [T, H, D] to the cached keys of its sequences -> [T, H, D]; ValueError when shapes do not fit."""
-    if soft_cap:
-        return ref(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)
-    group, block_size = q.shape[1] // cache.shape[3], cache.shape[2]
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for i, (start, end, length) in enumerate(plan.spans):
-        blocks = plan.block_table[i, : -(-length // block_size)].long()
-        k, v = (x[blocks].flatten(0, 1)[:length].transpose(0, 1) for x in cache)
-        num = end - start
-        queries = q[start:end].unflatten(1, (-1, group)).permute(1, 2, 0, 3)  # [KV, group, n, D]
-        if num == 1 and not window:
-            mask = None
-        else:
-            distance = torch.arange(length - num, length)[:, None] - torch.arange(length)
-            mask = distance >= 0 if not window else (distance >= 0) & (distance < window)
-            mask = mask.repeat(group, 1)
-        y = F.scaled_dot_product_attention(queries.flatten(1, 2)[None], k[None], v[None], attn_mask=mask, scale=scale)
-        out[start:end] = y[0].unflatten(1, (group, num)).permute(2, 0, 1, 3).flatten(1, 2)
-    return out
+    check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
+    check(q.dtype == cache.dtype and cache.is_contiguous() and cache.shape[4] == q.shape[2], "cache does not fit q")
+    check(q.shape[1] % cache.shape[3] == 0, "num_heads is no multiple of num_kv_heads")
+    form = attention_cpu.attend if q.device.type == "cpu" else launch
+    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)

@@ -1,8 +1,8 @@
 """Counter-based random numbers: the same draws on any device, in any batch, in any order.
 
 Philox4x32-10 (Salmon et al., 2011) turns a key (a request's 63-bit seed) and a 128-bit counter into four random words.
-The counter is (index // 4, position, choice, stream) and `index % 4` names the word, so each (seed, choice, position) owns
-2**34 words in every stream, and no draw depends on another.
+The counter is (index // 4, position, choice, stream) and `index % 4` names the word, so each (seed, choice, position)
+owns 2**34 words in every stream, and no draw depends on another.
 
 A word becomes a Gumbel variate g = -log(E), E = -log(1 - v), v = word / 2**32. Small v decide who wins: they keep all
 their bits, and E comes from its series there, because a GPU's fast logarithm near 1 has few correct digits.

@@ -1,8 +1,8 @@
 """Every kernel, with all that a test or a benchmark needs to know of it.
 
-A kernel file holds: docstring (formula, arguments as `name [dims] dtype`, bound), `ref` in plain float32 torch, the Triton
-kernel, `launch` that starts it, the public launcher, and its cases. The public launcher checks shapes, dtypes and strides,
-runs the fastest plain-torch form on a CPU tensor and `launch` on any other; there is no third way.
+A kernel file holds: docstring (formula, arguments as `name [dims] dtype`, bound), `ref` in plain float32 torch, the
+Triton kernel, `launch` that starts it, the public launcher, and its cases. The public launcher checks shapes, dtypes
+and strides, runs the fastest plain-torch form on a CPU tensor and `launch` on any other; there is no third way.
 """
 
 import importlib

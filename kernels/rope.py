@@ -2,16 +2,18 @@
 
     x1, x2 = halves of x[:rotary];   x1' = x1 * cos - x2 * sin;   x2' = x2 * cos + x1 * sin
 
-q          [num_tokens, num_heads, head_dim]     bf16|f16|f32   last dimension contiguous, the others may be strided
-k          [num_tokens, num_kv_heads, head_dim]  dtype of q     the same
-cos_sin    [max_positions, rotary]  f32 or dtype of q           a row holds rotary/2 cosines, then rotary/2 sines
-positions  [num_tokens]             i32|i64
+q       [num_tokens, num_heads, head_dim]     bf16|f16|f32   last dimension contiguous, the others may be strided
+k       [num_tokens, num_kv_heads, head_dim]  dtype of q     the same
+angles  a table of cosines and sines [max_positions, rotary] f32, and the tokens' positions [num_tokens] i32
 
 q and k may be views of one fused [num_tokens, (num_heads + 2 num_kv_heads) * head_dim] projection.
 Bound: bytes; reads and writes the rotated part of q and k. A token's result does not depend on the others.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,9 +22,23 @@ from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 
-def ref(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[positions.long(), None].float().split(half, -1)
+@dataclass(frozen=True)
+class Angles:
+    """By how much one step's tokens are rotated: made once a step, used by each layer."""
+
+    cos_sin: Tensor  # [max_positions, rotary] f32; a row holds rotary / 2 cosines, then rotary / 2 sines
+    positions: Tensor  # [num_tokens] i32
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Each token's cosines (c, c) and sines (-s, s), both [num_tokens, 1, rotary]."""
+        cos, sin = self.cos_sin.index_select(0, self.positions)[:, None].chunk(2, -1)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def ref(q: Tensor, k: Tensor, angles: Angles) -> None:
+    half = angles.cos_sin.shape[1] // 2
+    cos, sin = angles.cos_sin[angles.positions.long(), None].split(half, -1)
     for x in (q, k):
         x1, x2 = x[..., :half].float(), x[..., half : 2 * half].float()
         x[..., :half], x[..., half : 2 * half] = (x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype)
@@ -54,7 +70,8 @@ def _rope(
     tl.store(x_ptr + half, (x2 * cos + x1 * sin).to(q_ptr.dtype.element_ty), mask=inside)
 
 
-def launch(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+def launch(q: Tensor, k: Tensor, angles: Angles) -> None:
+    cos_sin, positions = angles.cos_sin, angles.positions
     (num_tokens, num_heads, _), num_kv_heads, half = q.shape, k.shape[1], cos_sin.shape[1] // 2
     block_heads = min(triton.next_power_of_2(num_heads), 8)
     _rope[(num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))](
@@ -69,8 +86,9 @@ def make(num_tokens, num_heads, num_kv_heads, head_dim, rotary, dtype, fused=Tru
     if not fused:
         q, k = q.contiguous(), k.contiguous()
     angle = torch.arange(max_positions, device=device)[:, None] / 1e4 ** (torch.arange(rotary // 2, device=device) / 32)
-    cos_sin = torch.cat((angle.cos(), angle.sin()), -1).to(dtype)
-    return call(q, k, cos_sin, torch.randint(max_positions, (num_tokens,), device=device, dtype=torch.int32))
+    cos_sin = torch.cat((angle.cos(), angle.sin()), -1)
+    positions = torch.randint(max_positions, (num_tokens,), device=device, dtype=torch.int32)
+    return call(q, k, Angles(cos_sin, positions))
 
 
 @kernel(
@@ -79,20 +97,51 @@ def make(num_tokens, num_heads, num_kv_heads, head_dim, rotary, dtype, fused=Tru
     make=make,
     cases=[
         *grid(num_tokens=(1, 7), num_heads=(9,), num_kv_heads=(3,), head_dim=(64,), rotary=(64, 24), dtype=FLOATS),
-        *grid(num_tokens=(5,), num_heads=(4,), num_kv_heads=(4,), head_dim=(32,), rotary=(32,), dtype=FLOATS, fused=(False,)),
+        *grid(
+            num_tokens=(5,),
+            num_heads=(4,),
+            num_kv_heads=(4,),
+            head_dim=(32,),
+            rotary=(32,),
+            dtype=FLOATS,
+            fused=(False,),
+        ),
     ],
     bench_cases=grid(
-        num_tokens=(1, 16, 512), num_heads=(9,), num_kv_heads=(3,), head_dim=(64,), rotary=(64,), dtype=(torch.bfloat16,)
+        num_tokens=(1, 16, 512),
+        num_heads=(9,),
+        num_kv_heads=(3,),
+        head_dim=(64,),
+        rotary=(64,),
+        dtype=(torch.bfloat16,),
     ),
     num_bytes=lambda c: 2 * nbytes(*c.args[:2]),
     updates=(0, 1),
-)  # fmt: skip
-def rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+)
+def rope(q: Tensor, k: Tensor, angles: Angles) -> None:
     """Rotate q [T, H, D] and k [T, KV, D] in place; ValueError when shapes or dtypes do not fit."""
+    rotary = angles.cos_sin.shape[1]
     check(q.dim() == 3 and k.dim() == 3 and q.shape[::2] == k.shape[::2], "q and k are not [T, H, D] and [T, KV, D]")
-    check(q.dtype == k.dtype and cos_sin.dtype in (torch.float32, q.dtype), "dtypes of q, k and cos_sin do not fit")
-    check(cos_sin.shape[1] <= q.shape[2] and cos_sin.shape[1] % 2 == 0, "rotary is odd or larger than head_dim")
-    check(positions.shape == q.shape[:1], "positions are not [T]")
+    check(q.dtype == k.dtype and angles.cos_sin.dtype == torch.float32, "dtypes of q, k and cos_sin do not fit")
+    check(rotary <= q.shape[2] and rotary % 2 == 0, "rotary is odd or larger than head_dim")
+    check(angles.positions.shape == q.shape[:1], "positions are not [T]")
     if q.device.type != "cpu":
-        return launch(q, k, cos_sin, positions)
-    return ref(q, k, cos_sin, positions)
+        return launch(q, k, angles)
+    for x in _joined(q, k):
+        rotated = x if rotary == x.shape[2] else x[..., :rotary]
+        y = rotated.float()
+        swapped = y.roll(rotary // 2, -1)
+        y.mul_(angles.rows[0]).addcmul_(swapped, angles.rows[1])
+        if y is not rotated:
+            rotated.copy_(y)
+    return None
+
+
+def _joined(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """q and k as one tensor [T, H + KV, D] where they lie side by side in a projection: half the ops."""
+    num_tokens, num_heads, head_dim = q.shape
+    gap = num_heads * head_dim
+    adjacent = k.storage_offset() == q.storage_offset() + gap and k.data_ptr() == q.data_ptr() + gap * q.element_size()
+    if not adjacent or q.stride() != k.stride() or q.stride(1) != head_dim:
+        return q, k
+    return (q.as_strided((num_tokens, num_heads + k.shape[1], head_dim), q.stride()),)

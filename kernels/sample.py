@@ -1,15 +1,15 @@
-"""Draw one token a row from its logits: temperature, top-k, top-p, min-p, then Gumbel-max, a function of counters alone.
+"""Draw one token a row from its logits: temperature, top-k, top-p, min-p, then Gumbel-max on counter-based variates.
 
     x = logits / temperature;   kept: x >= t, t the largest of
         top-k   the k-th largest x
         top-p   the largest t with  mass(x >= t) >= top_p * mass(kept by top-k),  mass = sum of exp(x)
         min-p   max(x) + log(min_p)
-    token = two-level Gumbel-max over what is kept: first a group of 64 tokens, argmax of log(mass of the group) + g, then
-    a token of that group, argmax of x + g', with g and g' the row's own Gumbel variates (philox.py). This draws from
-    softmax(kept x) exactly, for vocab / 64 + 64 variates in place of vocab.
+    token = two-level Gumbel-max over what is kept: first a group of 64 tokens, argmax of log(mass of the group) + g,
+    then a token of that group, argmax of x + g', with g and g' the row's own Gumbel variates (philox.py). This draws
+    from softmax(kept x) exactly, for vocab / 64 + 64 variates in place of vocab.
 
-Ties with the last one kept are kept, so no form has to sort. temperature 0 takes the likeliest token, the lowest id among
-equals. A row with a NaN, or with nothing to draw, gives -1: the caller fails that request alone.
+Ties with the last one kept are kept, so no form has to sort. temperature 0 takes the likeliest token, the lowest id
+among equals. A row with a NaN, or with nothing to draw, gives -1: the caller fails that request alone.
 
 logits       [num_rows, vocab]  f32, contiguous rows
 temperature  [num_rows]  f32   0 = greedy
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.lang import jit, tl
 from cableway.kernels.philox import gumbels, gumbels_triton
 from cableway.kernels.registry import call, check, grid, kernel, nbytes
 
@@ -92,7 +92,7 @@ def _threshold(row_ptr, vocab, temperature, top, k, p, BLOCK: tl.constexpr):
     key = lowest
     total = 1.0
     # Two searches over the 2**32 keys, each skipped where its rule is off: first for k, then for p.
-    for search in range(0, 2):
+    for search in range(2):
         wanted_count = tl.where(search == 0, k, 0)
         if ((search == 0) & (k > 0)) | ((search == 1) & (p < 1)):
             if search == 1:
@@ -147,9 +147,7 @@ def _sample(
             x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
             kept = (_ordered(x) >= key) & (x >= least) & (token < vocab)
             mass = tl.sum(tl.reshape(tl.where(kept, tl.exp(x - top), 0.0), (BLOCK // GROUP, GROUP)), 1)
-            score = tl.log(mass) + gumbels_triton(
-                seed, choice, position, 0, first // GROUP, BLOCK // GROUP
-            )
+            score = tl.log(mass) + gumbels_triton(seed, choice, position, 0, first // GROUP, BLOCK // GROUP)
             score_here = tl.max(score, 0)
             group_here = first // GROUP + tl.argmax(score, 0)
             best_group = tl.where(score_here > best_score, group_here, best_group)

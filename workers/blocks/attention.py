@@ -63,7 +63,7 @@ class Attention(Block):
         q, k, v = heads.split((num_q, num_kv, num_kv), 1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        rotate(q, k, *step.angles(self.rope))
+        rotate(q, k, step.angles(self.rope))
         cache, plan, slots = step.state(layer)
         kv_write(k, v, cache, slots)
         y = paged_attention(q, cache, plan, scale=self._scale, window=self.window)

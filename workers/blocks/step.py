@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cableway.kernels.paged_attention import AttentionPlan
+from cableway.kernels.rope import Angles
 from cableway.workers.batch import Batch
 from cableway.workers.blocks.rope import Rope
 
@@ -22,8 +23,7 @@ class Step:
         self, batch: Batch, caches: Sequence[Tensor], group_of: Sequence[int], tables: Mapping[Rope, Tensor]
     ) -> None:
         self._caches, self._group_of, self._slots = caches, group_of, batch.slots
-        self._positions = batch.positions
-        self._tables = tables
+        self._angles = {rope: Angles(table, batch.positions) for rope, table in tables.items()}
         self._plans = [
             AttentionPlan(
                 batch.query_start, batch.seq_lens, table, batch.max_query_len, batch.max_seq_len, batch.invariant
@@ -31,9 +31,9 @@ class Step:
             for table in batch.block_tables
         ]
 
-    def angles(self, rope: Rope) -> tuple[Tensor, Tensor]:
-        """(cos_sin, positions) as the rope kernel takes them."""
-        return self._tables[rope], self._positions
+    def angles(self, rope: Rope) -> Angles:
+        """By how much the batch's tokens are rotated."""
+        return self._angles[rope]
 
     def state(self, layer: int) -> tuple[Tensor, AttentionPlan, Tensor]:
         """A layer's cache, where the batch's sequences lie in it, and the slots of the batch's tokens [T] i64."""
