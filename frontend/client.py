@@ -282,7 +282,7 @@ class _Link:
                 if first_index == expected:
                     new_ids = token_ids[position : position + num]
                     choice.output.extend(new_ids)
-                    choice.job.update(choice.index).token_ids.extend(new_ids)
+                    choice.job.deliver(choice.index, new_ids)
                 elif first_index > expected:
                     self._log.error("tokens_missing", engine=self._engine, expected=expected, first_index=first_index)
                     self._resume([choice])

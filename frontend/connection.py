@@ -26,7 +26,15 @@ class Connection(web.RequestHandler):
         max_connections: closes itself at once when the server has as many already.
     """
 
-    __slots__ = ("_header_timeout_s", "_header_timer", "_in_request", "_is_full", "_unread_timeout_s", "_unread_timer")
+    __slots__ = (
+        "_header_timeout_s",
+        "_header_timer",
+        "_in_request",
+        "_is_full",
+        "_unread_timeout_s",
+        "_unread_timer",
+        "on_writable",
+    )
 
     def __init__(
         self,
@@ -44,6 +52,8 @@ class Connection(web.RequestHandler):
         self._header_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
         self._in_request = False
+        self.on_writable: Callable[[], None] | None = None
+        """Called when a full send buffer has emptied."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -79,6 +89,8 @@ class Connection(web.RequestHandler):
     def resume_writing(self) -> None:
         self._unread_timer = _cancelled(self._unread_timer)
         super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
 
     def handle_error(
         self,

@@ -34,6 +34,7 @@ class Job:
     def __init__(self) -> None:
         self._mail: dict[int, Update] = {}
         self._open: dict[int, Callable[[], None]] = {}
+        self._on_mail: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> "Job":
@@ -45,9 +46,22 @@ class Job:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        return self.collect()
+
+    @property
+    def has_ended(self) -> bool:
+        """Every choice has ended, and all that came was collected."""
+        return not self._open and not self._mail
+
+    def collect(self) -> list[Update]:
+        """What came since the mailbox was last read, without waiting."""
         mail = list(self._mail.values())
         self._mail.clear()
         return mail
+
+    def notify(self, on_mail: Callable[[], None] | None) -> None:
+        """Call `on_mail()` from the event loop, in place of iteration, when an empty mailbox gets something."""
+        self._on_mail = on_mail
 
     def abort(self, index: int | None = None) -> None:
         """Stop one choice, or all that have not ended; nothing more comes for them."""
@@ -65,19 +79,33 @@ class Job:
         assert index not in self._open, f"choice {index} submitted twice"
         self._open[index] = abort
 
+    def deliver(self, index: int, token_ids: list[int]) -> None:
+        """New tokens of choice `index`; the list is the job's from now on."""
+        update = self._mail.get(index)
+        if update is not None:
+            update.token_ids += token_ids
+        else:
+            self._put(Update(index, token_ids))
+
     def update(self, index: int) -> Update:
         """The update being filled for choice `index`; wakes the reader."""
         update = self._mail.get(index)
         if update is None:
-            self._mail[index] = update = Update(index)
-            self._wake()
+            update = Update(index)
+            self._put(update)
         return update
 
     def closed(self, index: int) -> None:
         """Nothing more comes for choice `index`."""
         self._open.pop(index, None)
 
+    def _put(self, update: Update) -> None:
+        if not self._mail:
+            self._wake()
+        self._mail[update.index] = update
+
     def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._on_mail is not None:
+            asyncio.get_running_loop().call_soon(self._on_mail)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -63,7 +63,7 @@ async def _serve(
         loop.call_soon_threadsafe(end, deadline_s)
 
     lifeline.on_drain(on_drain)
-    beating = loop.create_task(_beat(lifeline))
+    beating = loop.create_task(_beat(lifeline, metrics))
     await server.start()
     lifeline.ready({"port": sockets[0].getsockname()[1] if sockets[0].family != socket.AF_UNIX else 0})
     try:
@@ -80,10 +80,11 @@ async def _serve(
         engine.close()
 
 
-async def _beat(lifeline: supervise.Lifeline) -> None:
+async def _beat(lifeline: supervise.Lifeline, metrics: Metrics) -> None:
     """Tell that the event loop turns. It is never idle: a turn that ends late is one that somebody held up."""
     while True:
         lifeline.beat()
+        metrics.flush()
         await asyncio.sleep(_BEAT_INTERVAL_S)
 
 

@@ -7,6 +7,12 @@ import msgspec
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+
+def event(data: bytes) -> bytes:
+    """One event."""
+    return b"data: %b\n\n" % data
+
+
 encode = msgspec.json.Encoder().encode
 """Any value as JSON. PERF: 0.1 µs for a token's text; json.dumps of a whole chunk took 3.2 µs."""
 

@@ -38,11 +38,11 @@ async def health(request: web.Request) -> web.Response:
 
 
 @routes.get("/metrics")
-async def metrics(request: web.Request) -> web.Response:
+async def show_metrics(request: web.Request) -> web.Response:
+    metrics = request.app[METRICS]
+    metrics.flush()
     # In a thread: it reads the files of every frontend.
-    return web.Response(
-        body=await asyncio.to_thread(request.app[METRICS].render), headers={"Content-Type": CONTENT_TYPE}
-    )
+    return web.Response(body=await asyncio.to_thread(metrics.render), headers={"Content-Type": CONTENT_TYPE})
 
 
 @routes.get("/version")

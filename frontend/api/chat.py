@@ -14,7 +14,6 @@ from cableway.frontend.api.generation import (
     finite,
     json_response,
     prompt_logprobs_json,
-    stream,
 )
 from cableway.frontend.api.messages import Messages, chat_prompt
 from cableway.frontend.api.sampling import (
@@ -26,6 +25,7 @@ from cableway.frontend.api.sampling import (
     wants_usage,
 )
 from cableway.frontend.api.schema import UNSERVED, SamplingFields, read_json, refuse_unserved
+from cableway.frontend.api.streaming import stream
 from cableway.frontend.errors import RequestError
 from cableway.frontend.keys import CONFIG
 from cableway.frontend.served import ServedModel

@@ -2,10 +2,9 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
-import structlog
 from aiohttp import web
 
 from cableway.frontend import sse
@@ -19,8 +18,6 @@ from cableway.ipc.messages import Sampling
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
-
-log = structlog.get_logger()
 
 
 def find_model(request: web.Request, name: str) -> ServedModel:
@@ -49,7 +46,7 @@ class Generation:
         self._request = request
         self._body = body
         self._metrics = request.app[METRICS].of(model.name)
-        self._job = Job()
+        self.job = Job()
         self._choices: list[ChoiceText] = []
         self._num_cached: dict[int, int] = {}
         self._open: set[int] = set()
@@ -74,15 +71,17 @@ class Generation:
             request_id=self._request[REQUEST_ID],
             first_index=first,
             model=self.model.name,
-            job=self._job,
+            job=self.job,
         )
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """What is new, as often as anything is; ends when every choice has. RequestError when one fails."""
-        async for updates in self._job:
-            now_s = time.perf_counter()
-            deltas = [self._take(update, now_s) for update in updates]
-            yield [delta for delta in deltas if delta is not None]
+        async for updates in self.job:
+            yield self._take_all(updates)
+
+    def new_deltas(self) -> list[Delta]:
+        """What is new, without waiting: for whoever is notified by `job`."""
+        return self._take_all(self.job.collect())
 
     def usage(self) -> dict[str, Any]:
         """Token counts of all prompts and choices, in OpenAI's form."""
@@ -109,7 +108,7 @@ class Generation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._job.abort()
+        self.job.abort()
         for _index in self._open:
             self._metrics.finished("error" if isinstance(error, Exception) or self._has_failed else "abort")
         usage = self.usage()
@@ -129,6 +128,11 @@ class Generation:
         """The stream ends with an error that was told within it."""
         self._has_failed = True
 
+    def _take_all(self, updates: list[Update]) -> list[Delta]:
+        now_s = time.perf_counter()
+        deltas = [self._take(update, now_s) for update in updates]
+        return [delta for delta in deltas if delta is not None]
+
     def _take(self, update: Update, now_s: float) -> Delta | None:
         if update.error is not None:
             raise update.error
@@ -144,7 +148,7 @@ class Generation:
             if index % self.n == 0:
                 self._num_cached[index] = update.finish.num_cached_tokens
         if delta.finish_reason is not None:
-            self._job.abort(index)  # it ended by a stop string; where the engine ended it this does nothing
+            self.job.abort(index)  # it ended by a stop string; where the engine ended it this does nothing
             self._open.discard(index)
             self._metrics.finished(delta.finish_reason)
         return delta
@@ -158,41 +162,6 @@ class Generation:
             self._metrics.time_to_first_token_s.observe(first_token_s)
             self._request[FACTS]["first_token_s"] = round(first_token_s, 6)
         self._last_token_s[index] = now_s
-
-
-async def stream(
-    request: web.Request,
-    generation: Generation,
-    chunk: Callable[[Delta], bytes],
-    ending: Callable[[], bytes],
-) -> web.StreamResponse:
-    """Send deltas as server-sent events.
-
-    Headers wait for the first of them, so that a request which the engine refuses still gets a status of its own. What
-    came while the last write was under way goes out in one.
-    """
-    updates = generation.deltas()
-    deltas = await anext(updates)
-    response = web.StreamResponse(headers=sse.HEADERS)
-    await response.prepare(request)
-    try:
-        await response.write(b"".join(map(chunk, deltas)))
-        async for deltas in updates:
-            if payload := b"".join(map(chunk, deltas)):
-                await response.write(payload)
-        await response.write(ending() + sse.DONE)
-    except RequestError as error:
-        generation.failed()
-        await response.write(b"data: " + error.body() + b"\n\n" + sse.DONE)
-    except ConnectionError:
-        raise
-    except Exception:
-        generation.failed()
-        log.exception("stream_failed", request_id=request[REQUEST_ID])
-        told = RequestError(500, "Internal error.", type="server_error", code="internal_error")
-        await response.write(b"data: " + told.body() + b"\n\n" + sse.DONE)
-    await response.write_eof()
-    return response
 
 
 class Whole:
