@@ -135,7 +135,8 @@ class EngineProcesses:
 
     def _run(self) -> None:
         try:
-            log = logging.private("supervisor", level="warning", as_json=self.config.supervisor.log.as_json)
+            settings = self.config.supervisor.log
+            log = logging.private("supervisor", level=settings.level, as_json=settings.as_json)
             with _runtime_folder(self.config) as config_path:
                 self._supervisor = Supervisor(
                     self.config.supervisor, config_path, _engine(self.config), log=log, on_ready=self._settled.set
