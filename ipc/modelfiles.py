@@ -6,7 +6,9 @@ metadata, so that nothing downstream asks which it was.
 
 import importlib.util
 import json
+import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ _GGUF_KEYS = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+_GGUF_DTYPES = {0: "float32", 1: "float16", 30: "bfloat16"}
+"""ggml_type -> dtype, for those that are plain numbers"""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_JSON_BYTES = 64 << 20
 
@@ -205,12 +209,23 @@ def _gguf_config(header: Header) -> dict[str, Any]:
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config["tie_word_embeddings"] = "output.weight" not in header.tensor_names
+    if dtype := _gguf_dtype(header):
+        config["dtype"] = dtype
     scaling = f"{architecture}.rope.scaling."
     if metadata.get(scaling + "type") not in (None, "none"):
         config["rope_scaling"] = {"rope_type": metadata[scaling + "type"], "factor": metadata.get(scaling + "factor")}
         if (original := metadata.get(scaling + "original_context_length")) is not None:
             config["rope_scaling"]["original_max_position_embeddings"] = original
     return {**config, **_token_ids(_gguf_generation_config(metadata))}
+
+
+def _gguf_dtype(header: Header) -> str | None:
+    """The dtype of most of the matrices' numbers; None where they are quantized."""
+    counts: Counter[int] = Counter()
+    for tensor in header.raw_tensors.values():
+        if len(tensor.shape) > 1:
+            counts[tensor.ggml_type] += math.prod(tensor.shape)
+    return _GGUF_DTYPES.get(counts.most_common(1)[0][0]) if counts else None
 
 
 def _gguf_generation_config(metadata: dict[str, Any]) -> dict[str, Any]:

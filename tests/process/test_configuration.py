@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -91,6 +93,31 @@ def test_a_cpu_never_computes_coarser_than_the_weights(
     monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: has_bfloat16)
     assert resolved(tmp_path, {"torch_dtype": stored}).worker.dtype == computed
     assert resolved(tmp_path, {"dtype": stored}).worker.dtype == computed
+
+
+@pytest.mark.parametrize(
+    ("kind", "computed"), [("F32", "float32"), ("F16", "float32"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")]
+)
+def test_nor_coarser_than_a_gguf_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, computed: str
+) -> None:
+    monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: True)
+    path = str(tmp_path / "m.gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_head_count(1)
+    writer.add_context_length(64)
+    writer.add_token_list(["a", "b"])
+    quantized = gguf.GGMLQuantizationType[kind]
+    matrix = gguf.quants.quantize(np.zeros((4, 32), np.float32), quantized)
+    writer.add_tensor("blk.0.ffn_up.weight", matrix, raw_dtype=quantized)
+    writer.add_tensor("output_norm.weight", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert resolve.resolve(Options(model=path, device="cpu")).worker.dtype == computed
 
 
 @pytest.mark.parametrize(
