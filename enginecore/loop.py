@@ -28,7 +28,7 @@ from cableway.ipc.messages import (
     Welcome,
     unpack_ints,
 )
-from cableway.ipc.supervise import Lifeline
+from cableway.ipc.lifeline import Lifeline
 
 _LEASE_CHECK_S = 1.0
 _LAST_WORDS_MS = 1000

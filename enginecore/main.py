@@ -6,14 +6,15 @@ from collections.abc import Sequence
 import zmq
 
 from cableway.enginecore.loop import EngineCore
-from cableway.ipc import config, log, supervise
+from cableway.ipc import config, log
+from cableway.ipc.lifeline import Lifeline, child_arguments
 
 
 def main(argv: Sequence[str]) -> None:
     """Serve until told to drain. A fault of the core's own ends the process with a traceback."""
-    arguments = supervise.child_arguments(argv)
+    arguments = child_arguments(argv)
     settings = config.read(arguments.config_path).core
-    lifeline = supervise.Lifeline(arguments.lifeline_fd, settings.drain_timeout_s)
+    lifeline = Lifeline(arguments.lifeline_fd, settings.drain_timeout_s)
     logger = log.setup("enginecore", arguments.rank, level=settings.log.level, as_json=settings.log.as_json)
     core = EngineCore(settings, lifeline, logger)
     lifeline.on_drain(core.drain)

@@ -16,9 +16,9 @@ from cableway.frontend.client import EngineClient
 from cableway.frontend.metrics import Metrics
 from cableway.ipc import config as configuration
 from cableway.ipc import log as logging
-from cableway.ipc import supervise
 from cableway.ipc.config import FrontendConfig
 from cableway.ipc.errors import UserError
+from cableway.ipc.lifeline import Lifeline, child_arguments
 from cableway.ipc.listen import Listener
 
 METRICS_FOLDER = "metrics"
@@ -26,10 +26,10 @@ _BEAT_INTERVAL_S = 0.5
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run until drained; see `ipc.supervise` for the arguments."""
-    arguments = supervise.child_arguments(argv)
+    """Run until drained; see `ipc.lifeline` for the arguments."""
+    arguments = child_arguments(argv)
     config = configuration.read(arguments.config_path).frontend
-    lifeline = supervise.Lifeline(arguments.lifeline_fd, config.drain_timeout_s)
+    lifeline = Lifeline(arguments.lifeline_fd, config.drain_timeout_s)
     logging.setup("frontend", arguments.rank, level=config.log.level, as_json=config.log.as_json)
     try:
         models = served.load(config, cableway.__version__)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
 async def _serve(
     config: FrontendConfig,
     rank: int,
-    lifeline: supervise.Lifeline,
+    lifeline: Lifeline,
     models: dict[str, served.ServedModel],
     sockets: list[socket.socket],
 ) -> None:
@@ -80,7 +80,7 @@ async def _serve(
         engine.close()
 
 
-async def _beat(lifeline: supervise.Lifeline, metrics: Metrics) -> None:
+async def _beat(lifeline: Lifeline, metrics: Metrics) -> None:
     """Tell that the event loop turns. It is never idle: a turn that ends late is one that somebody held up."""
     while True:
         lifeline.beat()

@@ -15,9 +15,7 @@ from cableway.ipc.child import DRAINING, READY, RESTARTING, STARTING, STOPPED, C
 from cableway.ipc.config import SupervisorConfig
 from cableway.ipc.control import Control, Process, Processes
 from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_UNMENDABLE
-from cableway.ipc.lifeline import AbortNow, ChildArguments, Drain, Lifeline, child_arguments
-
-__all__ = ["ChildArguments", "Lifeline", "Supervisor", "child_arguments"]
+from cableway.ipc.lifeline import AbortNow, Drain
 
 _DRAIN_ORDER = ("frontend", "enginecore", "worker")
 """Requests end where they came in first: whoever serves them stays until then."""

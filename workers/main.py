@@ -19,9 +19,9 @@ from cableway.ipc import log, messages
 from cableway.ipc.config import Config, WorkerConfig, workers_address
 from cableway.ipc.endpoint import Endpoint, PeerDown, PeerUp, Undecodable, identity
 from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED
+from cableway.ipc.lifeline import Lifeline, child_arguments
 from cableway.ipc.messages import Hello, Ping, Ready, Refused, Shutdown, StateGroup, StepPlan, Welcome
 from cableway.ipc.modelfiles import ModelError
-from cableway.ipc.supervise import Lifeline, child_arguments
 
 
 class Worker:
