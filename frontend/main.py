@@ -16,12 +16,12 @@ from cableway.frontend.client import EngineClient
 from cableway.frontend.metrics import Metrics
 from cableway.ipc import config as configuration
 from cableway.ipc import log as logging
+from cableway.ipc import runtime
 from cableway.ipc.config import FrontendConfig
 from cableway.ipc.errors import UserError
 from cableway.ipc.lifeline import Lifeline, child_arguments
 from cableway.ipc.listen import Listener
 
-METRICS_FOLDER = "metrics"
 _BEAT_INTERVAL_S = 0.5
 
 
@@ -51,7 +51,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     engine = EngineClient(config, rank)
     await engine.start()
-    metrics = Metrics(str(Path(config.runtime_dir) / METRICS_FOLDER), config.metrics_prefix, engine, config.engines)
+    metrics = Metrics(str(Path(config.runtime_dir) / runtime.METRICS), config.metrics_prefix, engine, config.engines)
     server = Server(make_app(config, engine, models, metrics), sockets)
     drained: asyncio.Future[float] = loop.create_future()
 
