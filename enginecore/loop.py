@@ -13,6 +13,7 @@ from cableway.enginecore.peers import Frontends, NotWelcome, Workers, check
 from cableway.enginecore.scheduler import BadResult, Scheduler
 from cableway.ipc import config
 from cableway.ipc.endpoint import Arrival, Endpoint, PeerDown, Undecodable
+from cableway.ipc.lifeline import Lifeline
 from cableway.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -28,7 +29,6 @@ from cableway.ipc.messages import (
     Welcome,
     unpack_ints,
 )
-from cableway.ipc.lifeline import Lifeline
 
 _LEASE_CHECK_S = 1.0
 _LAST_WORDS_MS = 1000
@@ -227,6 +227,9 @@ class EngineCore:
                 self._worker_ready(peer, rank, message)
             case StepResult() if rank == 0:
                 self._take_result(peer, message)
+            case Undecodable():
+                self._refuse(self._to_workers, peer, _describe(message))
+                self._worker_lost(peer, rank)
             case _:
                 self._log.error("message_ignored", peer=_name(peer), message=_describe(message))
 

@@ -210,9 +210,8 @@ class Scheduler:
         assert self.kv is not None
         while (grown := self.kv.reserve(request, num_tokens)) is None:
             victim = self.running[-1]
-            # Whoever drains gives blocks back soon; whoever is in this step already keeps its place.
-            if self._draining or victim is request or victim.last_step == step.number:
-                return False
+            if self._draining or victim is request:
+                return False  # whoever drains gives its blocks back soon
             self.running.pop()
             victim.move(State.PREEMPTED)
             self.num_preemptions += 1
@@ -229,14 +228,14 @@ class Scheduler:
         while step.budget and self._free_rows and (request := self.waiting.first()):
             others = len(self.running) + len(self._draining)
             available = kv.num_available - num_owed - others  # each of the others can grow by a block
-            if request is self._blocked[0] and self._blocked[1] > available and others:
-                break
+            if request is self._blocked[0] and self._blocked[1] > available:
+                break  # PERF: spares a look-up of its whole prompt in every step
             match = self._beginning(kv, request)
             if match is None:
                 held.append(self.waiting.pop())
                 continue
             num_blocks = kv.num_new_blocks(match, len(request.tokens) + 1)
-            if num_blocks > available and others:
+            if num_blocks > available:
                 self._blocked = request, num_blocks
                 break
             self._enter(step, kv, self.waiting.pop(), match, now_s)

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 from cableway.enginecore.request import Request, State
 
+_FEW = 64
+
 
 class WaitingQueue:
     """Ordered by `Request.order`. A preempted request keeps its order, and so comes back before those behind it.
 
-    A request that ends while it waits is left in the heap and skipped when it comes up.
+    A request that ends while it waits stays in the heap until it comes up, or until such ones are the greater part.
     """
 
     def __init__(self) -> None:
@@ -34,10 +36,16 @@ class WaitingQueue:
     def pop(self) -> Request:
         """Take out what `first` gave."""
         request = heapq.heappop(self._heap)[1]
-        self.forget(request)
+        self._count_out(request)
         return request
 
     def forget(self, request: Request) -> None:
-        """A waiting request ends: it counts no more."""
+        """A request of the queue has ended."""
+        self._count_out(request)
+        if len(self._heap) > 2 * self.num_requests + _FEW:
+            self._heap = [(each.order, each) for each in self]
+            heapq.heapify(self._heap)
+
+    def _count_out(self, request: Request) -> None:
         self.num_requests -= 1
         self.num_tokens -= len(request.tokens)

@@ -55,6 +55,7 @@ class Received:
     prompt_logprobs: dict[int, int] = field(default_factory=dict)  # index in the prompt -> token
     logprobs: dict[int, int] = field(default_factory=dict)  # index in the output -> token
     first_step: int | None = None
+    last_step: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -175,7 +176,7 @@ class Harness:
         for finish in message.finished:
             received = self.received[frontend, finish.key]
             assert not received.ended
-            received.finish = finish
+            received.finish, received.last_step = finish, len(self.history)
 
     # What must hold
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from harness import generate
-from hypothesis import assume, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -228,6 +228,15 @@ class TestPrefix:
         kv.commit(request)
         assert kv.lookup(request_of(list(range(1, 13)))).num_tokens == 8  # the third block is not full
 
+    def test_what_is_in_flight_is_not_found_when_what_came_before_is_committed(self):
+        kv = manager()
+        request = request_of(list(range(1, 12)))
+        kv.adopt(request, kv.lookup(request))
+        kv.reserve(request, 8)
+        request.num_planned, request.num_computed = 8, 5
+        kv.commit(request)
+        assert kv.lookup(request_of(list(range(1, 13)))).num_tokens == 4
+
     def test_tenants_do_not_meet(self):
         kv = manager()
         kv.release(computed(kv, list(range(1, 10)), salt="a"))
@@ -298,6 +307,27 @@ class TestSliding:
         assert manager(num_blocks=10).longest_len(30) == 30
         assert manager(Sliding(5), num_blocks=10).longest_len(1000) == 1000
         assert manager(Paged(), Paged(), num_blocks=10).longest_len(1000) == 20
+
+
+@given(
+    groups=st.lists(st.one_of(st.just(Paged()), st.builds(Sliding, st.integers(1, 20))), min_size=1, max_size=3),
+    block_size=st.integers(1, 5),
+    chunk_len=st.integers(1, 9),
+    num_tokens=st.integers(1, 80),
+    data=st.data(),
+)
+def test_a_lone_request_never_lacks_blocks(groups, block_size, chunk_len, num_tokens, data):
+    kv = KVManager(groups, 1000, block_size, chunk_len=chunk_len, prefix_cache=False)
+    kv = KVManager(groups, kv.blocks_for(num_tokens), block_size, chunk_len=chunk_len, prefix_cache=False)
+    assert kv.longest_len(num_tokens) == num_tokens
+    request = request_of([1] * num_tokens)
+    kv.adopt(request, kv.lookup(request))
+    while request.num_computed < num_tokens:
+        count = data.draw(st.integers(1, min(chunk_len, num_tokens - request.num_computed)))
+        assert kv.reserve(request, request.num_computed + count) is not None
+        request.num_computed = request.num_planned = request.num_computed + count
+        if request.num_computed >= request.next_border:
+            kv.commit(request)
 
 
 def test_fork_shares_full_blocks_and_copies_the_last():

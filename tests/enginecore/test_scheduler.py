@@ -78,6 +78,14 @@ class TestBudget:
         assert len(got(harness, 1).output) == 1
         assert sum(count for count, _ in rows_of(harness.plan())) == 8
 
+    def test_short_prompts_do_not_hold_up_a_long_one(self):
+        harness = Harness(budget=8, max_model_len=100, num_blocks=64)
+        harness.submit(generate(PROMPT * 8, [0], eos_token_ids=b""))
+        harness.turn()
+        for key in range(1, 4):
+            harness.submit(generate([40 + key] * 6, [key], eos_token_ids=b"", max_tokens=1))
+        assert rows_of(harness.plan()) == [(4, 0), (4, 0)]
+
     def test_a_prompt_of_one_step_is_not_cut_for_others(self):
         harness = Harness(budget=12)
         for key in range(3):
@@ -110,6 +118,46 @@ class TestOrder:
         harness.run()
         assert got(harness, 0).finish is not None
         assert 10 < got(harness, 1).first_step <= got(harness, 2).first_step
+
+    def test_the_next_is_let_in_when_the_one_without_room_is_aborted(self):
+        harness = Harness(num_blocks=8, max_model_len=32, prefix_cache=False)
+        harness.submit(generate(PROMPT + PROMPT[:4], [0], max_tokens=12, eos_token_ids=b""))
+        harness.turn()
+        harness.submit(generate(PROMPT * 2, [1], eos_token_ids=b""))
+        harness.submit(generate([1], [2], eos_token_ids=b""))
+        harness.turn()
+        harness.abort(1)
+        harness.turn()
+        assert len(got(harness, 2).output) == 1
+
+    def test_blocks_of_a_prompt_in_progress_are_not_promised_to_others(self):
+        harness = Harness(num_blocks=10, budget=4, max_model_len=40, prefix_cache=False)
+        harness.submit(generate(PROMPT * 2 + PROMPT[:4], [0], max_tokens=4, eos_token_ids=b""))
+        harness.turn()
+        harness.submit(generate(PROMPT * 2, [1], max_tokens=4, eos_token_ids=b""))
+        harness.run()
+        assert not harness.scheduler.num_preemptions
+        harness.check_outputs()
+
+    def test_no_more_are_preempted_than_needed(self):
+        harness = Harness(num_blocks=12, max_num_seqs=4, depth=1, prefix_cache=False)
+        for key in range(4):
+            harness.submit(generate(PROMPT[:7], [key], max_tokens=9, eos_token_ids=b"", seed=key))
+        harness.run()
+        assert harness.scheduler.num_preemptions == 1
+        harness.check_outputs()
+
+    @pytest.mark.parametrize("depth", [0, 1])
+    def test_the_first_gets_its_blocks_from_the_last(self, depth):
+        options = {"max_num_seqs": 2, "max_model_len": 32, "prefix_cache": False, "by_priority": True}
+        harness = Harness(num_blocks=8, depth=depth, budget=4, **options)
+        harness.submit(generate(PROMPT[:7], [0], max_tokens=20, eos_token_ids=b"", priority=1))
+        for _ in range(8):
+            harness.turn()
+        harness.submit(generate(PROMPT[:7], [1], max_tokens=20, eos_token_ids=b"", priority=0))
+        harness.run()
+        harness.check_outputs()
+        assert got(harness, 1).last_step < got(harness, 0).last_step
 
     def test_the_last_in_order_is_preempted_and_comes_back(self):
         harness = Harness(num_blocks=7, max_model_len=28, prefix_cache=False)
@@ -421,6 +469,8 @@ class TestLives:
         harness.worker_down()
         harness.worker_up()
         assert not harness.scheduler.commit(result)  # of an earlier life
+        harness.plan()
+        assert not harness.scheduler.commit(StepResult(plan.epoch, harness.plans[0].step, ints([5]), 1))
         harness.turn()
         assert not harness.scheduler.commit(StepResult(harness.workers_epoch, 1, ints([5]), 1))  # twice
         harness.run()
