@@ -75,13 +75,17 @@ class Server:
                 self._listening.append(await loop.create_server(factory, sock=listening))
 
     async def drain(self, deadline_s: float) -> None:
-        """Refuse new requests with 503, let running ones end, give those left at the deadline an error."""
+        """Refuse new requests with 503, let running ones end, give those left shortly before the deadline an error."""
         admission = self._app[keys.ADMISSION]
-        if not await admission.drain(deadline_s):
-            self._app[keys.ENGINE].fail_all(
-                RequestError(503, "The server is shutting down.", type="server_error", code="shutting_down")
-            )
+        if not await admission.drain(deadline_s - min(_ABORT_GRACE_S, deadline_s / 4)):
+            self.abort()
             await admission.drain(_ABORT_GRACE_S)
+
+    def abort(self) -> None:
+        """Give every running request an error at once."""
+        self._app[keys.ENGINE].fail_all(
+            RequestError(503, "The server is shutting down.", type="server_error", code="shutting_down")
+        )
 
     async def stop(self) -> None:
         """Close every socket."""

@@ -8,7 +8,6 @@ that this server does not go by (a page can point its own name at 127.0.0.1).
 import hmac
 import ipaddress
 import re
-import socket
 import time
 import uuid
 
@@ -162,9 +161,9 @@ def is_own_host(host: str, config: FrontendConfig) -> bool:
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
-        is_everywhere = config.host in ("0.0.0.0", "::", "")
-        return name == "localhost" or (is_everywhere and name == socket.gethostname().lower())
-    # No page can have an address that is not its own answered from here, so that on all interfaces any will do.
+        # No name without a dot can be had on the internet: `localhost`, and what containers call each other.
+        return "." not in name
+    # Whoever is at an address of ours is us; an attacker's page has a name, not our address.
     return address.is_loopback or config.host in ("0.0.0.0", "::", "")
 
 

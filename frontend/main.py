@@ -59,10 +59,18 @@ async def _serve(
         if not drained.done():
             drained.set_result(deadline_s)
 
+    def abort() -> None:
+        end(0.0)
+        server.abort()
+
     def on_drain(deadline_s: float) -> None:
         loop.call_soon_threadsafe(end, deadline_s)
 
+    def on_abort() -> None:
+        loop.call_soon_threadsafe(abort)
+
     lifeline.on_drain(on_drain)
+    lifeline.on_abort(on_abort)
     beating = loop.create_task(_beat(lifeline, metrics))
     await server.start()
     lifeline.ready({"port": sockets[0].getsockname()[1] if sockets[0].family != socket.AF_UNIX else 0})

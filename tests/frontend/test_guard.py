@@ -62,7 +62,9 @@ def test_the_client_sees_a_bad_key(guarded: Frontend) -> None:
         client.models.list()
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:80", "my-machine:8000", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000"]
+)
 def test_hosts_that_are_ours(frontend: Frontend, host: str) -> None:
     assert frontend.get("/version", {"Host": host})[0] == 200
 

@@ -238,6 +238,21 @@ def test_a_drain_lets_what_runs_end_and_nothing_begin() -> None:
         assert frontend.process.wait(10) == 0
 
 
+def test_a_second_signal_ends_it_at_once() -> None:
+    with start_frontend() as frontend, frontend.client() as client:
+        frontend.core.script = lambda *_: TOKENIZER.encode("word")
+        frontend.core.step_s = 0.05
+        stream = streamed(client)
+        next(iter(stream))
+        frontend.process.send_signal(signal.SIGTERM)
+        frontend.wait_health("draining")
+        time.sleep(1.1)
+        frontend.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        assert frontend.process.wait(10) == 0
+
+
 def test_a_drain_has_an_end() -> None:
     with start_frontend(drain_timeout_s=0.5) as frontend, frontend.client() as client:
         frontend.core.script = lambda *_: TOKENIZER.encode("word")
