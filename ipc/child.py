@@ -1,6 +1,7 @@
 """Supervised processes: `Life` is one process from start to death, `Child` what a role and rank goes through."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -20,8 +21,8 @@ STARTING, READY, DRAINING, RESTARTING, STOPPED = "starting", "ready", "draining"
 
 _KEPT_BYTES = 8192
 _CHUNK_BYTES = 1 << 16
-_IMPORT_SILENCE_S = 60.0
-"""Until its first beat a process imports its libraries, which may take long on a cold disk."""
+_START_SILENCE_S = 60.0
+"""Until it is ready a process imports libraries and reads files: long, and at times under the interpreter's lock."""
 _STABLE_S = 5.0
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 30.0
@@ -53,7 +54,6 @@ class Life:
         self.unmendable = ""
         self.began_s = self._heard_s = time.monotonic()
         self.ready_s = 0.0
-        self._has_beaten = False
         self._turn_age_s = 0.0
         self._is_killed = False
         self._last_words: deque[bytes] = deque()
@@ -128,11 +128,11 @@ class Life:
         if self._is_killed:
             return ""
         silent_s = time.monotonic() - self._heard_s
-        if silent_s > (heartbeat_timeout_s if self._has_beaten else max(heartbeat_timeout_s, _IMPORT_SILENCE_S)):
+        if self.payload is None:
+            heartbeat_timeout_s, step_timeout_s = max(heartbeat_timeout_s, _START_SILENCE_S), math.inf
+        if silent_s > heartbeat_timeout_s:
             return f"silent for {silent_s:.1f} s"
-        if self.payload is not None and self._turn_age_s > step_timeout_s:
-            return f"in one step for {self._turn_age_s:.1f} s"
-        return ""
+        return f"in one step for {self._turn_age_s:.1f} s" if self._turn_age_s > step_timeout_s else ""
 
     def tell(self, message: lifeline.ToChild) -> None:
         """Send a message. One that is gone, or stopped with its socket full, cannot hear it and is found out anyway."""
@@ -151,7 +151,6 @@ class Life:
 
     def _heard(self, message: lifeline.FromChild) -> None:
         self._heard_s = time.monotonic()
-        self._has_beaten = True
         match message:
             case lifeline.Started(payload):
                 self.payload = payload
