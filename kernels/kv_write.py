@@ -60,7 +60,7 @@ def launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
         width,
         cache.stride(0),
         BLOCK=block,
-        num_warps=min(block // 256 + 1, 8),
+        num_warps=min(max(block // 256, 1), 8),
     )
 
 

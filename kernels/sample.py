@@ -56,12 +56,12 @@ def ref(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> 
         kept = F.pad(x.masked_fill(x < threshold, float("-inf")), (0, -len(x) % GROUP), value=float("-inf"))
         counters = seeds[row, None], choices[row, None], positions[row, None]
         groups = kept.view(-1, GROUP)
-        index = torch.arange(-(-len(groups) // 4) * 4)
+        index = torch.arange(-(-len(groups) // 4) * 4, device=logits.device)
         scores = groups.logsumexp(-1) + gumbels(*counters, GROUPS_STREAM, index[None])[0, : len(groups)]
-        index = scores.argmax() * GROUP + torch.arange(GROUP)
+        index = scores.argmax() * GROUP + torch.arange(GROUP, device=logits.device)
         scores = kept[index] + gumbels(*counters, TOKENS_STREAM, index[None])[0]
         drawn.append(int(index[scores.argmax()]))
-    return torch.tensor(drawn, dtype=torch.int32)
+    return torch.tensor(drawn, dtype=torch.int32, device=logits.device)
 
 
 @jit
