@@ -116,6 +116,7 @@ async def check_origin(request: web.Request, handler: Handler) -> web.StreamResp
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Signal before any response's headers leave: request id, CORS."""
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
+    response.headers["Server"] = "cableway"
     config = request.app[CONFIG]
     origin = request.headers.get("Origin")
     if origin is not None and ("*" in config.allowed_origins or origin in config.allowed_origins):

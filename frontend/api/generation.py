@@ -2,7 +2,6 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
@@ -74,10 +73,9 @@ class Generation:
             job=self.job,
         )
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """What is new, as often as anything is; ends when every choice has. RequestError when one fails."""
-        async for updates in self.job:
-            yield self._take_all(updates)
+    async def next_deltas(self) -> list[Delta]:
+        """What is new, as soon as anything is; not to be called when `job.has_ended`. RequestError when one fails."""
+        return self._take_all(await anext(self.job))
 
     def new_deltas(self) -> list[Delta]:
         """What is new, without waiting: for whoever is notified by `job`."""
@@ -91,7 +89,10 @@ class Generation:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_made,
             "total_tokens": num_prompt + num_made,
-            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached.values())},
+            # The engine tells at a choice's end; one that was cut off by a stop string never had its say.
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached.values())}
+            if len(self._num_cached) == len(self.prompts)
+            else None,
         }
 
     def envelope(self, kind: str) -> dict[str, Any]:
@@ -188,8 +189,8 @@ class Whole:
 async def collect(generation: Generation) -> list[Whole]:
     """Every choice, complete, in order."""
     wholes = [Whole() for _ in range(generation.n * len(generation.prompts))]
-    async for deltas in generation.deltas():
-        for delta in deltas:
+    while not generation.job.has_ended:
+        for delta in await generation.next_deltas():
             wholes[delta.index].add(delta)
     return wholes
 

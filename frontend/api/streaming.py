@@ -24,7 +24,7 @@ async def stream(
 
     Headers wait for the first deltas, so that a request which the engine refuses still gets a status of its own.
     """
-    deltas = await anext(generation.deltas())
+    deltas = await generation.next_deltas()
     response = web.StreamResponse(headers=sse.HEADERS)
     await response.prepare(request)
     try:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from email.message import Message
 from pathlib import Path
@@ -96,11 +96,12 @@ class Frontend:
 
 
 @contextmanager
-def start_frontend(*, inherits: bool = True, **options: Any) -> Iterator[Frontend]:
+def start_frontend(*, inherits: bool = True, wrapper: Sequence[str] = (), **options: Any) -> Iterator[Frontend]:
     """A frontend with these `Options`, ready; it must end cleanly on SIGTERM.
 
     Args:
         inherits: whether it is given its listening socket, or opens it by itself.
+        wrapper: a program with its arguments, which starts it.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -110,7 +111,7 @@ def start_frontend(*, inherits: bool = True, **options: Any) -> Iterator[Fronten
         chosen = {"model": MODEL, "port": listener.port, "runtime_dir": str(runtime_dir)} | options
         path = configuration.write(resolve(Options(**chosen)))
         core = FakeCore(str(runtime_dir))
-        process = launch(path, listener, folder / "stderr", inherits=inherits)
+        process = launch(path, listener, folder / "stderr", inherits=inherits, wrapper=wrapper)
         frontend = Frontend(process, core, listener.port, folder, chosen.get("uds", ""))
         try:
             frontend.wait_health("ok")
@@ -139,11 +140,17 @@ def start_sibling(frontend: Frontend) -> Iterator[Frontend]:
 
 
 def launch(
-    config_path: str, listener: Listener, log: Path, *, inherits: bool = True, rank: int = 0
+    config_path: str,
+    listener: Listener,
+    log: Path,
+    *,
+    inherits: bool = True,
+    rank: int = 0,
+    wrapper: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
     """Start the process, which gets the listener's sockets or nothing; the listener is closed here."""
     descriptors = listener.descriptors() if inherits else []
-    command = [sys.executable, "-m", "cableway.frontend.main", "--config", config_path, "--rank", str(rank)]
+    command = [*wrapper, sys.executable, "-m", "cableway.frontend.main", "--config", config_path, "--rank", str(rank)]
     command += [flag for fd in descriptors for flag in ("--listen-fd", str(fd))]
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, pass_fds=descriptors, stderr=stderr, stdin=subprocess.DEVNULL, cwd=os.sep)

@@ -349,6 +349,27 @@ def test_a_template_that_raises_or_loops(tmp_path: Any) -> None:
             assert frontend.post(COMPLETIONS, completion())[0] == 200
 
 
+def test_more_connections_than_it_can_have() -> None:
+    """Those too many are closed at once; the others, the core's and the log's are not touched."""
+    with start_frontend(wrapper=["prlimit", "--nofile=150:150"]) as frontend:
+        connections = [raw(frontend) for _ in range(200)]
+        time.sleep(0.2)
+        num_closed = 0
+        for connection in connections:
+            connection.setblocking(False)
+            try:
+                num_closed += connection.recv(1) == b""
+            except BlockingIOError:
+                pass
+            except ConnectionError:
+                num_closed += 1
+        assert 100 < num_closed < 150
+        for connection in connections:
+            connection.close()
+        frontend.wait_health("ok")
+        assert frontend.post(COMPLETIONS, completion())[0] == 200
+
+
 def raw(frontend: Frontend) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", frontend.port), timeout=10)
     connection.settimeout(10)

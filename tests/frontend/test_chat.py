@@ -1,6 +1,7 @@
 """POST /v1/chat/completions through the real client."""
 
 import json
+import socket
 from typing import Any
 
 import openai
@@ -74,6 +75,25 @@ def test_the_stream_on_the_wire(frontend: Frontend) -> None:
     assert all({"id", "object", "created", "model", "choices"} <= chunk.keys() for chunk in chunks)
     assert all("usage" not in chunk for chunk in chunks)
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == 'a "quoted"\nline'
+
+
+def test_a_stream_to_an_old_client(frontend: Frontend) -> None:
+    """HTTP/1.0 knows no chunks: the body is the events, and ends with the connection."""
+    frontend.core.script = says(TEXT)
+    frontend.core.step_s = 0.002
+    body = json.dumps({"model": MODEL, "messages": USER, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", frontend.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        received = b""
+        while data := connection.recv(4096):
+            received += data
+    head, _, events = received.partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower()
+    lines = [line for line in events.split(b"\n") if line]
+    assert all(line.startswith(b"data: ") for line in lines)
+    assert lines[-1] == b"data: [DONE]"
+    chunks = [json.loads(line[6:]) for line in lines[:-1]]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == TEXT
 
 
 def test_the_role_comes_though_the_first_token_is_half_a_character(frontend: Frontend, client: openai.OpenAI) -> None:
