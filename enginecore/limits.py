@@ -5,6 +5,8 @@ from typing import NamedTuple
 from cableway.enginecore.waiting import WaitingQueue
 from cableway.ipc.messages import Generate
 
+_MAX_KEY = 2**31 - 1
+
 
 class Limits(NamedTuple):
     """Of one scheduler; from the configuration."""
@@ -35,6 +37,8 @@ def refusal(generate: Generate, limits: Limits, queue: WaitingQueue, max_len: in
     packed = [generate.prompt, sampling.eos_token_ids, sampling.stop_token_ids]
     if any(len(ints) % 4 for ints in packed + [choice.output for choice in generate.choices]):
         return Refusal(400, "invalid_request", "token ids are not packed int32 values")
+    if any(not 0 <= choice.key <= _MAX_KEY for choice in generate.choices):
+        return Refusal(400, "invalid_request", "a choice's key is no positive int32")
     num_prompt = len(generate.prompt) // 4
     if not num_prompt:
         return Refusal(400, "empty_prompt", "the prompt has no tokens")

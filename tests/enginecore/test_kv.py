@@ -159,7 +159,7 @@ class KVMachine(RuleBasedStateMachine):
 
 
 TestKVMachine = KVMachine.TestCase
-TestKVMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestKVMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 class TestPool:

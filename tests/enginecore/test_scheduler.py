@@ -131,13 +131,20 @@ class TestOrder:
         assert len(got(harness, 2).output) == 1
 
     def test_blocks_of_a_prompt_in_progress_are_not_promised_to_others(self):
-        harness = Harness(num_blocks=10, budget=4, max_model_len=40, prefix_cache=False)
-        harness.submit(generate(PROMPT * 2 + PROMPT[:4], [0], max_tokens=4, eos_token_ids=b""))
-        harness.turn()
-        harness.submit(generate(PROMPT * 2, [1], max_tokens=4, eos_token_ids=b""))
+        harness = Harness(num_blocks=12, budget=4, max_model_len=48, prefix_cache=False)
+        for key in range(2):
+            harness.submit(generate(PROMPT * 2 + PROMPT[: 4 - key], [key], max_tokens=12, eos_token_ids=b""))
+            harness.turn()
         harness.run()
         assert not harness.scheduler.num_preemptions
-        harness.check_outputs()
+
+    def test_none_is_let_in_where_those_who_run_will_grow(self):
+        harness = Harness(num_blocks=4, max_model_len=16, prefix_cache=False)
+        for key in range(2):
+            harness.submit(generate(PROMPT[:7], [key], max_tokens=5, eos_token_ids=b""))
+            harness.turn()
+        harness.run()
+        assert not harness.scheduler.num_preemptions
 
     def test_no_more_are_preempted_than_needed(self):
         harness = Harness(num_blocks=12, max_num_seqs=4, depth=1, prefix_cache=False)
@@ -362,6 +369,16 @@ class TestLimits:
         assert self.refused(harness, generate(PROMPT, [4])) == [None]
         assert self.refused(harness, generate(PROMPT, [5], resumed=True)) == [None]
 
+    def test_aborted_requests_are_not_kept(self):
+        harness = Harness()
+        harness.worker_down()
+        for key in range(500):
+            harness.submit(generate(PROMPT, [key]))
+            if key:
+                harness.abort(key)
+        assert harness.scheduler.waiting.num_requests == 1
+        assert len(harness.scheduler.waiting._heap) < 100
+
     def test_queued_tokens(self):
         harness = Harness(max_queued_tokens=25)
         harness.worker_down()
@@ -409,6 +426,8 @@ class TestLimits:
         [
             (generate([], [0]), "empty_prompt"),
             (generate([1], [0], stop_token_ids=b"abc"), "invalid_request"),
+            (generate([1], [2**31]), "invalid_request"),
+            (generate([1], [-1]), "invalid_request"),
         ],
     )
     def test_nonsense(self, asked, code):

@@ -1,0 +1,8 @@
+"""The core's own time for a step: a bound wide enough for a busy machine, narrow enough to see a cost per token twice."""
+
+from cableway.bench.core_step import AIM_US, measure
+
+
+def test_a_step_of_256_rows_is_cheap():
+    timing = measure(rows=256, frontends=2, steps=150, depth=1)
+    assert 0 < timing.step_us < 2 * AIM_US
