@@ -1,4 +1,4 @@
-"""The core's own time for a step: a bound wide enough for a busy machine, narrow enough to see a cost per token twice."""
+"""The core's own time for a step: bounded widely enough for a busy machine, closely enough to see a cost that doubles."""
 
 from cableway.bench.core_step import AIM_US, measure
 
