@@ -37,7 +37,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = dict[str, Any]
 
 _DEFAULTS = {
-    "log_level": "warning",
+    "log_level": "error",
     "max_queued_requests": 1 << 30,  # a batch waits here, not in the engine
     "max_queued_tokens": 1 << 40,
 }
