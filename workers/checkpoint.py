@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from cableway.ipc.gguf import read_header
@@ -38,7 +38,7 @@ def _open_gguf(path: str) -> Iterator[Stored]:
         def read(info=info) -> Tensor:
             return gguf.view(data[info.offset : info.offset + info.num_bytes], info.shape, info.ggml_type)
 
-        yield Stored(name, info.shape, gguf.encoding(info.ggml_type, name), read)
+        yield Stored(name, info.shape, gguf.encoding(info.ggml_type, len(info.shape), name), read)
 
 
 def _open_safetensors(path: str) -> Iterator[Stored]:
@@ -83,6 +83,6 @@ def _foreign(path: str) -> Iterator[None]:
     """Whatever a parser raises over a foreign file is the file's fault, and said in one line."""
     try:
         yield
-    except (SafetensorError, Exception) as error:
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{path}: broken or not a weight file: {reason[0][:200]}") from None

@@ -24,6 +24,7 @@ from cableway.workers.models.names import Names, Target
 from cableway.workers.parallel import Mesh
 
 _NUM_NAMES_SHOWN = 8
+_MAX_LOADERS = 8
 
 Filling = dict[str, dict[str, dict[str, Stored]]]
 """slot path -> part -> leaf -> tensor"""
@@ -76,7 +77,7 @@ def _load_slots(slots: Mapping[str, Slot], filling: Filling, place: Place) -> No
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(num_threads) as pool:
+        with ThreadPoolExecutor(min(num_threads, _MAX_LOADERS)) as pool:
             try:
                 for loaded in [pool.submit(load_one, path) for path in slots]:
                     loaded.result()

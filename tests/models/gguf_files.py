@@ -53,8 +53,12 @@ def encode(values: np.ndarray, kind: Kind) -> np.ndarray:
     return random_blocks(kind, *values.shape, seed=values.size)
 
 
-def write(path: Path, model: Any, architecture: str, kind: Kind, *, extra: dict[str, np.ndarray] | None = None) -> None:
-    """Write a transformers `model` with matrices of `kind`, and give the model the values that the file holds."""
+def write(path: Path, model: Any, architecture: str, kind: Kind, *, extra: Any = None) -> None:
+    """Write a transformers `model` with matrices of `kind`, and give the model the values that the file holds.
+
+    Args:
+        extra: name -> (values, type) of further tensors.
+    """
     config = model.config
     writer = GGUFWriter(str(path), architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -78,8 +82,8 @@ def write(path: Path, model: Any, architecture: str, kind: Kind, *, extra: dict[
             encoded = encode(weight[order].numpy(), kind)
             writer.add_tensor(f"{_gguf_name(stem)}.{leaf}", encoded, raw_dtype=kind)
             weight[order] = torch.from_numpy(np.array(gguf.quants.dequantize(encoded, kind))).view_as(weight)
-    for name, values in (extra or {}).items():
-        writer.add_tensor(name, values)
+    for name, (values, raw_kind) in (extra or {}).items():
+        writer.add_tensor(name, values, raw_dtype=raw_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -32,7 +32,7 @@ def stored(kind: Kind, num_rows: int = 48, num_columns: int = 512) -> tuple[Stor
     encoded = gguf_files.encode(values, kind)
     raw = encoded.view(np.uint8).reshape(-1)
     shape = (num_rows, num_columns)
-    encoding = gguf_format.encoding(kind, "x")
+    encoding = gguf_format.encoding(kind, 2, "x")
     tensor = Stored("x", shape, encoding, lambda: gguf_format.view(raw, shape, kind))
     return tensor, gguf.quants.dequantize(encoded, kind)
 
@@ -56,7 +56,7 @@ def test_a_piece_holds_its_rows_and_columns_and_zeros_after(kind: Kind, columns:
     assert not got[24:].any()
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1])
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q4_K])
 def test_integers_and_scales_are_the_values(kind: Kind) -> None:
     tensor, values = stored(kind)
     ints = tensor.encoding.group_ints(tensor.read())
@@ -129,7 +129,7 @@ def test_rope_divisors_of_the_file_are_used(tmp_path: Path) -> None:
     divisors = (plain / model.model.rotary_emb.inv_freq).numpy().astype(np.float32)
     assert divisors.max() > 3
     path = tmp_path / "model.gguf"
-    gguf_files.write(path, model, "llama", Kind.F32, extra={"rope_freqs.weight": divisors})
+    gguf_files.write(path, model, "llama", Kind.F32, extra={"rope_freqs.weight": (divisors, Kind.F32)})
     ids = prompt()
     with torch.inference_mode():
         expected = model(ids[None]).logits[0]
@@ -139,8 +139,16 @@ def test_rope_divisors_of_the_file_are_used(tmp_path: Path) -> None:
 def test_types_that_are_not_served_are_named(tmp_path: Path) -> None:
     model = oracle("llama", hidden_size=256, intermediate_size=256)
     path = tmp_path / "model.gguf"
-    gguf_files.write(path, model, "llama", Kind.F32, extra={"odd.weight": np.zeros(4, np.int32)})
-    with pytest.raises(modelfiles.ModelError, match=r"'odd.weight' is I32, not one of F32, F16"):
+    gguf_files.write(path, model, "llama", Kind.F32, extra={"odd.weight": (np.zeros(4, np.int32), Kind.I32)})
+    with pytest.raises(modelfiles.ModelError, match=r"'odd.weight' of 1 dimensions is I32, not one of F32, F16"):
+        load(path)
+
+
+def test_a_vector_in_blocks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    encoded = gguf.quants.quantize(np.ones((1, 64), np.float32), Kind.Q8_0)[0]
+    gguf_files.write(path, oracle("llama"), "llama", Kind.F32, extra={"odd.bias": (encoded, Kind.Q8_0)})
+    with pytest.raises(modelfiles.ModelError, match="of 1 dimensions is Q8_0"):
         load(path)
 
 

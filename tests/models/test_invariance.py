@@ -38,7 +38,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
     generator = torch.Generator().manual_seed(0)
     encoded = gguf_files.encode(torch.randn(num_out, num_in, generator=generator).numpy(), kind)
     raw, shape = encoded.view("u1").reshape(-1), (num_out, num_in)
-    tensor = Stored("x", shape, gguf_format.encoding(kind, "x"), lambda: gguf_format.view(raw, shape, kind))
+    tensor = Stored("x", shape, gguf_format.encoding(kind, 2, "x"), lambda: gguf_format.view(raw, shape, kind))
     form = formats.choose([tensor.encoding], *shape, Place(dtype, torch.device("cpu"), 8, invariant=True))
     params = form.finish([tensor.piece(Span(0, num_out, num_out), Span(0, num_in, num_in))])
     x = torch.randn(70, num_in, generator=generator).to(dtype)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cableway.workers.batch import Batch, StateSpec
@@ -84,8 +85,8 @@ class Decoder(Block):
     def forward(self, batch: Batch, caches: Sequence[Tensor]) -> Tensor:
         """Hidden states [T, E] of the batch's tokens; `caches`, one a layer, take their keys and values."""
         step = Step(batch, caches, self._group_of, self._tables)
-        residual = self.embed(batch.token_ids)
-        delta = residual.new_zeros(()).expand_as(residual)
+        delta = self.embed(batch.token_ids)
+        residual = torch.zeros_like(delta)
         for index, layer in enumerate(self.layers):
             delta = layer(delta, residual, step, index)
         return self.norm_out.add(delta, residual)

@@ -69,7 +69,7 @@ class Embedding(Slot):
     def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
         vocab = self.parts[""]
         span = place.mesh.span(vocab)
-        self._table = parts[""]["weight"].piece(span).decode(place.dtype).to(place.device)
+        self._table = parts[""]["weight"].piece(span).decode(place.dtype).to(place.device, copy=True)
         if place.mesh.is_cut(vocab):
             self._first, self._reduce = span.start, place.mesh.all_reduce
 
@@ -92,4 +92,5 @@ class Vector(Slot):
 
     def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
         if stored := parts[""].get("weight"):
-            self.weight = stored.piece(place.mesh.span(self.parts[""])).decode(torch.float32).to(place.device)
+            piece = stored.piece(place.mesh.span(self.parts[""]))
+            self.weight = piece.decode(torch.float32).to(place.device, copy=True)

@@ -19,8 +19,8 @@ class Dense:
         self._place = place
 
     def finish(self, pieces: Sequence[Piece]) -> Tensor:
-        decoded = [piece.decode(self._place.dtype) for piece in pieces]
-        return (torch.cat(decoded) if len(decoded) > 1 else decoded[0].clone()).to(self._place.device)
+        # cat copies: what is held must not be a view of a file that may change.
+        return torch.cat([piece.decode(self._place.dtype).to(self._place.device) for piece in pieces])
 
     def apply(self, x: Tensor, params: Tensor) -> Tensor:
         return F.linear(x, params)

@@ -27,7 +27,7 @@ _BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", 
 class Blocks:
     """Encoded tensors are [rows, blocks, block_bytes] u8."""
 
-    is_group_ints = False
+    group_ints = None
 
     def __init__(self, name: str):
         self.name = name
@@ -42,14 +42,9 @@ class Blocks:
         values = dequantize(encoded.reshape(num_rows // joined, -1).numpy(), self._kind)
         return torch.from_numpy(values).view(num_rows, row_len)
 
-    def group_ints(self, encoded: Tensor) -> GroupInts:
-        raise NotImplementedError
-
 
 class Q4(Blocks):
     """16 bytes of two codes each, after a scale d: `(q - 8) d`, or after d and a minimum m: `q d + m`."""
-
-    is_group_ints = True
 
     def group_ints(self, encoded: Tensor) -> GroupInts:
         head_bytes = self.block_bytes - GROUP_LEN // 2
@@ -59,6 +54,22 @@ class Q4(Blocks):
         scale = head[..., 0]
         zero = head[..., 1] + 8 * scale if head_bytes == 4 else torch.zeros_like(scale)
         return GroupInts(codes, scale, zero)
+
+
+class Q4K(Blocks):
+    """256 codes q with scales d, e, and for each 32 of them 6-bit s and m: `q s d - m e`."""
+
+    def group_ints(self, encoded: Tensor) -> GroupInts:
+        halves, packed, pairs = encoded.split((4, 12, 128), -1)
+        d, e = _halves(halves).unsqueeze(-1).unbind(-2)
+        # Of the 8 s and m the first four are the low 6 bits of bytes 0-3 and 4-7; of the others bytes 8-11 hold the low
+        # 4 bits, s before m, and the top bits of bytes 0-7 the high two.
+        s, m, low = packed.split(4, -1)
+        scale = d * torch.cat((s & 63, (low & 15) | (s >> 6 << 4)), -1)
+        minimum = e * torch.cat((m & 63, (low >> 4) | (m >> 6 << 4)), -1)
+        pairs = pairs.unflatten(-1, (4, 1, 32))
+        codes = torch.cat((pairs & 15, pairs >> 4), -2).flatten(1)
+        return GroupInts(codes, scale.flatten(1), (8 * scale - minimum).flatten(1))
 
 
 def _halves(encoded: Tensor) -> Tensor:
@@ -71,14 +82,16 @@ _ENCODINGS: dict[int, Encoding] = {
     **{GGMLQuantizationType[name]: Blocks(name) for name in _BLOCK_TYPES},
     GGMLQuantizationType.Q4_0: Q4("Q4_0"),
     GGMLQuantizationType.Q4_1: Q4("Q4_1"),
+    GGMLQuantizationType.Q4_K: Q4K("Q4_K"),
 }
 
 
-def encoding(ggml_type: int, tensor_name: str) -> Encoding:
-    """The encoding of a GGUF type; ModelError for those not served."""
-    if ggml_type not in _ENCODINGS:
-        known = ", ".join(kind.name for kind in map(GGMLQuantizationType, _ENCODINGS))
-        raise ModelError(f"tensor {tensor_name!r} is {GGMLQuantizationType(ggml_type).name}, not one of {known}")
+def encoding(ggml_type: int, num_dims: int, tensor_name: str) -> Encoding:
+    """The encoding of a tensor of a GGUF type; ModelError for those not served."""
+    known = [GGMLQuantizationType(kind) for kind in (_ENCODINGS if num_dims == 2 else _PLAIN_DTYPES)]
+    if ggml_type not in known:
+        kind, names = GGMLQuantizationType(ggml_type).name, ", ".join(kind.name for kind in known)
+        raise ModelError(f"tensor {tensor_name!r} of {num_dims} dimensions is {kind}, not one of {names}")
     return _ENCODINGS[ggml_type]
 
 

@@ -36,15 +36,13 @@ class Int4:
     @staticmethod
     def fits(encodings: Sequence[Encoding], num_out: int, num_in: int, place: Place) -> bool:
         shape_fits = num_out % _OUT_MULTIPLE == 0 and num_in % GROUP_LEN == 0
-        return shape_fits and place.dtype == torch.bfloat16 and all(encoding.is_group_ints for encoding in encodings)
+        return shape_fits and place.dtype == torch.bfloat16 and all(encoding.group_ints for encoding in encodings)
 
     def finish(self, pieces: Sequence[Piece]) -> Params:
         ints = [_padded(piece.encoding.group_ints(piece.encoded), piece.num_padding) for piece in pieces]
         codes, scale, zero = (torch.cat(part) for part in zip(*ints, strict=True))
         # The op takes 8 times the bytes it packs, so a large matrix goes through it piece by piece.
-        packed = [
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows.int(), 1) for rows in codes.split(_PACK_CHUNK_ROWS)
-        ]
+        packed = [torch._convert_weight_to_int4pack_for_cpu(rows.int(), 1) for rows in codes.split(_PACK_CHUNK_ROWS)]
         scale_and_zero = torch.stack((scale, zero), -1).transpose(0, 1).to(torch.bfloat16).contiguous()
         dense = self._many_rows.finish(pieces) if self._many_rows else None
         return Params(torch.cat(packed), scale_and_zero, dense)
@@ -52,7 +50,7 @@ class Int4:
     def apply(self, x: Tensor, params: Params) -> Tensor:
         if self._many_rows is not None and x.shape[0] > _MAX_ROWS:
             return self._many_rows.apply(x, params.dense)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, params.packed, GROUP_LEN, params.scale_and_zero)
+        return torch._weight_int4pack_mm_for_cpu(x, params.packed, GROUP_LEN, params.scale_and_zero)
 
 
 def _padded(ints: GroupInts, num_rows: int) -> GroupInts:

@@ -30,13 +30,11 @@ class Encoding(Protocol):
 
     name: str
     block_len: int
-    is_group_ints: bool
+    group_ints: Callable[[Tensor], GroupInts] | None
+    """The same numbers as integers and scales, for encodings that are such."""
 
     def decode(self, encoded: Tensor) -> Tensor:
         """The numbers themselves, in a floating dtype that holds them exactly."""
-
-    def group_ints(self, encoded: Tensor) -> GroupInts:
-        """The same numbers as integers and scales; only where `is_group_ints`."""
 
 
 class Plain:
@@ -44,13 +42,10 @@ class Plain:
 
     name = "plain"
     block_len = 1
-    is_group_ints = False
+    group_ints = None
 
     def decode(self, encoded: Tensor) -> Tensor:
         return encoded
-
-    def group_ints(self, encoded: Tensor) -> GroupInts:
-        raise NotImplementedError
 
 
 PLAIN = Plain()
