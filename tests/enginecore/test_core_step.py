@@ -1,4 +1,4 @@
-"""The core's own time for a step: bounded widely enough for a busy machine, closely enough to see a cost that doubles."""
+"""The core's own time for a step, bounded so widely that a busy machine passes and a cost that doubles does not."""
 
 from cableway.bench.core_step import AIM_US, measure
 
