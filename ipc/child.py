@@ -204,7 +204,7 @@ class Child:
         self.deaths_before_ready = 0
         """Deaths so far, when it never was ready in any life."""
         self._was_ever_ready = False
-        self._quick_deaths = 0
+        self._next_delay_s = 0.0
         self._command = [*command, "--rank", str(rank)]
         for fd in listen_fds:
             self._command += ["--listen-fd", str(fd)]
@@ -236,9 +236,9 @@ class Child:
         """
         now_s = time.monotonic()
         if self.life is not None and self.life.payload is not None and now_s - self.life.ready_s > _STABLE_S:
-            self._quick_deaths = 0
-        delay_s = min(_FIRST_DELAY_S * 2 ** (self._quick_deaths - 1), _LONGEST_DELAY_S) if self._quick_deaths else 0.0
-        self._quick_deaths += 1
+            self._next_delay_s = 0.0
+        delay_s = self._next_delay_s
+        self._next_delay_s = min(2 * delay_s or _FIRST_DELAY_S, _LONGEST_DELAY_S)
         if not self._was_ever_ready:
             self.deaths_before_ready += 1
         self.life = None

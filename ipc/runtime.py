@@ -103,9 +103,9 @@ class Lock:
 
     def remove_folder(self) -> None:
         """Remove what is ours in the folder, the folder too when nothing else is in it, and release."""
-        _remove_ours(self._folder)
-        (self._folder / _LOCK).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # not empty, or gone by another's hand
+            _remove_ours(self._folder)
+            (self._folder / _LOCK).unlink(missing_ok=True)
             self._folder.rmdir()
         self.release()
 

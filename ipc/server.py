@@ -33,7 +33,7 @@ _engine_numbers = itertools.count()
 
 
 def serve(options: Options, show: Callable[[str], None]) -> int:
-    """Run a server in the foreground until a signal stops it; the exit code (see supervise).
+    """Run a server in the foreground until a signal stops it; the exit code (see `ipc.errors`).
 
     Args:
         options: what the user asked for.

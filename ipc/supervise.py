@@ -3,7 +3,10 @@
 It does nothing but wait: for a process's word, its stderr, its end, a question from `cableway ps`, or a signal.
 """
 
+import contextlib
+import math
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,14 +61,15 @@ class Supervisor:
         self._on_ready: Callable[[], None] | None = on_ready
         self._began_s = time.monotonic()
         self._exit_code = EXIT_STOPPED
-        self._stop_pipe = os.pipe()
+        self._stop_asked, self._asks_stop = socket.socketpair()
         self._stop_asked_s: float | None = None
-        self._abort_at_s = self._kill_at_s = float("inf")
+        self._abort_at_s = self._kill_at_s = math.inf
         self._control = Control(Path(config.runtime_dir), self.describe)
 
     def stop(self) -> None:
         """Drain, within the configured time; asked again a second or more later, abort. For any thread or a signal."""
-        os.write(self._stop_pipe[1], b"s")
+        with contextlib.suppress(OSError):  # it has stopped already
+            self._asks_stop.send(b"s")
 
     def run(self) -> int:
         """Until the last child has stopped; the exit code. Children die with the thread that calls this."""
@@ -82,6 +86,8 @@ class Supervisor:
                 if child.life is not None:
                     child.life.kill()
             self._control.close()
+            self._stop_asked.close()
+            self._asks_stop.close()
         return self._exit_code
 
     def describe(self) -> Processes:
@@ -99,7 +105,7 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Sleep until there may be something to do."""
-        sources = [self._stop_pipe[0], *self._control.sockets]
+        sources = [self._stop_asked.fileno(), *self._control.sockets]
         until_s = [self._abort_at_s, self._kill_at_s, time.monotonic() + _TURN_S]
         for child in self._children:
             if child.life is not None:
@@ -110,8 +116,8 @@ class Supervisor:
                 until_s.append(child.start_at_s)
         timeout_ms = max(0, int(1000 * (min(until_s) - time.monotonic())) + 1)
         ready = dict(zmq.zmq_poll([(source, zmq.POLLIN) for source in sources], timeout_ms))
-        if self._stop_pipe[0] in ready:
-            os.read(self._stop_pipe[0], 64)
+        if self._stop_asked.fileno() in ready:
+            self._stop_asked.recv(64)
             self._asked_to_stop()
 
     def _attend(self, child: Child) -> None:
@@ -208,11 +214,11 @@ class Supervisor:
                 return
 
     def _abort(self) -> None:
-        if self._kill_at_s != float("inf"):
+        if self._kill_at_s != math.inf:
             return
         self._log.warning("aborting")
         self._exit_code = self._exit_code or EXIT_FAILED
-        self._abort_at_s = float("inf")
+        self._abort_at_s = math.inf
         self._kill_at_s = time.monotonic() + _ABORT_GRACE_S
         for child in self._children:
             if child.life is None:
