@@ -14,8 +14,10 @@ def main(argv: Sequence[str]) -> None:
     """Serve until told to drain. A fault of the core's own ends the process with a traceback."""
     arguments = child_arguments(argv)
     settings = config.read(arguments.config_path).core
-    lifeline = Lifeline(arguments.lifeline_fd, settings.drain_timeout_s)
+    lifeline = Lifeline(arguments.lifeline_fd, settings.patience)
     logger = log.setup("enginecore", arguments.rank, level=settings.log.level, as_json=settings.log.as_json)
+    if arguments.standby:
+        lifeline.stand_by()
     core = EngineCore(settings, lifeline, logger)
     lifeline.on_drain(core.drain)
     lifeline.on_abort(lambda: core.drain(0.0))

@@ -10,6 +10,8 @@ class Admission:
 
     def __init__(self) -> None:
         self.is_draining = False
+        self.is_retiring = False
+        """Requests are let in, but each is its connection's last: another process takes the new ones."""
         self.num_active = 0
         self._idle = asyncio.Event()
         self._idle.set()

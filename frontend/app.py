@@ -54,6 +54,7 @@ class Server:
             shutdown_timeout=_ABORT_GRACE_S,
         )
         self._listening: list[asyncio.Server] = []
+        self._gone = asyncio.Event()
 
     async def start(self) -> None:
         """Accept connections from now on."""
@@ -63,6 +64,7 @@ class Server:
             self._runner.server,
             header_timeout_s=self._config.header_timeout_s,
             unread_timeout_s=self._config.idle_timeout_s,
+            on_gone=self._gone.set,
             keepalive_timeout=self._config.idle_timeout_s,
             access_log=None,
             auto_decompress=False,
@@ -73,6 +75,20 @@ class Server:
                 self._listening.append(await loop.create_unix_server(factory, sock=listening))
             else:
                 self._listening.append(await loop.create_server(factory, sock=listening))
+
+    async def retire(self) -> None:
+        """Take no more connections, and serve those there are until each has closed.
+
+        An answer tells its client that it is the connection's last. A connection is never closed that a request may be
+        on its way over: idle ones close when they have been idle for too long, as always.
+        """
+        self._app[keys.ADMISSION].is_retiring = True
+        for listening in self._listening:
+            listening.close()
+        assert self._runner.server is not None
+        while self._runner.server.connections:
+            self._gone.clear()
+            await self._gone.wait()
 
     async def drain(self, deadline_s: float) -> None:
         """Refuse new requests with 503, let running ones end, give those left shortly before the deadline an error."""

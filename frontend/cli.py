@@ -6,7 +6,9 @@ The flags are the fields of `Options`, so that a flag, a key of a config file an
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -15,6 +17,9 @@ import cableway
 from cableway.ipc import config as configuration
 from cableway.ipc.config import Options
 from cableway.ipc.errors import UserError
+
+if TYPE_CHECKING:
+    from cableway.ipc.control import Processes, Reload, Restart
 
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 
@@ -91,17 +96,28 @@ def serve(config: str | None, model_argument: str | None, **flags: Any) -> None:
     """
     from cableway.ipc.server import serve as run
 
-    sys.exit(run(_options(config, model_argument, flags), click.echo))
+    def reread(changed: dict[str, Any]) -> Options:
+        return _options(config, model_argument, flags | changed)
+
+    sys.exit(run(_options(config, model_argument, flags), click.echo, reread))
 
 
 def _alone(role: str, what: str) -> None:
     @commands.command(role, help=f"Run {what} alone, for an outside supervisor. Start the roles in any order.")
     @click.option("--rank", type=click.IntRange(0), default=0, help="Which of the processes of this role.  [0]")
     @_with_options
-    def command(rank: int, config: str | None, model_argument: str | None, **flags: Any) -> None:
+    def command(
+        rank: int, config: str | None, model_argument: str | None, listen_fd: tuple[int, ...] = (), **flags: Any
+    ) -> None:
         from cableway.ipc.server import become
 
-        become(role, rank, _options(config, model_argument, flags))
+        become(role, rank, _options(config, model_argument, flags), listen_fd)
+
+    if role == "frontend":
+        inherited = click.Option(
+            ["--listen-fd"], type=click.IntRange(0), multiple=True, help="Listening socket that is inherited."
+        )
+        command.params.insert(0, inherited)
 
 
 _alone("frontend", "one HTTP frontend")
@@ -109,18 +125,87 @@ _alone("enginecore", "the engine core")
 _alone("worker", "one worker")
 
 
-@commands.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
-def ps(as_json: bool) -> None:
-    """List the processes of this user's servers."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers that run
+
+
+def _which_server(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the flags that choose among this user's servers."""
+    command = click.option("--pid", type=int, help="The server with this process.")(command)
+    return click.option("--port", type=int, help="The server that listens on this port.")(command)
+
+
+def _servers(port: int | None, pid: int | None) -> "list[tuple[Path, Processes]]":
+    """Runtime folder and processes of the servers that fit."""
     from cableway.ipc import control, runtime
 
-    rows = []
+    found = []
     for folder in runtime.live_folders():
         answer = control.ask(folder)
         if answer is None:
             click.echo(f"cableway: the supervisor of {folder} does not answer", err=True)
-            continue
+        elif port in (None, urlsplit(answer.url).port) and (
+            pid is None or pid in [process.pid for process in answer.processes]
+        ):
+            found.append((folder, answer))
+    return found
+
+
+def _one_server(port: int | None, pid: int | None) -> Path:
+    """Runtime folder of the one server that fits; UserError when there is none, or more than one."""
+    found = _servers(port, pid)
+    if not found:
+        which = f" on port {port}" * (port is not None) + f" with process {pid}" * (pid is not None)
+        raise UserError(f"no server of yours runs{which}; see `cableway ps`")
+    if len(found) > 1:
+        shown = ", ".join(f"{answer.url} (pid {answer.processes[0].pid})" for _, answer in found)
+        raise UserError(f"{len(found)} servers of yours run: {shown}; choose one with --port or --pid")
+    return found[0][0]
+
+
+def _carry_out(folder: Path, question: "Restart | Reload") -> None:
+    from cableway.ipc import control
+
+    if failure := control.carry_out(folder, question, click.echo):
+        raise UserError(failure)
+
+
+@commands.command()
+@click.argument("role", type=click.Choice(["frontend", "enginecore", "worker", "all"]))
+@_which_server
+def restart(role: str, port: int | None, pid: int | None) -> None:
+    """Replace the processes of ROLE one by one, without losing a request."""
+    from cableway.ipc.control import Restart
+
+    _carry_out(_one_server(port, pid), Restart("" if role == "all" else role))
+
+
+@commands.command()
+@_which_server
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def reload(port: int | None, pid: int | None, flags: tuple[str, ...]) -> None:
+    """Apply what has changed in the config file, by replacing the processes that it concerns one by one.
+
+    FLAGS of `cableway serve`, given after `--`, win over those that the server was started with.
+    """
+    from cableway.ipc.control import Reload
+
+    given = serve.make_context("cableway reload --", list(flags)).params
+    if given.pop("config") is not None:
+        raise click.UsageError("the config file stays the one that the server was started with")
+    if given.pop("model_argument") is not None:
+        raise click.UsageError("another model is served by another server")
+    changed = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v not in (None, ())}
+    _carry_out(_one_server(port, pid), Reload(changed))
+
+
+@commands.command()
+@_which_server
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
+def ps(as_json: bool, port: int | None, pid: int | None) -> None:
+    """List the processes of this user's servers."""
+    rows: list[dict[str, Any]] = []
+    for _, answer in _servers(port, pid):
         rows += [msgspec.structs.asdict(process) | {"url": answer.url} for process in answer.processes]
     click.echo(msgspec.json.format(msgspec.json.encode(rows), indent=2) if as_json else _table(rows))
 

@@ -24,6 +24,7 @@ class Connection(web.RequestHandler):
         header_timeout_s: from the first byte of a request's head to its last.
         unread_timeout_s: how long a full send buffer may stay full.
         max_connections: closes itself at once when the server has as many already.
+        on_gone: called when it is closed.
     """
 
     __slots__ = (
@@ -31,6 +32,7 @@ class Connection(web.RequestHandler):
         "_header_timer",
         "_in_request",
         "_is_full",
+        "_on_gone",
         "_unread_timeout_s",
         "_unread_timer",
         "on_writable",
@@ -43,10 +45,12 @@ class Connection(web.RequestHandler):
         header_timeout_s: float,
         unread_timeout_s: float,
         max_connections: int,
+        on_gone: Callable[[], None],
         **aiohttp_options: Any,
     ):
         super().__init__(server, **aiohttp_options)
         self._is_full = len(server.connections) >= max_connections
+        self._on_gone = on_gone
         self._header_timeout_s = header_timeout_s
         self._unread_timeout_s = unread_timeout_s
         self._header_timer: asyncio.TimerHandle | None = None
@@ -64,6 +68,7 @@ class Connection(web.RequestHandler):
         self._header_timer = _cancelled(self._header_timer)
         self._unread_timer = _cancelled(self._unread_timer)
         super().connection_lost(exc)
+        self._on_gone()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -123,7 +123,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
         response.headers["Vary"] = "Origin"
-    if request.app[ADMISSION].is_draining:
+    if request.app[ADMISSION].is_draining or request.app[ADMISSION].is_retiring:
         response.force_close()
         response.headers["Connection"] = "close"
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     """Run until drained; see `ipc.lifeline` for the arguments."""
     arguments = child_arguments(argv)
     config = configuration.read(arguments.config_path).frontend
-    lifeline = Lifeline(arguments.lifeline_fd, config.drain_timeout_s)
+    lifeline = Lifeline(arguments.lifeline_fd, config.patience)
     logging.setup("frontend", arguments.rank, level=config.log.level, as_json=config.log.as_json)
     try:
         models = served.load(config, cableway.__version__)
@@ -54,10 +54,15 @@ async def _serve(
     metrics = Metrics(str(Path(config.runtime_dir) / runtime.METRICS), config.metrics_prefix, engine, config.engines)
     server = Server(make_app(config, engine, models, metrics), sockets)
     drained: asyncio.Future[float] = loop.create_future()
+    retired: asyncio.Future[float] = loop.create_future()
 
     def end(deadline_s: float) -> None:
         if not drained.done():
             drained.set_result(deadline_s)
+
+    def retire(deadline_s: float) -> None:
+        if not retired.done():
+            retired.set_result(deadline_s)
 
     def abort() -> None:
         end(0.0)
@@ -66,32 +71,43 @@ async def _serve(
     def on_drain(deadline_s: float) -> None:
         loop.call_soon_threadsafe(end, deadline_s)
 
+    def on_retire(deadline_s: float) -> None:
+        loop.call_soon_threadsafe(retire, deadline_s)
+
     def on_abort() -> None:
         loop.call_soon_threadsafe(abort)
 
     lifeline.on_drain(on_drain)
+    lifeline.on_retire(on_retire)
     lifeline.on_abort(on_abort)
     beating = loop.create_task(_beat(lifeline, metrics))
     await server.start()
     lifeline.ready({"port": sockets[0].getsockname()[1] if sockets[0].family != socket.AF_UNIX else 0})
     try:
-        waited: list[asyncio.Future[Any]] = [drained, engine.failed, beating]
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if engine.failed.done():
-            engine.failed.result()
-        if beating.done():
-            beating.result()
-        await server.drain(drained.result())
+        watched: list[asyncio.Future[Any]] = [drained, engine.failed, beating]
+        await _first_of([*watched, retired])
+        if retired.done() and not drained.done():
+            leaving = loop.create_task(server.retire())
+            await _first_of([*watched, leaving], within_s=retired.result())
+            leaving.cancel()
+        await server.drain(drained.result() if drained.done() else config.drain_timeout_s)
     finally:
         beating.cancel()
         await server.stop()
         engine.close()
 
 
+async def _first_of(futures: list[asyncio.Future[Any]], within_s: float | None = None) -> None:
+    """Until one of them is done or the time is over; an exception that one ended with is raised here."""
+    done, _ = await asyncio.wait(futures, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+    for future in done:
+        future.result()
+
+
 async def _beat(lifeline: Lifeline, metrics: Metrics) -> None:
     """Tell that the event loop turns. It is never idle: a turn that ends late is one that somebody held up."""
     while True:
-        lifeline.beat()
+        lifeline.beat(share=1.0)  # a long prompt is tokenized in one turn
         metrics.flush()
         await asyncio.sleep(_BEAT_INTERVAL_S)
 

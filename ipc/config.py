@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from cableway.ipc import runtime
 from cableway.ipc.errors import EXIT_OPTIONS, UserError
+from cableway.ipc.lifeline import Patience
 
 ENGINE = "0"
 """The one engine of a server today; messages and addresses already name it."""
@@ -73,8 +74,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     # processes
     runtime_dir: Annotated[str, Meta(description="folder of sockets and state; auto by address")] = ""
     drain_timeout_s: Annotated[Seconds, Meta(description="time that running requests get at SIGTERM")] = 30.0
-    heartbeat_timeout_s: Annotated[Seconds, Meta(description="silence after which a process is killed")] = 10.0
-    step_timeout_s: Annotated[Seconds, Meta(description="a step longer than this counts as a hang")] = 120.0
+    restart_drain_timeout_s: Annotated[
+        Seconds, Meta(description="time that a replaced frontend's connections get to end by themselves")
+    ] = 3600.0
+    heartbeat_timeout_s: Annotated[Seconds, Meta(description="silence after which a process is killed")] = 5.0
+    step_timeout_s: Annotated[
+        Seconds, Meta(description="a full step longer than this counts as a hang; smaller ones in proportion")
+    ] = 120.0
+    standby: Annotated[
+        bool, Meta(description="hold a prepared process beside the core and each worker: a death is mended faster")
+    ] = True
     log_level: Annotated[str, Meta(pattern="^(debug|info|warning|error)$", description="least level logged")] = "info"
     log_format: Annotated[str, Meta(pattern="^(auto|json|console)$", description="auto: console on a terminal")] = (
         "auto"
@@ -114,6 +123,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: float
     access_log: bool
     log: LogConfig
+    patience: Patience = Patience()
 
 
 class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +144,7 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_timeout_s: float
     drain_timeout_s: float
     log: LogConfig
+    patience: Patience = Patience()
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +166,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     seed: int
     log: LogConfig
+    patience: Patience = Patience()
 
 
 class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,9 +178,9 @@ class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     uds: str
-    drain_timeout_s: float
-    heartbeat_timeout_s: float
-    step_timeout_s: float
+    patience: Patience
+    restart_drain_timeout_s: float
+    standby: bool
     log: LogConfig
 
 

@@ -19,6 +19,7 @@ from cableway.ipc.config import (
     SupervisorConfig,
     WorkerConfig,
 )
+from cableway.ipc.lifeline import Patience
 
 LEASE_S = 10.0
 """Silence after which the core takes a frontend for dead."""
@@ -62,6 +63,7 @@ def resolve(options: Options) -> Config:
         "workers": 1,
         "num_workers": 1,
         "lease_s": LEASE_S,
+        "patience": Patience(options.drain_timeout_s, options.heartbeat_timeout_s, options.step_timeout_s),
         "log": _log(options),
     }
     return Config(

@@ -7,9 +7,9 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -20,6 +20,8 @@ from cableway.ipc.child import Child, python_module
 from cableway.ipc.config import Config, Options
 from cableway.ipc.errors import UserError
 from cableway.ipc.listen import Listener
+from cableway.ipc.notify import activated_fds
+from cableway.ipc.reload import Reloader, with_port
 from cableway.ipc.resolve import resolve
 from cableway.ipc.supervise import Supervisor
 
@@ -32,12 +34,15 @@ _OFFLINE_DRAIN_S = 2.0
 _engine_numbers = itertools.count()
 
 
-def serve(options: Options, show: Callable[[str], None]) -> int:
+def serve(options: Options, show: Callable[[str], None], reread: Callable[[dict[str, Any]], Options]) -> int:
     """Run a server in the foreground until a signal stops it; the exit code (see `ipc.errors`).
+
+    SIGTERM and SIGINT drain it, SIGHUP replaces its processes one by one.
 
     Args:
         options: what the user asked for.
         show: prints a line for the user.
+        reread: what the user asks for now, with some flags over the former ones.
 
     Raises:
         AddressError, RuntimeFolderError: another server is there already.
@@ -45,7 +50,7 @@ def serve(options: Options, show: Callable[[str], None]) -> int:
         ConfigError, ModelError: the options or the model are wrong.
     """
     with contextlib.closing(Listener(options.host, options.port, options.uds)) as listener:
-        config = resolve(options if options.uds else msgspec.structs.replace(options, port=listener.port))
+        config = resolve(with_port(options, listener.port))
         log = logging.setup("supervisor", level=config.supervisor.log.level, as_json=config.supervisor.log.as_json)
         for note in config.notes:
             log.info("chosen", note=note)
@@ -57,19 +62,24 @@ def serve(options: Options, show: Callable[[str], None]) -> int:
                 log=log,
                 url=listener.url,
                 on_ready=lambda: show(_welcome(config, listener)),
+                reconfigure=Reloader(options, listener.port, config, reread).reconfigure,
             )
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: supervisor.stop())
+            signal.signal(signal.SIGHUP, lambda *_: supervisor.restart())
             exit_code = supervisor.run()
         if supervisor.failure:
             raise EngineError(supervisor.failure, exit_code)
         return exit_code
 
 
-def become(role: str, rank: int, options: Options) -> NoReturn:
+def become(role: str, rank: int, options: Options, listen_fds: Sequence[int] = ()) -> NoReturn:
     """Turn this process into one of a server's processes, watched by an outside supervisor; it drains on SIGTERM.
 
     Every one resolves the same options to the same runtime folder, where they find each other in any order.
+
+    Args:
+        listen_fds: listening sockets that a frontend inherits; those of systemd's socket activation come by themselves.
 
     Raises:
         RuntimeFolderError: a server, or another process of this role and rank, is there already.
@@ -78,6 +88,9 @@ def become(role: str, rank: int, options: Options) -> NoReturn:
     config = resolve(options)
     lock = runtime.Lock(Path(config.supervisor.runtime_dir), f"{role}-{rank}")
     command = [*python_module(MODULES[role]), "--rank", str(rank), "--config", configuration.write(config)]
+    for fd in [*listen_fds, *activated_fds()]:
+        os.set_inheritable(fd, True)
+        command += ["--listen-fd", str(fd)]
     lock.keep_over_exec()
     os.execv(command[0], command)
 
@@ -108,7 +121,9 @@ class EngineProcesses:
         folder = options.runtime_dir or str(runtime.base_folder() / f"llm-{os.getpid()}-{next(_engine_numbers)}")
         drain_timeout_s = min(options.drain_timeout_s, _OFFLINE_DRAIN_S)
         self.config = resolve(
-            msgspec.structs.replace(options, runtime_dir=folder, drain_timeout_s=drain_timeout_s, frontends=1)
+            msgspec.structs.replace(
+                options, runtime_dir=folder, drain_timeout_s=drain_timeout_s, frontends=1, standby=False
+            )
         )
         self._settled = threading.Event()
         self._supervisor: Supervisor | None = None
@@ -153,7 +168,7 @@ class EngineProcesses:
 def _frontends(config: Config, listener: Listener) -> list[Child]:
     ranks = range(config.supervisor.frontends)
     command = python_module(MODULES["frontend"])
-    return [Child("frontend", rank, command, listen_fds=listener.descriptors()) for rank in ranks]
+    return [Child("frontend", rank, command, listen_fds=listener.descriptors(), overlaps=True) for rank in ranks]
 
 
 def _engine(config: Config) -> list[Child]:

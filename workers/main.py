@@ -23,6 +23,8 @@ from cableway.ipc.lifeline import Lifeline, child_arguments
 from cableway.ipc.messages import Hello, Ping, Ready, Refused, Shutdown, StateGroup, StepPlan, Welcome
 from cableway.ipc.modelfiles import ModelError
 
+_LEAST_SHARE = 0.25
+
 
 class Worker:
     """Speaks with the core for one `Runner`.
@@ -73,6 +75,7 @@ class Worker:
         match message:
             case StepPlan():
                 if message.epoch == self._epoch:
+                    self._lifeline.beat(self._share(message))
                     self._endpoint.send(self._runner.step(message))
                     self._lifeline.beat()
             case PeerUp():
@@ -106,6 +109,11 @@ class Worker:
         self._stop_at_s = time.monotonic() + deadline_s
         os.write(self._wake, b"d")
 
+    def _share(self, plan: StepPlan) -> float:
+        """How long a step may take, in that of the longest: even a small one reads all the weights."""
+        num_tokens = sum(messages.unpack_ints(plan.num_tokens))
+        return _LEAST_SHARE + (1 - _LEAST_SHARE) * min(1.0, num_tokens / self._config.max_num_batched_tokens)
+
     def _patience_ms(self) -> int | None:
         return None if self._stop_at_s is None else max(0, math.ceil((self._stop_at_s - time.monotonic()) * 1000))
 
@@ -113,17 +121,22 @@ class Worker:
 def main(argv: Sequence[str]) -> int:
     """Run one worker; returns the exit code."""
     arguments = child_arguments(argv)
-    lifeline = Lifeline(arguments.lifeline_fd)
     config = msgspec.json.decode(Path(arguments.config_path).read_bytes(), type=Config).worker
+    lifeline = Lifeline(arguments.lifeline_fd, config.patience)
     logger = log.setup("worker", arguments.rank, level=config.log.level, as_json=config.log.as_json)
-    began_s = time.monotonic()
     from cableway.workers.runner import build  # torch takes a second to import: the lifeline beats meanwhile
 
+    loads_beforehand = arguments.standby == "loaded" and config.device == "cpu"  # no GPU has room for two
+    if arguments.standby and not loads_beforehand:
+        lifeline.stand_by()
+    began_s = time.monotonic()
     try:
         runner = build(config)
     except ModelError as error:
         lifeline.give_up(str(error))
     load_s = time.monotonic() - began_s
+    if loads_beforehand:
+        lifeline.stand_by()
     payload = {"num_blocks": runner.num_blocks, "load_s": load_s}
     logger.info("worker_ready", **payload)
     worker = Worker(config, arguments.rank, runner, load_s, lifeline, logger)

@@ -19,8 +19,13 @@ SILENCE_S = 5.0
 
 @routes.get("/health")
 async def health(request: web.Request) -> web.Response:
-    """200 only while requests make progress; tells how old the last finished step is, and of whom."""
+    """200 only while requests make progress; tells how old the last finished step is, and of whom.
+
+    `/health?live` asks only whether this process answers: what a probe that restarts the server should look at.
+    """
     app = request.app
+    if "live" in request.query:
+        return web.json_response({"status": "live"})
     engines = {
         engine: _engine_health(status, age_s, app[CONFIG].step_timeout_s)
         for engine, (status, age_s) in app[ENGINE].statuses().items()

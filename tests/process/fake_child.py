@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 
-from cableway.ipc.lifeline import Lifeline, child_arguments
+from cableway.ipc.lifeline import Lifeline, Patience, child_arguments
 
 
 def main(behaviour: str, argv: list[str]) -> None:
@@ -16,14 +16,17 @@ def main(behaviour: str, argv: list[str]) -> None:
     if behaviour == "exits-3":
         print("model.gguf: not a GGUF file", file=sys.stderr)
         raise SystemExit(3)
-    lifeline = Lifeline(arguments.lifeline_fd)
+    lifeline = Lifeline(arguments.lifeline_fd, Patience(heartbeat_timeout_s=1.0))
     if behaviour == "gives-up":
         lifeline.give_up("model.gguf: not a GGUF file")
     stopping = threading.Event()
     lifeline.on_drain(lambda deadline_s: None if behaviour == "never-drains" else stopping.set())
+    lifeline.on_retire(lambda deadline_s: stopping.set())
+    if arguments.standby:
+        lifeline.stand_by()
     lifeline.ready({"pid": os.getpid()})
     print("at work", flush=True)
-    lifeline.beat()
+    lifeline.beat(share=1.0)
     if behaviour == "dies-when-ready":
         time.sleep(0.05)
         os.abort()

@@ -16,6 +16,7 @@ from cableway.ipc import control
 from cableway.ipc.child import Child
 from cableway.ipc.config import LogConfig, SupervisorConfig
 from cableway.ipc.control import Process
+from cableway.ipc.lifeline import Patience
 from cableway.ipc.runtime import Lock
 from cableway.ipc.supervise import Supervisor
 
@@ -23,7 +24,9 @@ FAKE_CHILD = str(Path(__file__).parent / "fake_child.py")
 ROLES = ("frontend", "enginecore", "worker")
 
 
-def supervisor(folder: Path, behaviours: list[str], **settings: float) -> tuple[Supervisor, threading.Event]:
+def supervisor(
+    folder: Path, behaviours: list[str], standby: bool = False, **settings: float
+) -> tuple[Supervisor, threading.Event]:
     """A supervisor of `behaviours`, and the event set when all are ready."""
     times = {"drain_timeout_s": 5.0, "heartbeat_timeout_s": 5.0, "step_timeout_s": 5.0} | settings
     config = SupervisorConfig(
@@ -34,10 +37,12 @@ def supervisor(folder: Path, behaviours: list[str], **settings: float) -> tuple[
         port=0,
         uds="",
         log=LogConfig("error", True),
-        **times,
+        patience=Patience(**times),
+        restart_drain_timeout_s=60.0,
+        standby=standby,
     )
     children = [
-        Child(role, 0, [sys.executable, FAKE_CHILD, behaviour])
+        Child(role, 0, [sys.executable, FAKE_CHILD, behaviour], overlaps=role == "frontend")
         for role, behaviour in zip(ROLES, behaviours, strict=False)
     ]
     ready = threading.Event()

@@ -158,7 +158,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
     """Options that `cableway serve` would have run with."""
     calls: list[Options] = []
-    monkeypatch.setattr("cableway.ipc.server.serve", lambda options, show: calls.append(options) or 0)
+    monkeypatch.setattr("cableway.ipc.server.serve", lambda options, show, reread: calls.append(options) or 0)
     return calls
 
 
