@@ -2,6 +2,7 @@
 #
 #   make serve [MODEL=name] [PORT=8000] [ARGS="further flags"]    serve in the foreground
 #   make test [ARGS="-k name"] | test-slow                        tests; those that take minutes each
+#   make chaos                                                    minutes of killed and stopped processes under load
 #   make check                                                    lint, format, types, layering
 #   make bench [MODEL=name] [ARGS="--workload decode1,mixed256"]  time the engine
 #
@@ -16,7 +17,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: serve test test-slow check bench clean
+.PHONY: serve test test-slow chaos check bench clean
 
 # exec: the server is make's own child, so that SIGTERM and Ctrl-C reach it with nothing in between.
 serve: .venv/serve
@@ -27,6 +28,9 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(BIN)/pytest -m slow $(ARGS)
+
+chaos: .venv/dev
+	$(BIN)/pytest -s -m slow tests/chaos $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff check .
