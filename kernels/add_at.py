@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.registry import call, check, grid, kernel, nbytes
+from cableway.kernels.registry import are_contiguous, call, check, grid, kernel, nbytes
 
 
 def ref(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
@@ -35,6 +35,7 @@ def _add_at(logits_ptr, rows_ptr, token_ids_ptr, values_ptr, stride, num, BLOCK:
 
 
 def launch(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
+    check(are_contiguous(rows, token_ids, values), "rows, token_ids or values are strided")
     num = rows.shape[0]
     _add_at[(triton.cdiv(num, 128),)](logits, rows, token_ids, values, logits.stride(0), num, BLOCK=128, num_warps=1)
 
@@ -57,8 +58,9 @@ def make(num_rows: int, vocab: int, num: int, device="cpu"):
 )
 def add_at(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
     """Add values [n] to logits [R, V] at (rows [n], token_ids [n]); ValueError when shapes or dtypes do not fit."""
-    check(logits.dtype == torch.float32 and logits.stride(1) == 1, "logits are not float32 rows")
-    check(rows.shape == token_ids.shape == values.shape and rows.dtype == token_ids.dtype == torch.int64, "not [n] i64")
+    check(logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1, "logits are not float32 rows")
+    check(rows.shape == token_ids.shape and rows.dtype == token_ids.dtype == torch.int64, "not [n] i64")
+    check(values.shape == rows.shape and values.dtype == torch.float32, "values are not [n] f32")
     if logits.device.type != "cpu":
         return launch(logits, rows, token_ids, values)
     logits.index_put_((rows, token_ids), values, accumulate=True)

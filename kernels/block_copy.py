@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cableway.kernels.kv_write import kv_cache_shape
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
+from cableway.kernels.registry import FLOATS, are_contiguous, call, check, grid, kernel, nbytes
 
 
 def ref(cache: Tensor, pairs: Tensor) -> None:
@@ -33,6 +33,7 @@ def _block_copy(cache_ptr, pairs_ptr, block_len, value_offset, BLOCK: tl.constex
 
 
 def launch(cache: Tensor, pairs: Tensor) -> None:
+    check(are_contiguous(cache, pairs), "cache or pairs are strided")
     block_len = cache[0, 0].numel()
     _block_copy[(pairs.shape[0], triton.cdiv(block_len, 1024), 2)](
         cache, pairs, block_len, cache.stride(0), BLOCK=1024, num_warps=4
@@ -61,7 +62,8 @@ def make(num_pairs, block_size, num_kv_heads, head_dim, dtype, num_blocks=16, de
     updates=(0,),
 )
 def block_copy(cache: Tensor, pairs: Tensor) -> None:
-    """Copy block pairs[i, 0] over block pairs[i, 1], keys and values; ValueError when pairs are not [n, 2] i64."""
+    """Copy block pairs[i, 0] over block pairs[i, 1], keys and values; ValueError when shapes or dtypes do not fit."""
+    check(cache.dim() == 5 and cache.shape[0] == 2, "cache is not [2, num_blocks, block_size, num_kv_heads, head_dim]")
     check(pairs.dim() == 2 and pairs.shape[1] == 2 and pairs.dtype == torch.int64, "pairs are not [num_pairs, 2] i64")
     if cache.device.type != "cpu":
         return launch(cache, pairs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.registry import call, check, grid, kernel, nbytes
+from cableway.kernels.registry import are_contiguous, call, check, grid, kernel, nbytes
 
 
 def ref(counts: Tensor, rows: Tensor, token_ids: Tensor) -> None:
@@ -31,6 +31,7 @@ def _count_tokens(counts_ptr, rows_ptr, token_ids_ptr, vocab, num, BLOCK: tl.con
 
 
 def launch(counts: Tensor, rows: Tensor, token_ids: Tensor) -> None:
+    check(are_contiguous(rows, token_ids), "rows or token_ids are strided")
     num = rows.shape[0]
     _count_tokens[(triton.cdiv(num, 128),)](counts, rows, token_ids, counts.shape[1], num, BLOCK=128, num_warps=1)
 
@@ -52,7 +53,7 @@ def make(num_rows: int, vocab: int, num: int, device="cpu"):
 )
 def count_tokens(counts: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     """Count token_ids [n] in counts[rows [n]]; ValueError when shapes or dtypes do not fit."""
-    check(counts.dtype == torch.int32 and counts.is_contiguous(), "counts are not contiguous i32")
+    check(counts.dtype == torch.int32 and counts.dim() == 2 and counts.is_contiguous(), "counts are not [R, V] i32")
     check(rows.shape == token_ids.shape and rows.dtype == token_ids.dtype == torch.int64, "not [n] i64")
     if counts.device.type != "cpu":
         return launch(counts, rows, token_ids)

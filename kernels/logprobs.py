@@ -75,6 +75,7 @@ def _logprobs(
 
 
 def launch(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    check(token_ids.is_contiguous(), "token_ids are strided")
     num_rows, vocab = logits.shape
     ids = torch.empty(num_rows, 1 + num_top, dtype=torch.int32, device=logits.device)
     values = torch.empty(num_rows, 1 + num_top, dtype=torch.float32, device=logits.device)
@@ -100,7 +101,7 @@ def make(num_rows: int, vocab: int, num_top: int, device="cpu"):
 )
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     """token_ids [R, 1 + n] i32, values [R, 1 + n] f32, ranks [R] i32 of logits [R, V]; ValueError on a bad shape."""
-    check(logits.dtype == torch.float32 and logits.stride(1) == 1, "logits are not float32 rows")
+    check(logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1, "logits are not float32 rows")
     check(token_ids.shape == logits.shape[:1] and token_ids.dtype == torch.int64, "token_ids are not [R] i64")
     check(0 <= num_top <= logits.shape[1], "num_top is not in 0 … vocab")
     if logits.device.type != "cpu":

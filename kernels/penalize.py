@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.registry import call, check, grid, kernel, nbytes
+from cableway.kernels.registry import are_contiguous, call, check, grid, kernel, nbytes
 
 IN_PROMPT = 1 << 30
 
@@ -49,6 +49,7 @@ def _penalize(
 
 
 def launch(logits, counts, count_rows, presence, frequency, repetition) -> None:
+    check(are_contiguous(counts, count_rows, presence, frequency, repetition), "an argument beside logits is strided")
     num_rows, vocab = logits.shape
     _penalize[(num_rows, triton.cdiv(vocab, 1024))](
         logits, counts, count_rows, presence, frequency, repetition, logits.stride(0), vocab, BLOCK=1024, num_warps=4
@@ -82,9 +83,10 @@ def penalize(
     logits: Tensor, counts: Tensor, count_rows: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor
 ) -> None:
     """Apply presence, frequency and repetition penalties to logits [R, V] in place; ValueError when shapes differ."""
-    check(logits.dtype == torch.float32 and logits.stride(1) == 1, "logits are not float32 rows")
-    check(counts.dtype == torch.int32 and counts.shape[1] == logits.shape[1], "counts are not [N, vocab] i32")
+    check(logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1, "logits are not float32 rows")
+    check(counts.dtype == torch.int32 and counts.shape[1:] == logits.shape[1:], "counts are not [N, vocab] i32")
     check(count_rows.shape == logits.shape[:1] and count_rows.dtype == torch.int64, "count_rows are not [R] i64")
+    check(presence.shape == frequency.shape == repetition.shape == count_rows.shape, "a penalty is not [R]")
     if logits.device.type != "cpu":
         return launch(logits, counts, count_rows, presence, frequency, repetition)
     seen = counts[count_rows]

@@ -1,8 +1,9 @@
 """Every kernel, with all that a test or a benchmark needs to know of it.
 
 A kernel file holds: docstring (formula, arguments as `name [dims] dtype`, bound), `ref` in plain float32 torch, the
-Triton kernel, `launch` that starts it, the public launcher, and its cases. The public launcher checks shapes, dtypes
-and strides, runs the fastest plain-torch form on a CPU tensor and `launch` on any other; there is no third way.
+Triton kernel, `launch` that starts it, the public launcher, and its cases. The public launcher checks shapes and
+dtypes, runs the fastest plain-torch form on a CPU tensor and `launch` on any other; there is no third way. `launch`
+checks the strides that its kernel takes for granted; plain torch takes any.
 """
 
 import importlib
@@ -29,8 +30,15 @@ class Call:
     kwargs: dict[str, Any]
 
     def clone(self) -> "Call":
-        """The same call on tensors of its own, strides kept: kernels may write into their arguments."""
-        return Call(tuple(_clone(a) for a in self.args), {name: _clone(a) for name, a in self.kwargs.items()})
+        """The same call on tensors of its own, as kernels may write into their arguments.
+
+        Strides are kept, what lies between rows too, and views of one tensor are views of one tensor again.
+        """
+        storages: dict[int, torch.UntypedStorage] = {}
+        return Call(
+            tuple(_clone(a, storages) for a in self.args),
+            {name: _clone(a, storages) for name, a in self.kwargs.items()},
+        )
 
 
 def call(*args, **kwargs) -> Call:
@@ -115,13 +123,16 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _clone(value):
+def are_contiguous(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous() for t in tensors)
+
+
+def _clone(value, storages: dict[int, torch.UntypedStorage]):
     if not isinstance(value, Tensor):
         return value
-    if value.untyped_storage().nbytes() == nbytes(value):
-        return value.clone()
-    # A view of something larger: keep its strides, and what lies between its rows.
-    storage = value.untyped_storage().clone()
+    storage = value.untyped_storage()
+    if storage.data_ptr() not in storages:
+        storages[storage.data_ptr()] = storage.clone()
     return torch.empty(0, dtype=value.dtype, device=value.device).set_(
-        storage, value.storage_offset(), value.shape, value.stride()
+        storages[storage.data_ptr()], value.storage_offset(), value.shape, value.stride()
     )

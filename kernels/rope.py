@@ -72,6 +72,8 @@ def _rope(
 
 def launch(q: Tensor, k: Tensor, angles: Angles) -> None:
     cos_sin, positions = angles.cos_sin, angles.positions
+    check(q.stride(2) == k.stride(2) == 1, "q or k are strided within their heads")
+    check(cos_sin.is_contiguous() and positions.is_contiguous(), "cos_sin or positions are strided")
     (num_tokens, num_heads, _), num_kv_heads, half = q.shape, k.shape[1], cos_sin.shape[1] // 2
     block_heads = min(triton.next_power_of_2(num_heads), 8)
     _rope[(num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))](

@@ -32,11 +32,12 @@ from torch import Tensor
 
 from cableway.kernels.lang import jit, tl
 from cableway.kernels.philox import gumbels, gumbels_triton
-from cableway.kernels.registry import call, check, grid, kernel, nbytes
+from cableway.kernels.registry import are_contiguous, call, check, grid, kernel, nbytes
 
 GROUP = 64
 GROUPS_STREAM, TOKENS_STREAM = 0, 1
 _FIRST_CANDIDATES = 512
+_OPTION_DTYPES = torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int32, torch.int32
 
 
 def ref(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> Tensor:
@@ -161,12 +162,11 @@ def _sample(
 
 
 def launch(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> Tensor:
+    options = (temperature, top_k, top_p, min_p, seeds, choices, positions)
+    check(are_contiguous(*options), "an option is strided")
     num_rows, vocab = logits.shape
     out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    _sample[(num_rows,)](
-        logits, temperature, top_k, top_p, min_p, seeds, choices, positions, out,
-        logits.stride(0), vocab, BLOCK=4096, GROUP=GROUP, num_warps=16,
-    )  # fmt: skip
+    _sample[(num_rows,)](logits, *options, out, logits.stride(0), vocab, BLOCK=4096, GROUP=GROUP, num_warps=16)
     return out
 
 
@@ -209,10 +209,11 @@ def sample(
     choices: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Draw a token for each row of logits [R, V] -> [R] i32, -1 where a row is broken; ValueError on a bad shape."""
+    """Draw a token for each row of logits [R, V] -> [R] i32, -1 where it is broken; ValueError on what does not fit."""
     check(logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1, "logits are not float32 rows")
     options = (temperature, top_k, top_p, min_p, seeds, choices, positions)
     check(all(option.shape == logits.shape[:1] for option in options), "an option is not [num_rows]")
+    check(tuple(option.dtype for option in options) == _OPTION_DTYPES, "an option is of another dtype")
     if logits.device.type != "cpu":
         return launch(logits, *options)
     top, token_ids = logits.max(-1)

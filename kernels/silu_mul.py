@@ -33,6 +33,7 @@ def _silu_mul(x_ptr, y_ptr, x_stride, ffn, BLOCK: tl.constexpr):
 
 
 def launch(gate_up: Tensor) -> Tensor:
+    check(gate_up.stride(1) == 1, "gate_up is strided within its rows")
     num_tokens, ffn = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(num_tokens, ffn, dtype=gate_up.dtype, device=gate_up.device)
     block = min(triton.next_power_of_2(ffn), 1024)

@@ -1,0 +1,140 @@
+"""What must hold of every kernel of the registry, whatever it computes."""
+
+import dataclasses
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cableway.kernels.registry import Call, Case, Kernel
+
+UNSETTLED = {
+    "paged_attention: argument 0 longer in dimension 0",  # tokens that belong to no sequence have no result
+    "kv_write: argument 2 longer in dimension 0",  # the whole cache is made in one place, by `kv_cache_shape`
+    "kv_write: argument 2 strided in dimension 1",
+}
+"""Distorted arguments of which the contract says nothing."""
+
+
+def make(kernel: Kernel, case: Case) -> Call:
+    """The case's arguments: the same in every run and every process."""
+    torch.manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
+    return kernel.make(**case)
+
+
+def label(value: Any) -> str:
+    """Names kernels and cases in test ids."""
+    if isinstance(value, Kernel):
+        return value.name
+    return "-".join(f"{name}={str(x).removeprefix('torch.')}" for name, x in value.items()).replace(" ", "")
+
+
+def contract(kernel: Kernel) -> str:
+    """The kernel file's docstring, on one line."""
+    return " ".join((sys.modules[kernel.ref.__module__].__doc__ or "").split())
+
+
+def assert_close(actual: Tensor, expected: Tensor, kernel: Kernel) -> None:
+    """Floats within the kernel's tolerance, all else equal; shapes and dtypes too, and NaN is NaN."""
+    of_float32 = kernel.tolerances.get(torch.float32, 0.0)
+    tolerance = kernel.tolerances.get(expected.dtype, of_float32) if expected.is_floating_point() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def assert_equals_ref(kernel: Kernel, form: Callable, made: Call) -> None:
+    """What `form` returns and updates is what `ref` does, and it writes nowhere else."""
+    expected_call = made.clone()
+    arguments = list(_tensors((made.args, made.kwargs)))
+    before = [_whole(argument).clone() for argument in arguments]
+    updated = {made.args[i].untyped_storage().data_ptr(): expected_call.args[i] for i in kernel.updates}
+
+    expected = kernel.run(kernel.ref, expected_call)
+    actual = kernel.run(form, made)
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, other, kernel)
+    for argument, was in zip(arguments, before, strict=True):
+        reference = updated.get(argument.untyped_storage().data_ptr())
+        if reference is None:
+            torch.testing.assert_close(_whole(argument), was, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert_close(_whole(argument), _whole(reference), kernel)
+
+
+def assert_rows_are_independent(kernel: Kernel, form: Callable, made: Call, num_rows: int) -> None:
+    """A row is the same, to the bit, alone, in any part of the batch and in all of it."""
+    together = kernel.run(form, made.clone())
+    for start, stop in ((0, 1), (num_rows - 1, num_rows), (3, 5), (0, 4), (2, 18), (5, num_rows)):
+        part = _take(made.clone(), slice(start, stop), num_rows)
+        for some, all_rows in zip(kernel.run(form, part), together, strict=True):
+            assert torch.equal(some, all_rows[start:stop]), f"rows {start}:{stop}"
+
+
+def assert_refuses_or_computes(kernel: Kernel, form: Callable, made: Call) -> None:
+    """Arguments that do not fit are a ValueError, of the public launcher or of `form`; else `form` equals `ref`."""
+    refused, wrong = 0, []
+    distorted = [(what, call) for what, call in _distorted(made) if f"{kernel.name}: {what}" not in UNSETTLED]
+    for what, call in distorted:
+        try:
+            kernel.run(kernel.function, call.clone())
+            assert_equals_ref(kernel, form, call)
+        except ValueError:
+            refused += 1
+        except Exception as error:
+            wrong.append(f"{what}: {error!r:.120}")
+    assert not wrong, "\n".join(wrong)
+    assert refused > 0
+
+
+def _distorted(made: Call) -> Iterator[tuple[str, Call]]:
+    """The call with one of its tensors larger by one in one dimension, or of other strides, or of float64."""
+    for i, argument in enumerate(made.args):
+        if not isinstance(argument, Tensor):
+            continue
+        for dim, size in enumerate(argument.shape):
+            longer = argument.index_select(dim, torch.tensor([*range(size), 0]))
+            yield f"argument {i} longer in dimension {dim}", _replaced(made, i, longer)
+            spread = torch.stack((argument, argument), dim + 1).flatten(dim, dim + 1)
+            every_other = spread[(slice(None),) * dim + (slice(None, None, 2),)]
+            yield f"argument {i} strided in dimension {dim}", _replaced(made, i, every_other)
+        yield f"argument {i} with a dimension more", _replaced(made, i, argument[None])
+        yield f"argument {i} as float64", _replaced(made, i, argument.double())
+
+
+def _replaced(made: Call, index: int, argument: Tensor) -> Call:
+    return Call((*made.args[:index], argument, *made.args[index + 1 :]), made.kwargs).clone()
+
+
+def _take(value: Any, rows: slice, num_rows: int) -> Any:
+    """`value` with those rows alone of every tensor in it that has `num_rows`."""
+    match value:
+        case Tensor():
+            return value[rows] if value.shape[:1] == (num_rows,) else value
+        case tuple():
+            return tuple(_take(item, rows, num_rows) for item in value)
+        case dict():
+            return {name: _take(item, rows, num_rows) for name, item in value.items()}
+        case _ if dataclasses.is_dataclass(value):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **_take(fields, rows, num_rows))
+        case _:
+            return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor among the arguments of a call, those of its dataclasses too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(tuple(getattr(value, field.name) for field in dataclasses.fields(value)))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of the memory that the tensor is a view of."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
