@@ -40,6 +40,7 @@ def _add_rms_norm(x_ptr, r_ptr, w_ptr, y_ptr, x_stride, r_stride, hidden, eps, o
 
 
 def launch(x: Tensor, r: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
+    check(x.stride(1) == r.stride(1) == 1 and w.is_contiguous(), "x or r are strided within their rows, or w")
     num_tokens, hidden = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)

@@ -39,15 +39,18 @@ def ref(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
 def _kv_write(k_ptr, v_ptr, cache_ptr, slots_ptr, k_stride, v_stride, width, value_offset, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
-    column = tl.arange(0, BLOCK)
-    inside = (column < width) & (slot >= 0)
-    k = tl.load(k_ptr + token * k_stride + column, mask=inside)
-    v = tl.load(v_ptr + token * v_stride + column, mask=inside)
-    tl.store(cache_ptr + slot * width + column, k, mask=inside)
-    tl.store(cache_ptr + value_offset + slot * width + column, v, mask=inside)
+    if slot >= 0:
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        k = tl.load(k_ptr + token * k_stride + column, mask=inside)
+        v = tl.load(v_ptr + token * v_stride + column, mask=inside)
+        tl.store(cache_ptr + slot * width + column, k, mask=inside)
+        tl.store(cache_ptr + value_offset + slot * width + column, v, mask=inside)
 
 
 def launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
+    check(k.stride()[1:] == v.stride()[1:] == (k.shape[2], 1), "k or v are strided within their tokens")
+    check(cache.is_contiguous() and slots.is_contiguous(), "cache or slots are strided")
     width = k.shape[1] * k.shape[2]
     block = triton.next_power_of_2(width)
     _kv_write[(k.shape[0],)](

@@ -25,7 +25,7 @@ from torch import Tensor
 from cableway.kernels import attention_cpu
 from cableway.kernels.kv_write import kv_cache_shape
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
+from cableway.kernels.registry import FLOATS, Call, are_contiguous, call, check, grid, kernel, nbytes
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ def launch(
     q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
 ) -> Tensor:
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = num_heads // num_kv_heads
     block_group = triton.next_power_of_2(group)

@@ -36,6 +36,7 @@ def _rms_norm(x_ptr, w_ptr, y_ptr, x_stride, hidden, eps, offset, BLOCK: tl.cons
 
 
 def launch(x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
+    check(x.stride(-1) == 1 and w.is_contiguous(), "x is strided within its rows, or w")
     hidden = x.shape[-1]
     rows = x.reshape(-1, hidden)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
