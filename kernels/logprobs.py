@@ -4,7 +4,7 @@
 
 logits     [num_rows, vocab]  f32, contiguous rows
 token_ids  [num_rows]  i64    the chosen tokens
-num_top    int                likeliest tokens wanted beside them, in falling order; 0 … vocab
+num_top    int                likeliest tokens wanted beside them, in falling order, equals by id; 0 … vocab
 returns    token_ids [num_rows, 1 + num_top] i32, values [num_rows, 1 + num_top] f32, both with the chosen first,
            and ranks [num_rows] i32, of the chosen
 
@@ -108,6 +108,20 @@ def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
         return launch(logits, token_ids, num_top)
     chosen = logits.gather(1, token_ids[:, None])
     ranks = (logits > chosen).sum(-1, dtype=torch.int32).add_(1)
-    top = logits.topk(num_top)
-    ids = torch.cat((token_ids[:, None], top.indices), 1).int()
-    return ids, torch.cat((chosen, top.values), 1).sub_(logits.logsumexp(-1, keepdim=True)), ranks
+    top = _likeliest(logits, num_top)
+    ids = torch.cat((token_ids[:, None], top), 1).int()
+    values = torch.cat((chosen, logits.gather(1, top)), 1)
+    return ids, values.sub_(logits.logsumexp(-1, keepdim=True)), ranks
+
+
+def _likeliest(logits: Tensor, num_top: int) -> Tensor:
+    """Ids [R, num_top] i64 in the order of falling value, then of rising id.
+
+    Among equals `topk` picks by how many are asked for, which is the most that any row of the batch wants. Hence integers
+    none of which are equal: a float's bits in the order of its value, then the id, falling.
+    PERF: 0.3 ms a row of 49,152; 0.1 by values alone, 5 by a stable sort.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # -0.0 equals 0.0
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    keys |= torch.arange(0xFFFFFFFF, 0xFFFFFFFF - logits.shape[1], -1, device=logits.device)
+    return 0xFFFFFFFF - (keys.topk(num_top).values & 0xFFFFFFFF)
