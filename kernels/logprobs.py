@@ -117,8 +117,8 @@ def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
 def _likeliest(logits: Tensor, num_top: int) -> Tensor:
     """Ids [R, num_top] i64 in the order of falling value, then of rising id.
 
-    Among equals `topk` picks by how many are asked for, which is the most that any row of the batch wants. Hence integers
-    none of which are equal: a float's bits in the order of its value, then the id, falling.
+    Among equals `topk` picks by how many are asked for, which is the most that any row of the batch wants. Hence
+    integers, none of which are equal: a float's bits in the order of its value, then the id, falling.
     PERF: 0.3 ms a row of 49,152; 0.1 by values alone, 5 by a stable sort.
     """
     bits = (logits + 0.0).view(torch.int32)  # -0.0 equals 0.0
