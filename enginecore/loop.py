@@ -97,7 +97,7 @@ class EngineCore:
     # The turn
 
     def _wait(self) -> None:
-        timeout_s = _LEASE_CHECK_S
+        timeout_s = 0.0 if self._scheduler.wants_turn else _LEASE_CHECK_S
         if self._drain_until_s is not None:
             timeout_s = min(timeout_s, max(self._drain_until_s - self._clock(), 0.0))
         self._lifeline.idle()
@@ -197,8 +197,8 @@ class EngineCore:
             step_age_s=step_age_s,
             steps=scheduler.num_steps,
             num_running=len(scheduler.running),
-            num_waiting=scheduler.waiting.num_requests,
-            num_waiting_tokens=scheduler.waiting.num_tokens,
+            num_waiting=scheduler.waiting.num_requests + scheduler.trials.waiting.num_requests,
+            num_waiting_tokens=scheduler.waiting.num_tokens + scheduler.trials.waiting.num_tokens,
             kv_usage_frac=kv.usage_frac if kv else 0.0,
             num_blocks=kv.pool.num_blocks if kv else 0,
             prefix_queries=scheduler.num_prefix_queries,
@@ -267,7 +267,8 @@ class EngineCore:
         self._workers.leave(peer)
         self._workers.begin_anew()
         self._workers_epoch += 1
-        self._scheduler.stop()
+        for request in self._scheduler.stop():
+            self._log.error("request_quarantined", request_id=request.request_id, key=request.key)
         for survivor in self._workers.peers:
             self._to_workers.send(Welcome(PROTOCOL_VERSION, self._workers_epoch), to=survivor)
 

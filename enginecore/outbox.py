@@ -1,12 +1,12 @@
 """What a step made for one frontend, gathered column by column into one message."""
 
-from cableway.ipc.messages import Failed, Finish, Logprobs, Tokens, ints
+from cableway.ipc.messages import Failed, Finish, IfLost, Logprobs, Tokens, ints
 
 
 class Outbox:
-    """Columns of the next `Tokens`, and failures. The columns are appended to from outside: it is hot."""
+    """Columns of the next `Tokens`, failures, and last wills. The columns are appended to from outside: it is hot."""
 
-    __slots__ = ("failed", "finished", "first_index", "keys", "logprobs", "token_ids")
+    __slots__ = ("failed", "finished", "first_index", "if_lost", "keys", "logprobs", "token_ids")
 
     def __init__(self) -> None:
         self._empty()
@@ -18,14 +18,16 @@ class Outbox:
         self.finished: list[Finish] = []
         self.logprobs: list[Logprobs] = []
         self.failed: list[Failed] = []
+        self.if_lost: list[IfLost] = []
 
-    def take(self, epoch: int) -> list[Tokens | Failed]:
+    def take(self, epoch: int) -> list[Tokens | Failed | IfLost]:
         """The messages to send now, if any; the box is empty afterwards."""
-        messages: list[Tokens | Failed] = []
+        messages: list[Tokens | Failed | IfLost] = []
         if self.keys or self.finished or self.logprobs:
             ones = b"\x01\x00\x00\x00" * len(self.keys)
             columns = ints(self.keys), ints(self.first_index), ones, ints(self.token_ids)
             messages.append(Tokens(epoch, *columns, finished=self.finished, logprobs=self.logprobs))
         messages += self.failed
+        messages += self.if_lost
         self._empty()
         return messages

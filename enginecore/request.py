@@ -7,7 +7,7 @@ from enum import Enum
 
 from cableway.enginecore.kv.prefix import PrefixChain
 from cableway.enginecore.outbox import Outbox
-from cableway.ipc.messages import Choice, Finish, Generate
+from cableway.ipc.messages import Choice, Finish, Generate, Standing
 
 
 class State(Enum):
@@ -46,6 +46,7 @@ class Request:
     """
 
     __slots__ = (
+        "announced",
         "arrived_s",
         "chain",
         "compute_limit",
@@ -69,6 +70,7 @@ class Request:
         "request_id",
         "row",
         "sampling",
+        "standing",
         "state",
         "stop_ids",
         "tables",
@@ -90,10 +92,13 @@ class Request:
         self.chain = PrefixChain(generate.cache_salt)
         self.stop_ids = _ids(self.sampling.eos_token_ids) | _ids(self.sampling.stop_token_ids)
         self.limit(max_model_len)
+        self.standing = choice.standing
+        self.announced: Standing | None = None  # what its frontend says of it if the core dies
         self.state = State.WAITING
         self.family: Family | None = None
         self.frontend = b""
         self.outbox = Outbox()
+        self.num_computed = 0
         self.reset()
 
     def limit(self, max_len: int) -> None:
@@ -104,6 +109,8 @@ class Request:
 
     def reset(self) -> None:
         """Forget everything that is on the workers: the tokens so far are to be computed again."""
+        if self.standing.deaths:
+            self.standing = self.standing.after(self.num_computed)
         self.num_computed = self.num_planned = self.num_pending = 0
         self.row = -1
         self.last_step = -1  # last step this request was planned into

@@ -18,8 +18,9 @@ from cableway.enginecore.limits import SHUTTING_DOWN, Limits, Refusal, length_re
 from cableway.enginecore.outbox import Outbox
 from cableway.enginecore.request import Family, Request, State
 from cableway.enginecore.step import Step, new_row
+from cableway.enginecore.trials import QUARANTINED, Trials
 from cableway.enginecore.waiting import WaitingQueue
-from cableway.ipc.messages import Failed, Generate, StepPlan, StepResult, Tokens, unpack_ints
+from cableway.ipc.messages import Failed, Generate, IfLost, StepPlan, StepResult, Tokens, unpack_ints
 
 
 class Memory(NamedTuple):
@@ -50,8 +51,10 @@ class Scheduler:
         self.max_len = limits.max_model_len
         self.kv: KVManager | None = None  # None while the workers are not there
         self.waiting = WaitingQueue()
+        self.trials = Trials()
         self.running: list[Request] = []  # in order
         self.refuses_new = False  # told to drain
+        self.wants_turn = False  # frontends have to be told something before more can be planned
         self.num_steps = self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = 0
         self._limits = limits
         self._epoch = self._workers_epoch = epoch
@@ -90,11 +93,14 @@ class Scheduler:
         family = Family() if len(choices) > 1 else None
         priority = generate.priority if self._limits.by_priority else 0
         for choice in choices.values():
+            if choice.standing.is_convicted:
+                outbox.failed.append(Failed(choice.key, *QUARANTINED))
+                continue
             order = (priority, next(self._arrivals))
             request = Request(generate, choice, order=order, max_model_len=self.max_len, now_s=now_s)
             request.frontend, request.outbox, request.family = frontend, outbox, family
             live[choice.key] = request
-            self.waiting.push(request)
+            self._queue_of(request).push(request)
             self._finish_if_ended(request)
         return duplicates
 
@@ -118,7 +124,7 @@ class Scheduler:
                 self._fail(request, why)
         self._prune()
 
-    def take_messages(self) -> list[tuple[bytes, Tokens | Failed]]:
+    def take_messages(self) -> list[tuple[bytes, Tokens | Failed | IfLost]]:
         """What is to be sent, and to which frontend."""
         return [(frontend, message) for frontend, box in self._outboxes.items() for message in box.take(self._epoch)]
 
@@ -139,32 +145,50 @@ class Scheduler:
             raise ValueError(f"{memory.num_blocks} blocks of {memory.block_size} tokens cannot hold any request")
         self.kv, self.max_len, self._workers_epoch = kv, max_len, workers_epoch
         self._free_rows = list(range(min(memory.max_num_seqs, self._limits.max_num_seqs) - 1, -1, -1))
-        for request in list(self.waiting):
+        for request in [*self.waiting, *self.trials.waiting]:
             request.limit(max_len)
             if why := length_refusal(request.num_prompt, request.sampling.max_tokens, max_len):
                 self._fail(request, why)
             else:
                 self._finish_if_ended(request)
 
-    def stop(self) -> None:
-        """A worker is gone, and with it all state: what runs goes back to the queue with the tokens so far."""
+    def stop(self) -> list[Request]:
+        """A worker is gone, and with it all state: what runs goes back to the queue with the tokens so far.
+
+        Returns the requests that are failed, because it was they that it died of.
+        """
+        hit = {request for step in self._in_flight for request in step.requests}
+        convicted = []
         for request in self.running + self._draining:
+            if request in hit:
+                alone = request is self.trials.current
+                counts = request.num_computed, request.num_planned
+                request.standing = request.standing.after_death(*counts, alone=alone)
             request.reset()
-            if request.state is not State.FINISHED:
-                request.move(State.WAITING)
-                self.waiting.push(request)
+            if request.state is State.FINISHED:
+                continue
+            request.move(State.WAITING)
+            self._queue_of(request).push(request)
+            if request.standing.is_convicted:
+                self._fail(request, QUARANTINED)
+                convicted.append(request)
+        self.trials.workers_lost()
         self.kv = None
         self.running, self._draining, self._freed_rows = [], [], []
         self._in_flight.clear()
         self._blocked = None, 0
+        return convicted
 
     # -----------------------------------------------------------------------------------------------------------------
     # Plan
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, in flight from now on; None when there is nothing to compute before a commit or a submit."""
+        self.wants_turn = False
         if self.kv is None:
             return None
+        if self.trials.are_due(now_s):
+            return self._plan_trial(self.kv, now_s)
         step = Step(self.num_steps, self._limits.max_num_batched_tokens)
         num_preemptions = self.num_preemptions
         behind = self._plan_decodes(step)
@@ -177,13 +201,44 @@ class Scheduler:
             self._admit(step, self.kv, sum(map(self.kv.num_owed, behind)), now_s)
         step.budget += set_aside
         self._plan_chunks(step, long)
-        if not step.requests:
-            return None
-        message = step.message(self._workers_epoch, len(self.kv.groups), self._freed_rows, self.kv.copies)
-        self._freed_rows, self.kv.copies = [], []
+        return self._launch(step, self.kv) if step.requests else None
+
+    def _launch(self, step: Step, kv: KVManager) -> StepPlan:
+        message = step.message(self._workers_epoch, len(kv.groups), self._freed_rows, kv.copies)
+        self._freed_rows, kv.copies = [], []
         self._in_flight.append(step)
         self.num_steps += 1
         return message
+
+    def _plan_trial(self, kv: KVManager, now_s: float) -> StepPlan | None:
+        """One suspect computes, and nobody else; its frontend is told a turn before. None while others' steps end."""
+        if self._in_flight:
+            return None
+        request = self.trials.current or self.trials.waiting.first()
+        assert request is not None
+        self._clear_out(request)
+        match = kv.lookup(request) if request is not self.trials.current else None
+        num_computed = match.num_tokens if match else request.num_computed
+        step = Step(self.num_steps, self._limits.max_num_batched_tokens)
+        count = min(len(request.tokens) - num_computed, step.budget)
+        if self.trials.announce(request, num_computed, num_computed + count, alone=True):
+            self.wants_turn = True
+            return None
+        if match:
+            self.trials.begin(request)
+            self._enter(step, kv, request, match, now_s)
+        elif self._reserve(step, request, num_computed + count):
+            step.add(request, count)
+        return self._launch(step, kv)
+
+    def _clear_out(self, suspect: Request) -> None:
+        """Everybody else waits; nothing is in flight."""
+        others = [request for request in self.running if request is not suspect]
+        self.running = [request for request in self.running if request is suspect]
+        for request in others:
+            request.move(State.PREEMPTED)
+            self.num_preemptions += 1
+            self._vacate(request)
 
     def _plan_decodes(self, step: Step) -> list[Request]:
         """Add the requests that have one token to compute; returns those that have more."""
@@ -231,9 +286,11 @@ class Scheduler:
             if request is self._blocked[0] and self._blocked[1] > available:
                 break  # PERF: spares a look-up of its whole prompt in every step
             match = self._beginning(kv, request)
-            if match is None:
+            if match is None or (request.standing.deaths and self._announces(request, match, step.budget)):
                 held.append(self.waiting.pop())
                 continue
+            if self.wants_turn:
+                break  # those before it enter when their frontends have heard
             num_blocks = kv.num_new_blocks(match, len(request.tokens) + 1)
             if num_blocks > available:
                 self._blocked = request, num_blocks
@@ -242,6 +299,13 @@ class Scheduler:
             num_owed += kv.num_owed(request)
         for request in held:
             self.waiting.push(request)
+
+    def _announces(self, request: Request, match: Match, budget: int) -> bool:
+        """Whether it has to wait a turn, because it was hit before and its frontend hears of the next time first."""
+        num_planned = min(match.num_tokens + budget, len(request.tokens))
+        told_now = self.trials.announce(request, match.num_tokens, num_planned)
+        self.wants_turn |= told_now
+        return told_now
 
     def _beginning(self, kv: KVManager, request: Request) -> Match | None:
         """The blocks a request begins with; None while its leader computes the prompt that they share."""
@@ -299,6 +363,7 @@ class Scheduler:
         for request in draining:
             self._vacate(request)
         self._prune()
+        self.trials.judge()
         return True
 
     def _take_extras(self, step: Step, result: StepResult) -> None:
@@ -353,9 +418,12 @@ class Scheduler:
         state = request.state
         request.move(State.FINISHED)
         if state is State.WAITING:
-            self.waiting.forget(request)
+            self._queue_of(request).forget(request)
         elif state is State.RUNNING:
             self._vacate(request)
+
+    def _queue_of(self, request: Request) -> WaitingQueue:
+        return self.trials.waiting if request.standing.is_suspect else self.waiting
 
     def _prune(self) -> None:
         if any(request.state is not State.RUNNING for request in self.running):

@@ -101,12 +101,45 @@ class Sampling(Message, frozen=True):
     prompt_logprobs: int = -1
 
 
+class Standing(Message, frozen=True):
+    """What is held against a choice: deaths of workers or of the core while it was getting no further.
+
+    `reached` is how much of it was ever computed. A death counts when it hit the step that would have got further.
+    """
+
+    deaths: int = 0  # one after another, without a step forward between them
+    alone: int = 0  # how many of these hit it alone, where all had been well without it
+    reached: int = 0  # tokens of prompt and output
+
+    @property
+    def is_suspect(self) -> bool:
+        """One death happens to anybody; after a second it runs alone, so that others need not die with it."""
+        return self.deaths >= 2
+
+    @property
+    def is_convicted(self) -> bool:
+        return self.alone >= 2
+
+    def after(self, num_computed: int) -> "Standing":
+        """It got so far: whoever made a step forward has nothing held against it, until the next death."""
+        return Standing() if num_computed > self.reached else self
+
+    def after_death(self, num_computed: int, num_planned: int, *, alone: bool) -> "Standing":
+        """It had computed so much, and was about to have computed `num_planned` when it died."""
+        if num_computed > self.reached:
+            return Standing(1, 0, num_computed)
+        if num_planned <= self.reached:
+            return self  # it has been there before, and come through
+        return Standing(self.deaths + 1, self.alone + alone, self.reached)
+
+
 class Choice(Message, frozen=True):
     """One of a request's `n` continuations. `output` holds what was already delivered when the request is resumed."""
 
     key: int  # int32, chosen by the frontend, unique among its live choices
     index: int  # 0 … n-1
     output: Ints = b""
+    standing: Standing = Standing()
 
 
 class Generate(Message, frozen=True, tag="generate"):
@@ -185,6 +218,14 @@ class Failed(Message, frozen=True, tag="failed"):
     text: str
 
 
+class IfLost(Message, frozen=True, tag="if_lost"):
+    """What a frontend is to say of a choice when it submits it to the next core, should this one die before more of it
+    comes. Sent a turn before the core does what may kill it."""
+
+    key: int
+    standing: Standing
+
+
 class Status(Message, frozen=True, tag="status"):
     """The core's answer to Ping: what /health and /metrics tell. Counters count from the core's start."""
 
@@ -203,7 +244,7 @@ class Status(Message, frozen=True, tag="status"):
     worker_step_ages_s: list[float] = []
 
 
-ToFrontend = Welcome | Refused | Ping | Tokens | Failed | Status
+ToFrontend = Welcome | Refused | Ping | Tokens | Failed | IfLost | Status
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,11 @@ def holdings(server: Server) -> dict[str, object]:
     return held
 
 
+def assert_holds_again(server: Server, before: dict[str, object]) -> None:
+    """What it held before, soon: the last question to it, or a spare process, may still be on its way."""
+    wait_for(lambda: holdings(server) == before or None, 15, lambda: f"{holdings(server)}\nbefore: {before}")
+
+
 def assert_nothing_left(server: Server, folder: Path) -> None:
     """After the server has ended."""
     assert not folder.exists()

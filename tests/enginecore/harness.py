@@ -10,12 +10,15 @@ from cableway.enginecore.kv.manager import HOLE
 from cableway.enginecore.limits import Limits
 from cableway.enginecore.request import State
 from cableway.enginecore.scheduler import Memory, Scheduler
+from cableway.enginecore.trials import WELL_S
 from cableway.ipc.messages import (
     Choice,
     Failed,
     Finish,
     Generate,
+    IfLost,
     Sampling,
+    Standing,
     StateGroup,
     StepPlan,
     Tokens,
@@ -91,6 +94,9 @@ class Harness:
         self.plans: deque[StepPlan] = deque()
         self.history: list[StepPlan] = []
         self.received: dict[tuple[bytes, int], Received] = {}
+        self.wills: dict[tuple[bytes, int], Standing] = {}  # what is to be said of a choice if the core dies
+        self.quarantined: list[tuple[bytes, int]] = []
+        self.now_s = 2.0
         self.worker: FakeWorker | None = None
         self.worker_up()
 
@@ -105,7 +111,8 @@ class Harness:
         self.worker = None
         self.plans.clear()
         self.workers_epoch += 1
-        self.scheduler.stop()
+        self.quarantined += [(request.frontend, request.key) for request in self.scheduler.stop()]
+        self.deliver()
 
     def submit(self, asked: Generate, frontend: bytes = FRONTEND) -> None:
         for choice in asked.choices:
@@ -119,7 +126,10 @@ class Harness:
         self.scheduler.abort(frontend, [key])
 
     def plan(self) -> StepPlan | None:
-        plan = self.scheduler.plan(now_s=2.0)
+        plan = self.scheduler.plan(self.now_s)
+        self.deliver()
+        if self.scheduler.wants_turn and plan is None:
+            plan = self.scheduler.plan(self.now_s)
         if plan is not None:
             self.plans.append(plan)
             self.history.append(plan)
@@ -136,7 +146,10 @@ class Harness:
         while len(self.plans) <= self.depth and self.plan():
             pass
         if not self.plans:
-            return False
+            if not self.scheduler.trials.waiting.num_requests:
+                return False
+            self.now_s += WELL_S
+            return True
         self.finish_step()
         return True
 
@@ -154,6 +167,8 @@ class Harness:
                 received = self.received[frontend, message.key]
                 assert not received.ended
                 received.failed = message
+            elif isinstance(message, IfLost):
+                self.wills[frontend, message.key] = message.standing
             else:
                 self._take(frontend, message)
 

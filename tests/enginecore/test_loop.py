@@ -39,6 +39,7 @@ from cableway.ipc.messages import (
     ints,
     unpack_ints,
 )
+from cableway.ipc.resolve import resolve
 
 NUM_BLOCKS, BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, MAX_MODEL_LEN = 64, 4, 16, 4, 64
 PATIENCE_S = 10.0
@@ -492,23 +493,10 @@ class TestDrain:
 def test_the_process(folder, workers, clients):
     """Started alone, from the configuration it is given; SIGTERM drains it."""
     settings = core_settings(folder)
-    zeros = {int: 0, str: "", float: 1.0, bool: False}
-    slices = {}
-    for name, kind in [
-        ("supervisor", config.SupervisorConfig),
-        ("frontend", config.FrontendConfig),
-        ("worker", config.WorkerConfig),
-    ]:
-        hints = {field.name: field.type for field in msgspec.structs.fields(kind)}
-        slices[name] = kind(
-            **{
-                key: settings.log if hint is config.LogConfig else zeros.get(hint, {} if "dict" in str(hint) else [])
-                for key, hint in hints.items()
-            }
-        )
+    whole = msgspec.structs.replace(resolve(config.Options(runtime_dir=folder)), core=settings)
     path = os.path.join(folder, "config.json")
     with open(path, "wb") as file:
-        file.write(msgspec.json.encode(config.Config(core=settings, **slices)))
+        file.write(msgspec.json.encode(whole))
     command = [sys.executable, "-m", "cableway.enginecore.main", "--config", path]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         workers(settings)

@@ -1,0 +1,66 @@
+"""Requests that may be what keeps killing: each runs alone for a moment, and is cleared, or convicted.
+
+Who was hit by two deaths without a step forward between them is a suspect. A suspect waits until the workers have been
+well for a while without it, then computes alone until it draws a token; the others pause. Two deaths there, with a time
+of health before each, are no chance: chance would have to hit two steps and spare everything around them.
+"""
+
+from cableway.enginecore.limits import Refusal
+from cableway.enginecore.request import Request, State
+from cableway.enginecore.waiting import WaitingQueue
+from cableway.ipc.messages import IfLost, Standing
+
+WELL_S = 1.0
+QUARANTINED = Refusal(500, "quarantined", "the engine died twice while it computed this request and nothing else")
+
+
+class Trials:
+    """The suspects, and the one that runs alone now."""
+
+    def __init__(self) -> None:
+        self.waiting = WaitingQueue()
+        self.current: Request | None = None
+        self._goal = 0  # tokens of the one that runs alone when it began
+        self._well_since_s: float | None = None
+
+    def are_due(self, now_s: float) -> bool:
+        """Whether suspects have their turn: there are any, and all has been well without them for long enough."""
+        if self._well_since_s is None:
+            self._well_since_s = now_s
+        return self.current is not None or (self.waiting.num_requests > 0 and now_s - self._well_since_s >= WELL_S)
+
+    def begin(self, request: Request) -> None:
+        """The first of those that wait gets its row."""
+        assert self.waiting.pop() is request
+        self.current = request
+        self._goal = len(request.tokens)
+
+    def announce(self, request: Request, num_computed: int, num_planned: int, *, alone: bool = False) -> bool:
+        """Tell the frontend what to say should the core die of what comes next; False when it knows already."""
+        standing = request.standing.after_death(num_computed, num_planned, alone=alone)
+        if standing == request.announced:
+            return False
+        self._tell(request, standing)
+        return True
+
+    def judge(self) -> None:
+        """After a commit: whoever drew a token, or ended, has stood its trial."""
+        request = self.current
+        if request is None:
+            return
+        if request.state is not State.RUNNING:
+            self.current = None
+        elif request.num_computed >= self._goal:
+            request.standing = Standing()
+            self._tell(request, request.standing)
+            self.current = None
+        elif request.num_computed > request.standing.reached:  # a chunk further; the next may be the one that kills
+            request.standing = Standing(request.standing.deaths, 0, request.num_computed)
+
+    def workers_lost(self) -> None:
+        self.current = None
+        self._well_since_s = None
+
+    def _tell(self, request: Request, standing: Standing) -> None:
+        request.announced = standing
+        request.outbox.if_lost.append(IfLost(request.key, standing))
