@@ -8,7 +8,6 @@ import asyncio
 import itertools
 import os
 import time
-from array import array
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -17,18 +16,18 @@ import structlog
 
 from cableway.frontend.errors import RequestError
 from cableway.frontend.job import Job, Update
+from cableway.frontend.live import LiveChoice, LiveRequest, unknown_part
 from cableway.ipc import messages
 from cableway.ipc.config import FrontendConfig, frontends_address
 from cableway.ipc.endpoint import Arrival, AsyncEndpoint, Endpoint, PeerDown, PeerUp, Undecodable, identity
 from cableway.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
-    Choice,
     Failed,
     Finish,
     Generate,
     Hello,
-    Ints,
+    IfLost,
     Logprobs,
     Ping,
     Refused,
@@ -99,8 +98,8 @@ class EngineClient:
             raise RequestError(404, f"The model `{model}` does not exist.", param="model", code="model_not_found")
         engine = self._engines[model] if model else next(iter(self._engines.values()))
         job = job or Job()
-        request = _Request(request_id, ints(prompt_ids), sampling, priority, cache_salt)
-        self._links[engine].submit(request, [_LiveChoice(request, job, first_index + i, i) for i in range(n)])
+        request = LiveRequest(request_id, ints(prompt_ids), sampling, priority, cache_salt)
+        self._links[engine].submit(request, [LiveChoice(request, job, first_index + i, i) for i in range(n)])
         return job
 
     def status(self, model: str = "") -> Status | None:
@@ -148,36 +147,6 @@ class EngineClient:
         return guarded
 
 
-class _Request:
-    """A prompt and how it is continued: what its choices have in common."""
-
-    __slots__ = ("cache_salt", "num_prompt_logprobs", "priority", "prompt", "request_id", "sampling", "was_sent")
-
-    def __init__(self, request_id: str, prompt: Ints, sampling: Sampling, priority: int, cache_salt: str):
-        self.request_id = request_id
-        self.prompt = prompt
-        self.sampling = sampling
-        self.priority = priority
-        self.cache_salt = cache_salt
-        self.num_prompt_logprobs = 0
-        self.was_sent = False
-
-
-class _LiveChoice:
-    """One continuation that has not ended, with all that has been delivered of it."""
-
-    __slots__ = ("index", "job", "key", "num_logprobs", "number", "output", "request")
-
-    def __init__(self, request: _Request, job: Job, index: int, number: int):
-        self.request = request
-        self.job = job
-        self.index = index  # in the job
-        self.number = number  # 0 … n-1 in the request: what its random draws depend on
-        self.key = 0
-        self.output = array("i")
-        self.num_logprobs = 0
-
-
 class _Link:
     """The connection to one engine's core, and the choices it is working on."""
 
@@ -192,8 +161,9 @@ class _Link:
         self._patience_s = config.step_timeout_s
         self._endpoint: AsyncEndpoint | None = None
         self._epoch: int | None = None  # None while no core has welcomed us
+        self._last_epoch: int | None = None
         self._away_since_s = time.monotonic()
-        self._live: dict[int, _LiveChoice] = {}
+        self._live: dict[int, LiveChoice] = {}
         self._keys = itertools.count(1)
 
     @property
@@ -211,7 +181,7 @@ class _Link:
             self._endpoint.close()
             self._endpoint = None
 
-    def submit(self, request: _Request, choices: list[_LiveChoice]) -> None:
+    def submit(self, request: LiveRequest, choices: list[LiveChoice]) -> None:
         if self._epoch is None and len(self._live) + len(choices) > self._max_waiting:
             raise RequestError(
                 429, "The engine is restarting and its queue is full.", type="rate_limit_error", code="queue_full",
@@ -250,6 +220,9 @@ class _Link:
                     self.status, self.status_at_s = status, time.monotonic()
             case Failed() as failed:
                 self._on_failed(failed)
+            case IfLost(key=key, standing=standing):
+                if (choice := self._live.get(key)) is not None:
+                    choice.if_lost = standing, len(choice.output)
             case Welcome(version=version, epoch=epoch):
                 if version != PROTOCOL_VERSION:
                     raise EngineLost(f"engine {self._engine} speaks protocol {version}, this is {PROTOCOL_VERSION}")
@@ -266,7 +239,11 @@ class _Link:
 
     def _on_welcome(self, epoch: int) -> None:
         self._log.info("engine_welcome", engine=self._engine, epoch=epoch, num_resumed=len(self._live))
-        self._epoch = epoch
+        if self._last_epoch not in (None, epoch):
+            for choice in self._live.values():
+                if choice.request.was_sent:
+                    choice.outlives_core()
+        self._epoch = self._last_epoch = epoch
         self._resume(self._live.values())
         self._send(Ping())
 
@@ -298,11 +275,11 @@ class _Link:
             return
         # A core that takes a request up again says what the one before said already: only the rest is new.
         if logprobs.prompt:
-            new = _from(logprobs, 1 + choice.request.num_prompt_logprobs)
+            new = unknown_part(logprobs, 1 + choice.request.num_prompt_logprobs)
             if new is not None:
                 choice.request.num_prompt_logprobs += new.num
                 choice.job.update(choice.index).prompt_logprobs.append(new)
-        elif (new := _from(logprobs, choice.num_logprobs)) is not None:
+        elif (new := unknown_part(logprobs, choice.num_logprobs)) is not None:
             choice.num_logprobs += new.num
             choice.job.update(choice.index).logprobs.append(new)
 
@@ -320,20 +297,20 @@ class _Link:
                 failed.status, failed.text, type=kind, code=failed.code, retry_after_s=1 if is_full else None
             )
 
-    def _end(self, choice: _LiveChoice) -> Update:
+    def _end(self, choice: LiveChoice) -> Update:
         """Forget a choice that has ended; returns its last update."""
         del self._live[choice.key]
         update = choice.job.update(choice.index)
         choice.job.closed(choice.index)
         return update
 
-    def _abort(self, choice: _LiveChoice) -> None:
+    def _abort(self, choice: LiveChoice) -> None:
         if self._live.pop(choice.key, None) is not None and self._epoch is not None:
             self._send(Abort(ints([choice.key])))
 
-    def _resume(self, choices: Iterable[_LiveChoice]) -> None:
+    def _resume(self, choices: Iterable[LiveChoice]) -> None:
         """Submit again with what was delivered, under new keys, so that nothing meant for the old ones can be taken."""
-        by_request: dict[_Request, list[_LiveChoice]] = {}
+        by_request: dict[LiveRequest, list[LiveChoice]] = {}
         for choice in choices:
             by_request.setdefault(choice.request, []).append(choice)
         for request, members in by_request.items():
@@ -344,12 +321,12 @@ class _Link:
                 self._take_key(choice)
             self._generate(request, members)
 
-    def _generate(self, request: _Request, choices: list[_LiveChoice]) -> None:
+    def _generate(self, request: LiveRequest, choices: list[LiveChoice]) -> None:
         self._send(
             Generate(
                 request_id=request.request_id,
                 prompt=request.prompt,
-                choices=[Choice(choice.key, choice.number, choice.output.tobytes()) for choice in choices],
+                choices=[choice.told() for choice in choices],
                 sampling=request.sampling,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
@@ -358,7 +335,7 @@ class _Link:
         )
         request.was_sent = True
 
-    def _take_key(self, choice: _LiveChoice) -> None:
+    def _take_key(self, choice: LiveChoice) -> None:
         key = next(self._keys) & _KEY_MASK
         while key in self._live:
             key = next(self._keys) & _KEY_MASK
@@ -368,23 +345,3 @@ class _Link:
     def _send(self, message: Any) -> None:
         assert self._endpoint is not None, "not started"
         self._endpoint.send(message)
-
-
-def _from(logprobs: Logprobs, expected: int) -> Logprobs | None:
-    """The part of `logprobs` from index `expected` on; None when all of it is known already."""
-    skip = expected - logprobs.first_index
-    if skip <= 0:
-        return logprobs
-    if skip >= logprobs.num:
-        return None
-    row_bytes = 4 * logprobs.width
-    return Logprobs(
-        key=logprobs.key,
-        first_index=expected,
-        num=logprobs.num - skip,
-        width=logprobs.width,
-        token_ids=logprobs.token_ids[skip * row_bytes :],
-        values=logprobs.values[skip * row_bytes :],
-        ranks=logprobs.ranks[skip * 4 :],
-        prompt=logprobs.prompt,
-    )

@@ -15,14 +15,17 @@ from cableway.ipc.endpoint import Arrival, AsyncEndpoint, Endpoint, PeerDown, Pe
 from cableway.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Choice,
     Failed,
     Finish,
     Generate,
     Hello,
+    IfLost,
     Logprobs,
     Ping,
     Refused,
     Sampling,
+    Standing,
     ToCore,
     Tokens,
     Welcome,
@@ -270,3 +273,45 @@ async def test_an_unknown_model(client: EngineClient) -> None:
     with pytest.raises(RequestError) as caught:
         client.submit(PROMPT, Sampling(), model="other")
     assert caught.value.status == 404
+
+
+class TestStanding:
+    """What a frontend says of a choice to the core after the one that died."""
+
+    SUSPECT = Standing(deaths=2, reached=2)
+
+    async def after(self, core: Core, epoch: int) -> Choice:
+        """The core dies; what its successor is told of the only choice."""
+        core.close()
+        core.received.clear()
+        core.open()
+        await core.next(Hello)
+        core.welcome(epoch)
+        await core.next(Abort)
+        (choice,) = (await core.next(Generate)).choices
+        return choice
+
+    async def test_the_cores_last_will_counts_until_more_comes(self, client: EngineClient, core: Core) -> None:
+        client.submit(PROMPT, Sampling(max_tokens=9))
+        (choice,) = (await core.next(Generate)).choices
+        assert choice.standing == Standing()
+        choice = await self.after(core, 2)
+        assert choice.standing == Standing(deaths=1)
+        core.send(IfLost(choice.key, self.SUSPECT))
+        choice = await self.after(core, 3)
+        assert choice.standing == self.SUSPECT
+        core.send(IfLost(choice.key, Standing(3, 1, 2)))
+        core.tokens(choice.key, 0, [10], epoch=3)
+        choice = await self.after(core, 4)
+        assert choice.standing == Standing(deaths=1)
+
+    async def test_whoever_waits_while_cores_die_is_not_blamed(self, client: EngineClient, core: Core) -> None:
+        client.submit(PROMPT, Sampling(max_tokens=9))
+        await core.next(Generate)
+        for epoch in range(2, 6):
+            assert (await self.after(core, epoch)).standing == Standing(deaths=1)
+
+    async def test_a_lost_connection_is_no_death(self, client: EngineClient, core: Core) -> None:
+        client.submit(PROMPT, Sampling(max_tokens=9))
+        await core.next(Generate)
+        assert (await self.after(core, 1)).standing == Standing()
