@@ -9,7 +9,7 @@
     from softmax(kept x) exactly, for vocab / 64 + 64 variates in place of vocab.
 
 Ties with the last one kept are kept, so no form has to sort. temperature 0 takes the likeliest token, the lowest id
-among equals. A row with a NaN, or with nothing to draw, gives -1: the caller fails that request alone.
+among equals. A row with a NaN or +inf, or with nothing to draw, gives -1: the caller fails that request alone.
 
 logits       [num_rows, vocab]  f32, contiguous rows
 temperature  [num_rows]  f32   0 = greedy
@@ -44,8 +44,8 @@ def ref(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> 
     drawn = []
     for row in range(logits.shape[0]):
         x = logits[row].float()
-        if temperature[row] == 0 or x.isnan().any() or x.max() == float("-inf"):
-            drawn.append(-1 if x.isnan().any() or x.max() == float("-inf") else int(x.argmax()))
+        if temperature[row] == 0 or not x.max().isfinite():
+            drawn.append(int(x.argmax()) if x.max().isfinite() else -1)
             continue
         x = x / temperature[row]
         ordered = x.sort(descending=True).values

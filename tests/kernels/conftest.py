@@ -1,9 +1,11 @@
-"""The tests of this folder compute with one thread: other tests want the other core."""
+"""One thread, as other tests want the other core; the device; and a mend of Triton's interpreter."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.kernels import laws
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -12,3 +14,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=laws.DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+if laws.INTERPRETED:
+
+    @pytest.fixture(autouse=True)
+    def dots_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Triton 3.9's interpreter keeps bfloat16 as its bits, and tl.dot multiplies those."""
+        from triton import language as tl
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        dot = InterpreterBuilder.create_dot
+
+        def dot_of_floats(builder, a, b, *rest):
+            a, b = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+            return dot(builder, a, b, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_of_floats)

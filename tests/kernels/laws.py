@@ -1,4 +1,8 @@
-"""What must hold of every kernel of the registry, whatever it computes."""
+"""What must hold of every kernel of the registry, whatever it computes.
+
+The same tests run three times: on what public launchers run on a CPU; on Triton forms in Triton's interpreter, in a
+process that test_triton.py starts; and on a GPU where there is one.
+"""
 
 import dataclasses
 import sys
@@ -6,10 +10,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from cableway.kernels.registry import Call, Case, Kernel
+from cableway.kernels.philox import gumbel_triton
+from cableway.kernels.registry import Call, Case, Kernel, kernels
 
 UNSETTLED = {
     "paged_attention: argument 0 longer in dimension 0",  # tokens that belong to no sequence have no result
@@ -19,10 +25,28 @@ UNSETTLED = {
 """Distorted arguments of which the contract says nothing."""
 
 
-def make(kernel: Kernel, case: Case) -> Call:
+INTERPRETED = type(gumbel_triton).__name__ == "InterpretedFunction"
+DEVICES = ["cuda"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
+RUNS_TRITON = INTERPRETED or DEVICES == ["cuda"]
+
+
+slow_where_interpreted = [pytest.mark.slow] if INTERPRETED else []
+"""Marks of a case that adds little in the interpreter to those beside it."""
+
+
+def form(kernel: Kernel) -> Callable:
+    """What is tested here: the public launcher, or the Triton form where the interpreter runs it on CPU tensors."""
+    return kernel.launch if INTERPRETED else kernel.function
+
+
+def named(name: str) -> Kernel:
+    return next(kernel for kernel in kernels() if kernel.name == name)
+
+
+def make(kernel: Kernel, case: Case, device: str) -> Call:
     """The case's arguments: the same in every run and every process."""
     torch.manual_seed(zlib.crc32(f"{kernel.name} {case}".encode()))
-    return kernel.make(**case)
+    return kernel.make(**case, device=device)
 
 
 def label(value: Any) -> str:
@@ -44,15 +68,15 @@ def assert_close(actual: Tensor, expected: Tensor, kernel: Kernel) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def assert_equals_ref(kernel: Kernel, form: Callable, made: Call) -> None:
-    """What `form` returns and updates is what `ref` does, and it writes nowhere else."""
+def assert_equals_ref(kernel: Kernel, made: Call) -> None:
+    """What the form returns and updates is what `ref` does, and it writes nowhere else."""
     expected_call = made.clone()
     arguments = list(_tensors((made.args, made.kwargs)))
     before = [_whole(argument).clone() for argument in arguments]
     updated = {made.args[i].untyped_storage().data_ptr(): expected_call.args[i] for i in kernel.updates}
 
     expected = kernel.run(kernel.ref, expected_call)
-    actual = kernel.run(form, made)
+    actual = kernel.run(form(kernel), made)
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, kernel)
@@ -64,23 +88,23 @@ def assert_equals_ref(kernel: Kernel, form: Callable, made: Call) -> None:
             assert_close(_whole(argument), _whole(reference), kernel)
 
 
-def assert_rows_are_independent(kernel: Kernel, form: Callable, made: Call, num_rows: int) -> None:
+def assert_rows_are_independent(kernel: Kernel, made: Call, num_rows: int) -> None:
     """A row is the same, to the bit, alone, in any part of the batch and in all of it."""
-    together = kernel.run(form, made.clone())
+    together = kernel.run(form(kernel), made.clone())
     for start, stop in ((0, 1), (num_rows - 1, num_rows), (3, 5), (0, 4), (2, 18), (5, num_rows)):
         part = _take(made.clone(), slice(start, stop), num_rows)
-        for some, all_rows in zip(kernel.run(form, part), together, strict=True):
+        for some, all_rows in zip(kernel.run(form(kernel), part), together, strict=True):
             assert torch.equal(some, all_rows[start:stop]), f"rows {start}:{stop}"
 
 
-def assert_refuses_or_computes(kernel: Kernel, form: Callable, made: Call) -> None:
-    """Arguments that do not fit are a ValueError, of the public launcher or of `form`; else `form` equals `ref`."""
+def assert_refuses_or_computes(kernel: Kernel, made: Call) -> None:
+    """Arguments that do not fit are a ValueError, never another error nor a wrong result."""
     refused, wrong = 0, []
     distorted = [(what, call) for what, call in _distorted(made) if f"{kernel.name}: {what}" not in UNSETTLED]
     for what, call in distorted:
         try:
             kernel.run(kernel.function, call.clone())
-            assert_equals_ref(kernel, form, call)
+            assert_equals_ref(kernel, call)
         except ValueError:
             refused += 1
         except Exception as error:
@@ -95,7 +119,7 @@ def _distorted(made: Call) -> Iterator[tuple[str, Call]]:
         if not isinstance(argument, Tensor):
             continue
         for dim, size in enumerate(argument.shape):
-            longer = argument.index_select(dim, torch.tensor([*range(size), 0]))
+            longer = argument.index_select(dim, torch.tensor([*range(size), 0], device=argument.device))
             yield f"argument {i} longer in dimension {dim}", _replaced(made, i, longer)
             spread = torch.stack((argument, argument), dim + 1).flatten(dim, dim + 1)
             every_other = spread[(slice(None),) * dim + (slice(None, None, 2),)]
@@ -137,4 +161,4 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _whole(tensor: Tensor) -> Tensor:
     """All of the memory that the tensor is a view of."""
-    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())

@@ -1,26 +1,38 @@
-"""Every kernel's public launcher on a CPU. No test names a kernel: a new one is found here by itself."""
+"""Every kernel, in the form at hand (laws.py). No test names a kernel: a new one is found here by itself."""
+
+import os
 
 import pytest
+import torch
 
 from cableway.kernels.registry import Case, Kernel, kernels
 from tests.kernels import laws
 
-CASES = [(kernel, case) for kernel in kernels() for case in kernel.cases]
+CASES = [
+    pytest.param(kernel, case, marks=laws.slow_where_interpreted if case.get("dtype") == torch.float16 else ())
+    for kernel in kernels()
+    for case in kernel.cases
+]
 ROW_WISE = [
     (kernel, {**case, "num_tokens": 37})
-    for kernel, case in CASES
+    for kernel in kernels()
+    for case in kernel.cases
     if "does not depend on the others" in laws.contract(kernel) and case["num_tokens"] == 1
 ]
 
 
+def test_the_form_at_hand_is_the_one_that_was_asked_for():
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == laws.INTERPRETED
+
+
 @pytest.mark.parametrize(("kernel", "case"), CASES, ids=laws.label)
-def test_launcher_equals_ref(kernel: Kernel, case: Case):
-    laws.assert_equals_ref(kernel, kernel.function, laws.make(kernel, case))
+def test_form_equals_ref(kernel: Kernel, case: Case, device: str):
+    laws.assert_equals_ref(kernel, laws.make(kernel, case, device))
 
 
 @pytest.mark.parametrize(("kernel", "case"), ROW_WISE, ids=laws.label)
-def test_rows_are_independent_where_that_is_promised(kernel: Kernel, case: Case):
-    laws.assert_rows_are_independent(kernel, kernel.function, laws.make(kernel, case), case["num_tokens"])
+def test_rows_are_independent_where_that_is_promised(kernel: Kernel, case: Case, device: str):
+    laws.assert_rows_are_independent(kernel, laws.make(kernel, case, device), case["num_tokens"])
 
 
 def test_promises_are_found():
@@ -28,5 +40,5 @@ def test_promises_are_found():
 
 
 @pytest.mark.parametrize("kernel", kernels(), ids=laws.label)
-def test_launcher_refuses_or_computes(kernel: Kernel):
-    laws.assert_refuses_or_computes(kernel, kernel.function, laws.make(kernel, kernel.cases[-1]))
+def test_launcher_refuses_or_computes(kernel: Kernel, device: str):
+    laws.assert_refuses_or_computes(kernel, laws.make(kernel, kernel.cases[-1], device))

@@ -1,0 +1,94 @@
+"""Triton forms without a GPU: run by Triton's interpreter, and compiled to machine code for three generations."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cableway.kernels.registry import Case, Kernel, kernels
+from tests.kernels import laws
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(laws.INTERPRETED, reason="the interpreter's own session does not start another")
+
+AMPERE, HOPPER, BLACKWELL = CAPABILITIES = 80, 90, 100
+FOLDER = Path(__file__).parent
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_forms_in_the_interpreter(marked: str):
+    """Triton looks at the environment while it is imported: the interpreter has a process of its own."""
+    command = [sys.executable, "-P", "-m", "pytest", str(FOLDER), "-m", marked, "-p", "no:cacheprovider"]
+    command += ["-W", "ignore:divide by zero:RuntimeWarning"]  # log(0) is -inf, as on a GPU
+    ran = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=FOLDER.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=380,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr
+
+
+class AbsentGpu:
+    """A Triton driver that compiles for a GPU that is not here."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_device(self) -> int:
+        return self._capability  # Triton keeps what it compiled by device: a capability is one
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, warp_size=32)
+
+
+def compiled(kernel: Kernel, cases: list[Case], capability: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the kernel's own `launch` starts for the cases, compiled as it would be there, and not started."""
+    run, found = triton.runtime.JITFunction.run, []
+
+    def only_compile(function, *args, grid, warmup, **kwargs):
+        assert all(0 < size < limit for size, limit in zip(grid, (1 << 31, 1 << 16, 1 << 16), strict=False))
+        found.append(run(function, *args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu(capability))
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", only_compile)
+    for case in cases:
+        made = laws.make(kernel, case, "cpu")
+        kernel.launch(*made.args, **made.kwargs)
+    return found
+
+
+def assert_compiles(kernel: Kernel, cases: list[Case], capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compiled(kernel, cases, capability, monkeypatch)
+    assert len(found) >= len(cases) > 0
+    for binary in found:
+        assert binary.metadata.target.arch == capability
+        assert binary.asm["cubin"].startswith(b"\x7fELF")
+        assert binary.metadata.shared <= 99 * 1024  # of a block, on the smallest of GPUs that run these (sm_86)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", kernels(), ids=laws.label)
+def test_bench_cases_compile(kernel: Kernel, capability: int, monkeypatch: pytest.MonkeyPatch):
+    assert_compiles(kernel, kernel.bench_cases, capability, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", kernels(), ids=laws.label)
+def test_cases_compile(kernel: Kernel, capability: int, monkeypatch: pytest.MonkeyPatch):
+    assert_compiles(kernel, kernel.cases, capability, monkeypatch)
