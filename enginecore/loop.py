@@ -178,6 +178,8 @@ class EngineCore:
                 duplicates = self._scheduler.submit(peer, message, self._clock())
                 if duplicates:
                     self._log.warning("duplicate_ignored", request_id=message.request_id, keys=duplicates)
+                if any(choice.standing.is_convicted for choice in message.choices):
+                    self._log.error("request_quarantined", request_id=message.request_id)
             case Abort(keys) if len(keys) % 4 == 0:
                 self._scheduler.abort(peer, unpack_ints(keys))
             case _:
@@ -268,7 +270,7 @@ class EngineCore:
         self._workers.begin_anew()
         self._workers_epoch += 1
         for request in self._scheduler.stop():
-            self._log.error("request_quarantined", request_id=request.request_id, key=request.key)
+            self._log.error("request_quarantined", request_id=request.request_id)
         for survivor in self._workers.peers:
             self._to_workers.send(Welcome(PROTOCOL_VERSION, self._workers_epoch), to=survivor)
 

@@ -58,6 +58,13 @@ class Clients:
     def num_mid_generation(self) -> int:
         return sum(attempt.is_mid_generation for attempt in self.under_way)
 
+    async def are_mid_generation(self, num: int, timeout_s: float = 60.0) -> None:
+        """Wait until so many streams have some of their tokens, and expect more."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.num_mid_generation < num:
+            assert time.monotonic() < deadline_s, f"only {self.num_mid_generation} streams"
+            await asyncio.sleep(0.02)
+
     def stop(self) -> None:
         """Begin no new request."""
         self._is_stopped = True
