@@ -79,14 +79,18 @@ class EngineCore:
         """Serve until drained."""
         while not self._is_drained():
             self._wait()
-            for arrival in self._to_workers.receive():
-                self._from_worker(arrival)
-            for arrival in self._to_frontends.receive():
-                self._from_frontend(arrival)
-            self._lapse()
-            self._submit_steps()
-            self._send_to_frontends()
+            self.turn()
         self._close()
+
+    def turn(self) -> None:
+        """Take in all that has arrived, and send all that follows from it."""
+        for arrival in self._to_workers.receive():
+            self._from_worker(arrival)
+        for arrival in self._to_frontends.receive():
+            self._from_frontend(arrival)
+        self._lapse()
+        self._submit_steps()
+        self._send_to_frontends()
 
     def drain(self, deadline_s: float) -> None:
         """From any thread: take in nothing new, and return from `run` when all has ended or `deadline_s` has passed."""
