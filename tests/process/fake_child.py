@@ -22,6 +22,10 @@ def main(behaviour: str, argv: list[str]) -> None:
     stopping = threading.Event()
     lifeline.on_drain(lambda deadline_s: None if behaviour == "never-drains" else stopping.set())
     lifeline.on_retire(lambda deadline_s: stopping.set())
+    if arguments.standby == "loaded" and behaviour == "has-no-heir":
+        raise SystemExit("no room for two")
+    if arguments.standby == "loaded" and behaviour == "slow-heir":
+        time.sleep(3600)
     if arguments.standby:
         lifeline.stand_by()
     lifeline.ready({"pid": os.getpid()})
@@ -33,7 +37,7 @@ def main(behaviour: str, argv: list[str]) -> None:
     if behaviour == "hangs":
         time.sleep(3600)
     lifeline.idle()
-    while behaviour == "works" and not stopping.wait(0.5):
+    while behaviour != "idles" and not stopping.wait(0.5):
         lifeline.beat()
     stopping.wait()
 

@@ -53,9 +53,9 @@ def supervisor(
 class Running:
     """A supervisor in a thread of this process."""
 
-    def __init__(self, folder: Path, behaviours: list[str], **settings: float):
+    def __init__(self, folder: Path, behaviours: list[str], standby: bool = False, **settings: float):
         self.folder = folder
-        self.supervisor, self.ready = supervisor(folder, behaviours, **settings)
+        self.supervisor, self.ready = supervisor(folder, behaviours, standby, **settings)
         self.exit_code: int | None = None
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -74,11 +74,16 @@ class Running:
         assert answer is not None
         return {process.role: process for process in answer.processes}
 
+    def restart(self, role: str = "") -> tuple[list[str], str]:
+        """Lines about a restart, and why it failed."""
+        lines: list[str] = []
+        return lines, control.carry_out(self.folder, control.Restart(role), lines.append)
+
 
 @contextmanager
-def running(folder: Path, *behaviours: str, **settings: float) -> Iterator[Running]:
+def running(folder: Path, *behaviours: str, standby: bool = False, **settings: float) -> Iterator[Running]:
     """A supervisor in a thread, whose children are ready; stopped at the end if it still runs."""
-    started = Running(folder, list(behaviours), **settings)
+    started = Running(folder, list(behaviours), standby, **settings)
     try:
         assert started.ready.wait(20)
         yield started
