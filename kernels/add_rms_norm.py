@@ -1,7 +1,7 @@
 """Fused residual add and RMSNorm.   h = x + r;  y = h / sqrt(mean(h²) + eps) * (w + offset)
 
 x  [num_tokens, hidden]  bf16|f16|f32   rows may be strided
-r  [num_tokens, hidden]  dtype of x     rows may be strided; h is written over it
+r  [num_tokens, hidden]  that or f32    rows may be strided; h is written over it
 w  [hidden]              f32
 y  [num_tokens, hidden]  dtype of x, contiguous
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import rms_norm
-from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.lang import jit, loops, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 
 def ref(x: Tensor, r: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
     r.copy_(x.float() + r.float())
-    return rms_norm.ref(r, w, eps=eps, offset=offset)
+    return rms_norm.ref(r, w, eps=eps, offset=offset).to(x.dtype)
 
 
 @jit
@@ -40,7 +40,6 @@ def _add_rms_norm(x_ptr, r_ptr, w_ptr, y_ptr, x_stride, r_stride, hidden, eps, o
 
 
 def launch(x: Tensor, r: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
-    check(x.stride(1) == r.stride(1) == 1 and w.is_contiguous(), "x or r are strided within their rows, or w")
     num_tokens, hidden = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)
@@ -50,8 +49,12 @@ def launch(x: Tensor, r: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) 
     return y
 
 
-def make(num_tokens: int, hidden: int, dtype: torch.dtype, strided: bool = False, offset: float = 0.0, device="cpu"):
-    x, r = torch.randn(2, num_tokens, hidden * (1 + strided), device=device).to(dtype)[..., :hidden]
+def make(
+    num_tokens: int, hidden: int, dtype: torch.dtype, sum_dtype: torch.dtype | None = None, strided: bool = False,
+    offset: float = 0.0, device="cpu",
+):  # fmt: skip
+    x, r = torch.randn(2, num_tokens, hidden * (1 + strided), device=device)
+    x, r = x.to(dtype)[:, :hidden], r.to(sum_dtype or dtype)[:, :hidden]
     return call(x, r, torch.randn(hidden, device=device), eps=1e-5, offset=offset)
 
 
@@ -59,15 +62,28 @@ def make(num_tokens: int, hidden: int, dtype: torch.dtype, strided: bool = False
     ref=ref,
     launch=launch,
     make=make,
-    cases=grid(num_tokens=(1, 7), hidden=(64, 576), dtype=FLOATS, strided=(False, True), offset=(0.0, 1.0)),
-    bench_cases=grid(num_tokens=(1, 16, 512), hidden=(576, 4096), dtype=(torch.bfloat16,)),
-    num_bytes=lambda c: 4 * nbytes(c.args[0]) + nbytes(c.args[2]),
+    cases=[
+        *grid(num_tokens=(1, 7), hidden=(64, 576), dtype=FLOATS, strided=(False, True), offset=(0.0, 1.0)),
+        *grid(num_tokens=(1, 7), hidden=(576,), dtype=FLOATS[1:], sum_dtype=(torch.float32,), strided=(False, True)),
+    ],
+    bench_cases=grid(
+        num_tokens=(1, 16, 512), hidden=(576, 4096), dtype=(torch.bfloat16,), sum_dtype=(torch.bfloat16, torch.float32)
+    ),
+    num_bytes=lambda c: 2 * nbytes(c.args[0]) + 2 * nbytes(c.args[1]) + nbytes(c.args[2]),
     updates=(1,),
 )
 def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
     """Add x to `residual` in place and return the normalised sum; ValueError when shapes or dtypes do not fit."""
-    check(x.shape == residual.shape and x.dtype == residual.dtype, "x and residual differ in shape or dtype")
-    check(w.shape == x.shape[-1:], f"w {tuple(w.shape)} does not fit x {tuple(x.shape)}")
-    if x.device.type != "cpu":
+    check(x.dim() == 2 and x.shape == residual.shape and w.shape == x.shape[1:], "shapes of x, residual, w do not fit")
+    check(x.dtype in FLOATS and residual.dtype in (x.dtype, torch.float32), "residual is not of the dtype of x, or f32")
+    check(w.dtype == torch.float32, "w is not float32")
+    check(x.stride(1) == residual.stride(1) == w.stride(0) == 1, "x or residual is strided within its rows, or w")
+    if not x.is_cpu:
         return launch(x, residual, w, eps=eps, offset=offset)
-    return rms_norm.rms_norm(residual.add_(x), w, eps=eps, offset=offset)
+    y, (num_tokens, hidden) = torch.empty_like(x), x.shape
+    loops.run(
+        loops.normalise, num_tokens, 4 * hidden, x.data_ptr(), 0, x.stride(0), num_tokens, loops.KINDS[x.dtype],
+        residual.data_ptr(), residual.stride(0), loops.KINDS[residual.dtype], w.data_ptr(), y.data_ptr(), hidden,
+        eps, offset,
+    )  # fmt: skip
+    return y

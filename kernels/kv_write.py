@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.lang import jit, loops, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 
@@ -49,8 +49,6 @@ def _kv_write(k_ptr, v_ptr, cache_ptr, slots_ptr, k_stride, v_stride, width, val
 
 
 def launch(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
-    check(k.stride()[1:] == v.stride()[1:] == (k.shape[2], 1), "k or v are strided within their tokens")
-    check(cache.is_contiguous() and slots.is_contiguous(), "cache or slots are strided")
     width = k.shape[1] * k.shape[2]
     block = triton.next_power_of_2(width)
     _kv_write[(k.shape[0],)](
@@ -96,10 +94,16 @@ def kv_write(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
     On a CPU no slot may be negative: there are no captured graphs to pad.
     """
     check(k.shape == v.shape and k.shape[1:] == cache.shape[3:] and k.dtype == v.dtype == cache.dtype, "k, v, cache")
+    check(k.dtype in FLOATS, "k is no float")
     check(slots.shape == k.shape[:1] and slots.dtype == torch.int64, "slots are not [T] i64")
-    if k.device.type != "cpu":
+    check(k.stride()[1:] == v.stride()[1:] == (k.shape[2], 1), "k or v are strided within their tokens")
+    check(cache.is_contiguous() and slots.is_contiguous(), "cache or slots are strided")
+    if not k.is_cpu:
         return launch(k, v, cache, slots)
-    keys, values = cache.view(2, -1, *k.shape[1:]).unbind()
-    keys.index_copy_(0, slots, k)
-    values.index_copy_(0, slots, v)
+    halves = k.element_size() // 2
+    width, value_offset = k.shape[1] * k.shape[2] * halves, cache.stride(0) * halves
+    loops.run(
+        loops.write_kv, len(slots), width // 8, k.data_ptr(), k.stride(0) * halves, v.data_ptr(), v.stride(0) * halves,
+        cache.data_ptr(), value_offset, slots.data_ptr(), width,
+    )  # fmt: skip
     return None

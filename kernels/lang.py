@@ -1,8 +1,25 @@
 """The one place that imports Triton, so that kernel files load where it is not installed (with CPU builds of torch).
 
 Kernel files say `from cableway.kernels.lang import jit, tl, triton`, with annotations left as strings. Without Triton a
-kernel can be defined but not launched.
+kernel can be defined but not launched. CPU forms say `loops.name(…)`, which imports and compiles them at the first use:
+workers on a GPU do without.
 """
+
+import importlib.util
+import sys
+from types import ModuleType
+
+
+def _at_first_use(name: str) -> ModuleType:
+    """The module, which is imported when something of it is first asked for."""
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+loops = _at_first_use("cableway.kernels.cpu.loops")
 
 try:
     import triton

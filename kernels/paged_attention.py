@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cableway.kernels import attention_cpu
+from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.kv_write import kv_cache_shape
 from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, call, check, grid, kernel, nbytes
@@ -42,7 +42,7 @@ class AttentionPlan:
     max_query_len: int
     max_seq_len: int
     invariant: bool = False
-    _host_plans: dict[tuple, attention_cpu.HostPlan] = field(default_factory=dict)
+    _host_plans: dict[tuple, cpu_attention.HostPlan] = field(default_factory=dict)
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
@@ -50,11 +50,11 @@ class AttentionPlan:
         starts = self.query_start.tolist()
         return list(zip(starts[:-1], starts[1:], self.seq_lens.tolist(), strict=True))
 
-    def on_host(self, block_size: int, window: int, dtype: torch.dtype) -> attention_cpu.HostPlan:
+    def on_host(self, block_size: int, window: int, dtype: torch.dtype) -> cpu_attention.HostPlan:
         """What the CPU form works from; made by the first layer that asks."""
         key = block_size, window, dtype
         if key not in self._host_plans:
-            self._host_plans[key] = attention_cpu.HostPlan.of(self, *key)
+            self._host_plans[key] = cpu_attention.HostPlan.of(self, *key)
         return self._host_plans[key]
 
 
@@ -227,7 +227,10 @@ def paged_attention(
 ) -> Tensor:
     """Attend q [T, H, D] to the cached keys of its sequences -> [T, H, D]; ValueError when shapes do not fit."""
     check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
-    check(q.dtype == cache.dtype and cache.is_contiguous() and cache.shape[4] == q.shape[2], "cache does not fit q")
+    check(
+        q.dtype in FLOATS and q.dtype == cache.dtype and cache.is_contiguous() and cache.shape[4] == q.shape[2],
+        "cache does not fit q",
+    )
     check(q.shape[1] % cache.shape[3] == 0, "num_heads is no multiple of num_kv_heads")
-    form = attention_cpu.attend if q.device.type == "cpu" else launch
+    form = cpu_attention.attend if q.device.type == "cpu" else launch
     return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)

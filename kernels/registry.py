@@ -2,8 +2,8 @@
 
 A kernel file holds: docstring (formula, arguments as `name [dims] dtype`, bound), `ref` in plain float32 torch, the
 Triton kernel, `launch` that starts it, the public launcher, and its cases. The public launcher checks shapes and
-dtypes, runs the fastest plain-torch form on a CPU tensor and `launch` on any other; there is no third way. `launch`
-checks the strides that its kernel takes for granted; plain torch takes any.
+dtypes, runs the CPU form (plain torch, or a loop of cpu/loops.py) on a CPU tensor and `launch` on any other; there is
+no third way. Strides that only the Triton kernel takes for granted are checked by `launch`.
 """
 
 import importlib

@@ -13,12 +13,11 @@ Bound: bytes; reads and writes the rotated part of q and k. A token's result doe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.lang import jit, loops, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 
@@ -28,12 +27,6 @@ class Angles:
 
     cos_sin: Tensor  # [max_positions, rotary] f32; a row holds rotary / 2 cosines, then rotary / 2 sines
     positions: Tensor  # [num_tokens] i32
-
-    @cached_property
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Each token's cosines (c, c) and sines (-s, s), both [num_tokens, 1, rotary]."""
-        cos, sin = self.cos_sin.index_select(0, self.positions)[:, None].chunk(2, -1)
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def ref(q: Tensor, k: Tensor, angles: Angles) -> None:
@@ -72,8 +65,6 @@ def _rope(
 
 def launch(q: Tensor, k: Tensor, angles: Angles) -> None:
     cos_sin, positions = angles.cos_sin, angles.positions
-    check(q.stride(2) == k.stride(2) == 1, "q or k are strided within their heads")
-    check(cos_sin.is_contiguous() and positions.is_contiguous(), "cos_sin or positions are strided")
     (num_tokens, num_heads, _), num_kv_heads, half = q.shape, k.shape[1], cos_sin.shape[1] // 2
     block_heads = min(triton.next_power_of_2(num_heads), 8)
     _rope[(num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))](
@@ -122,28 +113,23 @@ def make(num_tokens, num_heads, num_kv_heads, head_dim, rotary, dtype, fused=Tru
 )
 def rope(q: Tensor, k: Tensor, angles: Angles) -> None:
     """Rotate q [T, H, D] and k [T, KV, D] in place; ValueError when shapes or dtypes do not fit."""
-    rotary = angles.cos_sin.shape[1]
+    table, positions = angles.cos_sin, angles.positions
+    rotary = table.shape[1]
     check(q.dim() == 3 and k.dim() == 3 and q.shape[::2] == k.shape[::2], "q and k are not [T, H, D] and [T, KV, D]")
-    check(q.dtype == k.dtype and angles.cos_sin.dtype == torch.float32, "dtypes of q, k and cos_sin do not fit")
+    check(
+        q.dtype == k.dtype and q.dtype in FLOATS and table.dtype == torch.float32,
+        "dtypes of q, k and cos_sin do not fit",
+    )
     check(rotary <= q.shape[2] and rotary % 2 == 0, "rotary is odd or larger than head_dim")
-    check(angles.positions.shape == q.shape[:1], "positions are not [T]")
-    if q.device.type != "cpu":
+    check(positions.shape == q.shape[:1] and positions.dtype == torch.int32, "positions are not [T] i32")
+    check(q.stride(2) == k.stride(2) == 1, "q or k are strided within their heads")
+    check(table.is_contiguous() and positions.is_contiguous(), "cos_sin or positions are strided")
+    if not q.is_cpu:
         return launch(q, k, angles)
-    for x in _joined(q, k):
-        rotated = x if rotary == x.shape[2] else x[..., :rotary]
-        y = rotated.float()
-        swapped = y.roll(rotary // 2, -1)
-        y.mul_(angles.rows[0]).addcmul_(swapped, angles.rows[1])
-        if y is not rotated:
-            rotated.copy_(y)
+    for x in (q, k):
+        num_tokens, num_heads, _ = x.shape
+        loops.run(
+            loops.rotate, num_tokens, 4 * num_heads * rotary, x.data_ptr(), *x.stride()[:2], loops.KINDS[x.dtype],
+            table.data_ptr(), positions.data_ptr(), num_heads, rotary,
+        )  # fmt: skip
     return None
-
-
-def _joined(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-    """q and k as one tensor [T, H + KV, D] where they lie side by side in a projection: half the ops."""
-    num_tokens, num_heads, head_dim = q.shape
-    gap = num_heads * head_dim
-    adjacent = k.storage_offset() == q.storage_offset() + gap and k.data_ptr() == q.data_ptr() + gap * q.element_size()
-    if not adjacent or q.stride() != k.stride() or q.stride(1) != head_dim:
-        return q, k
-    return (q.as_strided((num_tokens, num_heads + k.shape[1], head_dim), q.stride()),)

@@ -171,11 +171,12 @@ def launch(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) 
 
 
 def make(num_rows: int, vocab: int, rules: str, device="cpu"):
-    """`rules` names those that are on, in some of the rows: any of "greedy top_k top_p min_p"."""
+    """`rules` names those that are on, in the first row and most others: any of "greedy top_k top_p min_p"."""
 
     def mixed(name: str, off: float, values: Tensor) -> Tensor:
-        on = (torch.rand(num_rows) < 0.75) & (name in rules)
-        return torch.where(on, values, torch.full_like(values, off)).to(device)
+        on = torch.rand(num_rows) < 0.75
+        on[0] = True
+        return torch.where(on & (name in rules), values, torch.full_like(values, off)).to(device)
 
     return call(
         2 * torch.randn(num_rows, vocab, device=device),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,12 +47,16 @@ def allocate(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dty
     places = _places(groups, config.block_size)
     elements_per_block = sum(torch.Size(shape).numel() for shape, _ in dict.fromkeys(places.values()))
     num_blocks = num_blocks_for(config, len(groups), elements_per_block * dtype.itemsize, device)
-    tensors = {
-        place: torch.zeros(2, num_blocks, *place[0][2:], dtype=dtype, device=device)
-        for place in dict.fromkeys(places.values())
-    }
+    tensors = {place: _zeros((2, num_blocks, *place[0][2:]), dtype, device) for place in dict.fromkeys(places.values())}
     layers = [tensors[places[layer]] for layer in sorted(places)]
     return KVCache(layers, list(tensors.values()), num_blocks)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes its zeros at once; NumPy leaves them to the kernel.
+    return torch.from_numpy(np.zeros(torch.Size(shape).numel() * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def num_blocks_for(config: WorkerConfig, num_groups: int, block_bytes: int, device: torch.device) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from cableway.ipc import modelfiles
 from cableway.ipc.config import WorkerConfig
-from cableway.ipc.messages import Failed, Logprobs, StepPlan, StepResult
+from cableway.ipc.messages import Failed, Logprobs, NewRow, Sampling, StepPlan, StepResult
 from cableway.workers import memory, weights
 from cableway.workers.batch import Decoder, StateSpec
 from cableway.workers.logprobs import PromptLogprobs
@@ -19,7 +19,9 @@ _BROKEN_LOGITS = "the model's logits for this request are not finite"
 
 def build(config: WorkerConfig) -> "Runner":
     """Load the model and take the memory; ModelError when the model's files, or the memory, will not do."""
-    return Runner(load(config), config)
+    runner = Runner(load(config), config)
+    runner.warm_up()
+    return runner
 
 
 def load(config: WorkerConfig) -> Decoder:
@@ -56,6 +58,14 @@ class Runner:
     def num_blocks(self) -> int:
         """KV blocks the core may hand out."""
         return self._cache.num_blocks
+
+    def warm_up(self) -> None:
+        """Draw one token for nobody: what is compiled at its first use is so before the first request."""
+        one, blocks = np.ones(1, np.int32).tobytes(), [bytes(4)] * len(self.state_groups)
+        nobody = NewRow(0, one, 1, 0, 0, Sampling(), blocks)
+        first, none = bytes(4), b""
+        self.step(StepPlan(0, 0, first, one, one, [nobody], none, none, bytes(4 * len(blocks)), none))
+        self.forget()
 
     def forget(self) -> None:
         """Empty all rows, for a core that knows nothing of them. Weights and memory stay."""

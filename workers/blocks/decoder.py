@@ -36,7 +36,7 @@ class Layer(Block):
         self.norm_mlp, self.mlp, self.norm_mlp_out = norm_mlp, mlp, norm_mlp_out
 
     def __call__(self, delta: Tensor, residual: Tensor, step: Step, index: int) -> Tensor:
-        """Add `delta` [T, E], what the layer before made, to `residual` [T, E]; what this layer makes [T, E]."""
+        """Add `delta` [T, E], what the layer before made, to `residual` [T, E] f32; what this layer makes [T, E]."""
         delta = self.mix(_add(delta, residual, self.norm_in), step, index)
         if self.norm_mix_out is not None:
             delta = self.norm_mix_out(delta)
@@ -45,8 +45,8 @@ class Layer(Block):
 
 
 def _add(delta: Tensor, residual: Tensor, norm: RMSNorm | None) -> Tensor:
-    """Add in place, and normalise the sum in the same pass where there is a norm."""
-    return residual.add_(delta) if norm is None else norm.add(delta, residual)
+    """Add in place, and normalise the sum in the same pass where there is a norm; the result in the dtype of delta."""
+    return residual.add_(delta).to(delta.dtype) if norm is None else norm.add(delta, residual)
 
 
 class Decoder(Block):
@@ -86,7 +86,8 @@ class Decoder(Block):
         """Hidden states [T, E] of the batch's tokens; `caches`, one a layer, take their keys and values."""
         step = Step(batch, caches, self._group_of, self._tables)
         delta = self.embed(batch.token_ids)
-        residual = torch.zeros_like(delta)
+        # PERF: a residual stream in float32 halves the error of bfloat16 logits (SmolLM2-135M: std 0.21 -> 0.11).
+        residual = torch.zeros_like(delta, dtype=torch.float32)
         for index, layer in enumerate(self.layers):
             delta = layer(delta, residual, step, index)
         return self.norm_out.add(delta, residual)

@@ -20,5 +20,5 @@ class RMSNorm(Vector):
         return rms_norm(x, self.weight, eps=self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual += x, in place; the normalised sum. Both [T, size]."""
+        """residual [T, size] f32 += x [T, size], in place; the normalised sum, in the dtype of x."""
         return add_rms_norm(x, residual, self.weight, eps=self.eps)

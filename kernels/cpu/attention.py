@@ -1,18 +1,17 @@
-"""Paged attention on a CPU, in plain torch: what `paged_attention` runs there.
+"""Paged attention on a CPU: what `paged_attention` runs there.
 
-Sequences that bring one token are gathered together, in buckets of like length; the others go one by one, in tiles of
-query tokens, so that a tile's scores stay in the processor's cache and keys after its last token cost nothing.
+Sequences that bring one token are a loop over their keys where they lie. The others go one by one in plain torch, in
+tiles of query tokens, so that a tile's scores stay in the processor's cache and keys after its last token cost nothing.
 
 PERF (one thread, 9 heads on 3 KV heads of 64, bfloat16): 512 tokens 3.6 ms in tiles, 11.3 ms by torch's own causal
-attention; a token each of 16 sequences of 512: 0.55 ms as one wide product, 1.2 ms by torch's own attention. The
-products leave scores in bfloat16 where q is: beside the other roundings this does not show (SmolLM2-135M, KL to float32
-0.0011 either way).
+attention. The products leave scores in bfloat16 where q is: beside the other roundings this does not show
+(SmolLM2-135M, KL to float32 0.0011 either way).
 
 Invariant form: a tile is the positions 16 i … 16 i + 15 whatever part of them a chunk brings, rows that it does not
 bring are zero, and the keys end with the tile. So every product's shape, and with it the order of its sums, is a
 function of the position alone.
 
-Key: n sequences of a bucket, P gathered positions of each, R rows of a tile, G query heads of a KV head.
+Key: n sequences that bring one token, P gathered positions of another, R rows of a tile, G query heads of a KV head.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cableway.kernels.lang import loops
+
 if TYPE_CHECKING:
     from cableway.kernels.paged_attention import AttentionPlan
 
@@ -33,18 +34,6 @@ _KEY_STEP = 64
 """Keys are padded to a multiple of this: oneDNN compiles a product anew for every shape it has not seen."""
 _FEW_SCORES = 1 << 12
 """Up to this many scores a head, torch's own attention is the faster form of a tile."""
-_FEW_KEYS = 512
-"""Up to this many gathered positions, torch's own attention is the faster form of a bucket."""
-
-
-class Bucket(NamedTuple):
-    """Sequences of like length that bring one token each."""
-
-    tokens: Tensor | None  # [n] i64; None where they are all the step's tokens, in order
-    blocks: Tensor  # [n * P / block_size] i32
-    seen: slice  # of the P positions, where one sequence is alone and needs no mask
-    mask: Tensor | None  # [n, 1, P]: 0 where the token sees, else -inf
-    stale: Tensor | None  # [m] i64, gathered positions that hold no key of their sequence
 
 
 class Tile(NamedTuple):
@@ -70,7 +59,9 @@ class Chunk(NamedTuple):
 class HostPlan(NamedTuple):
     """An AttentionPlan worked out for the CPU: once a step, used by each layer."""
 
-    buckets: list[Bucket]
+    singles: Tensor  # [n, 3] i64: (row of the block table, token, length) of sequences that bring one token
+    most_keys: int  # that one of them sees
+    mean_keys: int
     chunks: list[Chunk]
 
     @classmethod
@@ -83,49 +74,8 @@ class HostPlan(NamedTuple):
             elif end > start:
                 tiles = _tiles(start, end, length, window, dtype, plan.invariant)
                 chunks.append(_chunk(table[index], tiles, length, block_size))
-        buckets = [_bucket(table, members, block_size, window, dtype) for members in _like_lengths(singles, window)]
-        if len(buckets) == 1 and not chunks:
-            buckets[0] = buckets[0]._replace(tokens=None)
-        return cls(buckets, chunks)
-
-
-def _like_lengths(singles: list[tuple[int, int, int]], window: int) -> list[list[tuple[int, int, int]]]:
-    """Part (index, token, length) so that little is spent on padding; each part in the order of its tokens."""
-    buckets: list[list[tuple[int, int, int]]] = []
-    longest = 0
-    for single in sorted(singles, key=lambda single: -single[2]):
-        length = min(single[2], window or single[2])
-        if not buckets or length < 0.75 * longest - _KEY_STEP:
-            buckets.append([])
-            longest = length
-        buckets[-1].append(single)
-    return [sorted(bucket) for bucket in buckets]
-
-
-def _bucket(table: np.ndarray, members, block_size: int, window: int, dtype: torch.dtype) -> Bucket:
-    index, tokens, lengths = np.array(members, np.int64).T
-    firsts = np.maximum(lengths - window, 0) // block_size if window else np.zeros_like(lengths)
-    counts = -(-lengths // block_size) - firsts
-    if len(members) == 1 and not _is_wide(dtype, counts[0] * block_size):
-        end = int(lengths[0] - firsts[0] * block_size)
-        blocks = table[index[0], firsts[0] : firsts[0] + counts[0]]
-        seen = slice(max(end - window, 0) if window else 0, end)
-        return Bucket(torch.from_numpy(tokens), torch.from_numpy(blocks), seen, None, None)
-    column = np.arange(-(-_up(counts.max() * block_size, _KEY_STEP) // block_size))
-    # Padding repeats the sequence's own first block: nothing of another request is read.
-    columns = firsts[:, None] + np.where(column < counts[:, None], column, 0)
-    positions = (columns[:, :, None] * block_size + np.arange(block_size)).reshape(len(members), -1)
-    stale = positions >= lengths[:, None]
-    seen = ~stale & np.repeat(column < counts[:, None], block_size, 1)
-    if window:
-        seen &= positions >= lengths[:, None] - window
-    return Bucket(
-        tokens=torch.from_numpy(tokens),
-        blocks=torch.from_numpy(table[index[:, None], columns].ravel()),
-        seen=slice(None),
-        mask=_mask(seen, dtype),
-        stale=torch.from_numpy(np.flatnonzero(stale)),
-    )
+        keys = [min(length, window or length) for _, _, length in singles] or [0]
+        return cls(torch.tensor(singles, dtype=torch.int64), max(keys), sum(keys) // len(keys), chunks)
 
 
 def _tiles(start: int, end: int, length: int, window: int, dtype: torch.dtype, invariant: bool) -> list[Tile]:
@@ -167,11 +117,6 @@ def _mask(seen: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.where(seen, np.float32(0), np.float32("-inf"))).to(dtype)[:, None]
 
 
-def _is_wide(dtype: torch.dtype, num_keys: int) -> bool:
-    """Whether a bucket goes as one wide product, which pays where torch has a fast one for the dtype."""
-    return dtype == torch.bfloat16 and num_keys > _FEW_KEYS
-
-
 def _is_few(num_rows: int, num_keys: int) -> bool:
     """Whether a tile is small enough for torch's own attention."""
     return num_rows * num_keys <= _FEW_SCORES
@@ -194,53 +139,25 @@ def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, windo
     _, _, block_size, num_kv_heads, head_dim = cache.shape
     host = plan.on_host(block_size, window, q.dtype)
     heads = Heads(num_kv_heads, q.shape[1] // num_kv_heads, head_dim, scale, soft_cap)
-    keys, values = cache.flatten(2).unbind()
-    if host.buckets and host.buckets[0].tokens is None:
-        return _attend_bucket(q, keys, values, host.buckets[0], heads)
     out = torch.empty(q.shape, dtype=q.dtype)
-    for bucket in host.buckets:
-        out[bucket.tokens] = _attend_bucket(q[bucket.tokens], keys, values, bucket, heads)
-    for chunk in host.chunks:
-        _attend_chunk(q, keys, values, chunk, heads, out, invariant=plan.invariant)
+    if len(host.singles):
+        operations = 3 * heads.group * head_dim * host.mean_keys
+        loops.run(
+            loops.attend, len(host.singles) * num_kv_heads, operations, q.data_ptr(), q.stride(0), out.data_ptr(),
+            loops.KINDS[q.dtype], cache.data_ptr(), loops.KINDS[cache.dtype], cache.stride(0),
+            plan.block_table.data_ptr(), plan.block_table.stride(0), host.singles.data_ptr(), host.most_keys,
+            num_kv_heads, heads.group, head_dim, block_size, window, scale, soft_cap,
+        )  # fmt: skip
+    if host.chunks:
+        keys, values = cache.flatten(2).unbind()
+        for chunk in host.chunks:
+            _attend_chunk(q, keys, values, chunk, heads, out, invariant=plan.invariant)
     return out
 
 
 def _gather(blocks: Tensor, index: Tensor, heads: Heads, dtype: torch.dtype) -> Tensor:
     """Keys or values [P, KV * D] of the blocks [num_blocks, block_size * KV * D] in `index`."""
     return blocks.index_select(0, index).view(-1, heads.num_kv_heads * heads.head_dim).to(dtype)
-
-
-def _attend_bucket(q: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, heads: Heads) -> Tensor:
-    """q [n, H, D] -> [n, H, D]"""
-    k, v = _gather(keys, bucket.blocks, heads, q.dtype), _gather(values, bucket.blocks, heads, q.dtype)
-    if bucket.stale is not None:
-        # A mask does not help against a NaN that an earlier owner of the block left.
-        k.index_fill_(0, bucket.stale, 0)
-        v.index_fill_(0, bucket.stale, 0)
-    num, (num_kv_heads, group, head_dim, scale, soft_cap) = q.shape[0], heads
-    if soft_cap or _is_wide(q.dtype, k.shape[0]):
-        k, v = (x.view(num, -1, num_kv_heads * head_dim)[:, bucket.seen] for x in (k, v))
-        return _attend_wide(q, k, v, bucket.mask, heads)
-    k, v = (x.view(num, -1, num_kv_heads, head_dim)[:, bucket.seen].transpose(1, 2) for x in (k, v))
-    mask = None if bucket.mask is None else bucket.mask.unsqueeze(1)
-    # The heads of a group pass for queries of one head: no key is read or copied twice.
-    y = F.scaled_dot_product_attention(q.view(num, num_kv_heads, group, head_dim), k, v, attn_mask=mask, scale=scale)
-    return y.reshape(q.shape)
-
-
-def _attend_wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
-    """All heads of a sequence in one product, q [n, H, D] spread over a block-diagonal matrix [H, KV * D].
-
-    It multiplies zeros, but reads k and v [n, P, KV * D] in the order in which they lie: memory is what it waits for.
-    """
-    num, (num_kv_heads, group, head_dim, scale, soft_cap) = q.shape[0], heads
-    spread = q.new_zeros(num, num_kv_heads, group, num_kv_heads, head_dim)
-    spread.diagonal(dim1=1, dim2=3).copy_(q.view(num, num_kv_heads, group, head_dim).permute(0, 2, 3, 1))
-    scores = _scores(spread.view(num, num_kv_heads * group, -1), k.transpose(1, 2), scale, soft_cap)
-    if mask is not None:
-        scores += mask
-    y = torch.bmm(scores.softmax(-1), v).view(num, num_kv_heads, group, num_kv_heads, head_dim)
-    return y.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(q.shape)
 
 
 def _attend_chunk(
