@@ -74,6 +74,7 @@ def measure(chosen: list[Kernel], device: str, case_s: float) -> Iterator[Timing
     copy_bytes_us = _copy_bytes_us(median_us, device, case_s)
     for kernel in chosen:
         for case in kernel.bench_cases:
+            torch.manual_seed(0)
             made = kernel.make(**case, device=device)
             us = median_us(_runs(kernel, made), case_s)
             bytes_us = kernel.num_bytes(made) / us

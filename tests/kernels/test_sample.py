@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cableway.kernels.sample import GROUP
 from tests.kernels import laws
 
 SAMPLE = laws.named("sample")
@@ -20,6 +21,12 @@ def draw(logits: Tensor, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed
     temperature, top_p, min_p = fractions
     counters = each(seeds, torch.int64), each(choices, torch.int32), each(positions, torch.int32)
     return laws.form(SAMPLE)(logits, temperature, each(top_k, torch.int32), top_p, min_p, *counters)
+
+
+def one_row() -> Tensor:
+    """Logits [150], of three groups of tokens with unlike masses."""
+    generator = torch.Generator().manual_seed(3)
+    return 1.5 * torch.randn(150, generator=generator) + torch.tensor([0.0, 1.0, 2.5]).repeat_interleave(GROUP)[:150]
 
 
 def probabilities(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Tensor:
@@ -66,16 +73,20 @@ RULES = [
 @pytest.mark.parametrize("rules", RULES, ids=laws.label)
 def test_frequencies_are_the_probabilities(rules: dict, varied: str, device: str):
     """Whichever of seed, choice and position varies from draw to draw."""
-    logits = 2 * torch.randn(150, generator=torch.Generator().manual_seed(3))
+    logits = one_row()
     p = probabilities(logits, **rules)
     tokens = draw(logits.to(device).expand(NUM_DRAWS, -1), **rules, **{varied: torch.arange(NUM_DRAWS)}).cpu()
     assert set(tokens.tolist()) <= set(p.nonzero().flatten().tolist())
     if len(p.nonzero()) > 1:
         assert chi_square_excess(tokens, p) < 4.5
+    groups = torch.arange(len(p)) // GROUP
+    p_of_groups = torch.zeros(3, dtype=p.dtype).index_add(0, groups, p)
+    if len(p_of_groups.nonzero()) > 1:
+        assert chi_square_excess(tokens // GROUP, p_of_groups) < 8
 
 
 def test_a_wrong_distribution_would_be_seen():
-    logits = 2 * torch.randn(150, generator=torch.Generator().manual_seed(3))
+    logits = one_row()
     p, wrong = probabilities(logits), probabilities(logits, temperature=1.03)
     tokens = wrong.float().multinomial(NUM_DRAWS, replacement=True, generator=torch.Generator().manual_seed(1))
     assert chi_square_excess(tokens, wrong) < 4.5 < chi_square_excess(tokens, p)
