@@ -24,11 +24,6 @@ from cableway.ipc.messages import Hello, Ping, Ready, Refused, Shutdown, StateGr
 from cableway.ipc.modelfiles import ModelError
 
 _LEAST_SHARE = 0.25
-_SPIN_COUNT = "1000"
-"""Turns that a thread of libgomp spins at a barrier before it sleeps, as many as it takes itself where threads are more
-than cores. It does not know of other processes: as soon as one takes a core away for a moment, all others spin in vain.
-PERF: beside one busy process on two cores, 60 small products take 35 ms in place of 300 to 900 ms; alone 16 as before.
-"""
 
 
 class Worker:
@@ -129,7 +124,6 @@ def main(argv: Sequence[str]) -> int:
     config = msgspec.json.decode(Path(arguments.config_path).read_bytes(), type=Config).worker
     lifeline = Lifeline(arguments.lifeline_fd, config.patience)
     logger = log.setup("worker", arguments.rank, level=config.log.level, as_json=config.log.as_json)
-    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)  # read when torch loads the library
     from cableway.workers.runner import build  # torch takes a second to import: the lifeline beats meanwhile
 
     loads_beforehand = arguments.standby == "loaded" and config.device == "cpu"  # no GPU has room for two
