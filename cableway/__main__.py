@@ -1,0 +1,5 @@
+"""`python -m cableway` is the command line."""
+
+from cableway.frontend.cli import main
+
+main()
