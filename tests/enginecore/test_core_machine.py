@@ -32,6 +32,7 @@ from cableway.ipc.messages import (
     Standing,
     Status,
     StepPlan,
+    StepResult,
     Tokens,
     Welcome,
     ints,
@@ -266,14 +267,22 @@ class CoreMachine(RuleBasedStateMachine):
             self.wire(chosen).arrived.append(Arrival(chosen.name, message))
 
     @precondition(lambda self: self.graveyard)
-    @rule(which=st.integers(0, 10**6))
-    def a_message_comes_late_or_twice(self, which):
-        was_worker, name, message = self.graveyard[which % len(self.graveyard)]
+    @rule(age=st.integers(1, 12))
+    def a_message_comes_late_or_twice(self, age):
+        was_worker, name, message = self.graveyard[-min(age, len(self.graveyard))]
         lives = any(peer.name == name for peer in self.peers)
         if isinstance(message, Hello) or (lives and isinstance(message, Generate | Ready | Abort)):
             return  # a live peer says these again only for a reason, which other rules have
         wire = self.core._to_workers if was_worker else self.core._to_frontends
         wire.arrived.append(Arrival(name, message))
+
+    @precondition(lambda self: self.worker and self.core._scheduler.num_in_flight)
+    @rule(life=st.sampled_from([-100, -1, 1]))
+    def a_step_of_another_life_has_the_same_number(self, life):
+        step = self.core._scheduler._in_flight[0]
+        drawn = ints([VOCAB] * sum(step.samples))
+        result = StepResult(self.core._workers_epoch + life, step.number, drawn, 1)
+        self.core._to_workers.arrived.append(Arrival(self.worker.name, result))
 
     @precondition(lambda self: self.worker and self.worker.plans)
     @rule()
@@ -289,6 +298,15 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def core_turns(self):
         self.core.turn()
+
+    @rule(rounds=st.integers(1, 8))
+    def all_goes_on(self, rounds):
+        for _ in range(rounds):
+            for number in range(len(self.peers)):
+                self.messages_arrive(number, 100)
+            self.core.turn()
+            if self.worker and self.worker.plans:
+                self.worker_steps()
 
     # Laws
 
@@ -314,8 +332,6 @@ class CoreMachine(RuleBasedStateMachine):
             return
         if not self.worker:
             self.worker_comes()
-        for frontend in self.frontends:
-            frontend.connect()  # a lapse may have passed unnoticed
         for _ in range(400):
             for frontend in self.frontends:
                 frontend.outgoing.append(Ping())
