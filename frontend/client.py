@@ -157,7 +157,9 @@ class _Link:
         self._address = frontends_address(config.runtime_dir, engine)
         self._engine = engine
         self._rank = rank
-        self._max_waiting = config.max_queued_requests
+        self._max_queued = config.max_queued_requests, config.max_queued_tokens
+        self._max_running = config.max_num_seqs, config.max_num_seqs * config.max_model_len
+        self._num_prompt_tokens = 0  # of the requests that have live choices
         self._patience_s = config.step_timeout_s
         self._endpoint: AsyncEndpoint | None = None
         self._epoch: int | None = None  # None while no core has welcomed us
@@ -182,16 +184,29 @@ class _Link:
             self._endpoint = None
 
     def submit(self, request: LiveRequest, choices: list[LiveChoice]) -> None:
-        if self._epoch is None and len(self._live) + len(choices) > self._max_waiting:
+        num_tokens = len(request.prompt) // 4
+        if self._live and self._is_full(len(choices), num_tokens):
             raise RequestError(
-                429, "The engine is restarting and its queue is full.", type="rate_limit_error", code="queue_full",
+                429, "The engine's queue is full; try again later.", type="rate_limit_error", code="queue_full",
                 retry_after_s=1,
             )  # fmt: skip
+        self._num_prompt_tokens += num_tokens
+        request.num_live = len(choices)
         for choice in choices:
             self._take_key(choice)
             choice.job.opened(choice.index, partial(self._abort, choice))
         if self._epoch is not None:
             self._generate(request, choices)
+
+    def _is_full(self, num_choices: int, num_tokens: int) -> bool:
+        """Whether no core could take in more: one that is away, or stopped, must not fill this process's memory."""
+        is_away = self._epoch is None
+        wanted = len(self._live) + num_choices, self._num_prompt_tokens + num_tokens
+        most = (
+            queued + (0 if is_away else running)
+            for queued, running in zip(self._max_queued, self._max_running, strict=True)
+        )
+        return any(number > limit for number, limit in zip(wanted, most, strict=True))
 
     def tick(self) -> None:
         """Once a second: keep the lease, ask for the status, and lose patience with a core that stays away."""
@@ -299,14 +314,22 @@ class _Link:
 
     def _end(self, choice: LiveChoice) -> Update:
         """Forget a choice that has ended; returns its last update."""
-        del self._live[choice.key]
+        self._forget(choice)
         update = choice.job.update(choice.index)
         choice.job.closed(choice.index)
         return update
 
     def _abort(self, choice: LiveChoice) -> None:
-        if self._live.pop(choice.key, None) is not None and self._epoch is not None:
-            self._send(Abort(ints([choice.key])))
+        if choice.key in self._live:
+            self._forget(choice)
+            if self._epoch is not None:
+                self._send(Abort(ints([choice.key])))
+
+    def _forget(self, choice: LiveChoice) -> None:
+        del self._live[choice.key]
+        choice.request.num_live -= 1
+        if not choice.request.num_live:
+            self._num_prompt_tokens -= len(choice.request.prompt) // 4
 
     def _resume(self, choices: Iterable[LiveChoice]) -> None:
         """Submit again with what was delivered, under new keys, so that nothing meant for the old ones can be taken."""

@@ -9,7 +9,16 @@ from cableway.ipc.messages import Choice, Ints, Logprobs, Sampling, Standing
 class LiveRequest:
     """A prompt and how it is continued: what its choices have in common."""
 
-    __slots__ = ("cache_salt", "num_prompt_logprobs", "priority", "prompt", "request_id", "sampling", "was_sent")
+    __slots__ = (
+        "cache_salt",
+        "num_live",
+        "num_prompt_logprobs",
+        "priority",
+        "prompt",
+        "request_id",
+        "sampling",
+        "was_sent",
+    )
 
     def __init__(self, request_id: str, prompt: Ints, sampling: Sampling, priority: int, cache_salt: str):
         self.request_id = request_id
@@ -17,6 +26,7 @@ class LiveRequest:
         self.sampling = sampling
         self.priority = priority
         self.cache_salt = cache_salt
+        self.num_live = 0  # choices that have not ended
         self.num_prompt_logprobs = 0
         self.was_sent = False
 

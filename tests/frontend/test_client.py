@@ -315,3 +315,30 @@ class TestStanding:
         client.submit(PROMPT, Sampling(max_tokens=9))
         await core.next(Generate)
         assert (await self.after(core, 1)).standing == Standing()
+
+
+async def test_prompts_for_a_core_that_takes_none_are_bounded(config: FrontendConfig) -> None:
+    few = msgspec.structs.replace(config, max_queued_requests=100, max_queued_tokens=10, max_num_seqs=2, max_model_len=5)
+    core, client = Core(few.runtime_dir), EngineClient(few)
+    await client.start()
+    big = client.submit([1] * 15, Sampling())  # alone, it may be bigger than the limit
+    with pytest.raises(RequestError) as caught:
+        client.submit([1], Sampling())
+    assert (caught.value.status, caught.value.retry_after_s) == (429, 1)
+    big.abort()
+    jobs = [client.submit([1] * 5, Sampling(), n=3), client.submit([1] * 5, Sampling())]
+    with pytest.raises(RequestError):
+        client.submit([1], Sampling())
+    await core.next(Hello)
+    core.welcome()  # a core may run max_num_seqs sequences beside its queue, but no more
+    await until(lambda: client._links["0"]._epoch is not None)
+    jobs.append(client.submit([1] * 10, Sampling()))
+    with pytest.raises(RequestError):
+        client.submit([1], Sampling())
+    jobs[0].abort(1)
+    with pytest.raises(RequestError):
+        client.submit([1], Sampling())  # its siblings still hold the prompt
+    jobs[0].abort()
+    client.submit([1], Sampling())
+    client.close()
+    core.close()
