@@ -318,7 +318,8 @@ class TestStanding:
 
 
 async def test_prompts_for_a_core_that_takes_none_are_bounded(config: FrontendConfig) -> None:
-    few = msgspec.structs.replace(config, max_queued_requests=100, max_queued_tokens=10, max_num_seqs=2, max_model_len=5)
+    limits = {"max_queued_requests": 100, "max_queued_tokens": 10, "max_num_seqs": 2, "max_model_len": 5}
+    few = msgspec.structs.replace(config, **limits)
     core, client = Core(few.runtime_dir), EngineClient(few)
     await client.start()
     big = client.submit([1] * 15, Sampling())  # alone, it may be bigger than the limit
