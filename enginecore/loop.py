@@ -269,11 +269,14 @@ class EngineCore:
 
     def _worker_lost(self, peer: bytes, rank: int) -> None:
         """What was running goes back to the queue; the other ranks forget their rows, under a new epoch."""
-        self._log.warning("worker_lost", worker=rank, num_requeued=len(self._scheduler.running))
+        num_requeued = len(self._scheduler.running)
         self._workers.leave(peer)
         self._workers.begin_anew()
         self._workers_epoch += 1
-        for request in self._scheduler.stop():
+        convicted = self._scheduler.stop()
+        num_suspects = self._scheduler.trials.waiting.num_requests
+        self._log.warning("worker_lost", worker=rank, num_requeued=num_requeued, num_suspects=num_suspects)
+        for request in convicted:
             self._log.error("request_quarantined", request_id=request.request_id)
         for survivor in self._workers.peers:
             self._to_workers.send(Welcome(PROTOCOL_VERSION, self._workers_epoch), to=survivor)

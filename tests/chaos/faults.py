@@ -46,7 +46,8 @@ def plan(seed: int, num: int, hows: Sequence[str] = ("kill", "kill", "kill", "st
     for number, victims in zip(range(num), roles, strict=False):
         how = "kill" if number < len(KILLS) else rng.choice(hows)
         apart_s = rng.choice([0.0, rng.uniform(0.05, 1.5)]) if len(victims) > 1 else 0.0
-        faults.append(Fault(how, victims, rng.uniform(0.0, 2.5), apart_s))
+        delay_s = rng.choice([rng.uniform(0.0, 1.5), rng.uniform(3.0, 8.0)])  # amid a recovery, or when all goes well
+        faults.append(Fault(how, victims, delay_s, apart_s))
     return faults
 
 
