@@ -87,6 +87,7 @@ def test_bench_cases_compile(kernel: Kernel, capability: int, monkeypatch: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("kernel", kernels(), ids=laws.label)
