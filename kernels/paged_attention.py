@@ -148,7 +148,7 @@ def launch(
     tile = max(most_rows // block_group, 1)
     block_group = max(block_group, 16 // tile)
     block_dim = max(triton.next_power_of_2(head_dim), 16)
-    # Two stages of keys and values fit the 99 KiB of a block on smaller GPUs: heads of 128 in float32, of 256 otherwise.
+    # Two stages of keys and values fit the 99 KiB of a block on smaller GPUs: heads of 128 in float32, of 256 else.
     block_keys = min(max((1 << 14) // (block_dim * q.element_size()), 16), 64)
     _paged_attention[(plan.seq_lens.shape[0], triton.cdiv(plan.max_query_len, tile), num_kv_heads)](
         q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, scale, soft_cap, window,
