@@ -10,7 +10,7 @@ from cableway.frontend import guard, keys
 from cableway.frontend.admission import Admission
 from cableway.frontend.api import admin, chat, completions, models, tokenize
 from cableway.frontend.client import EngineClient
-from cableway.frontend.connection import connection_factory
+from cableway.frontend.connection import OpenConnections, connection_factory
 from cableway.frontend.errors import RequestError
 from cableway.frontend.metrics import Metrics
 from cableway.frontend.served import ServedModel
@@ -54,7 +54,7 @@ class Server:
             shutdown_timeout=_ABORT_GRACE_S,
         )
         self._listening: list[asyncio.Server] = []
-        self._gone = asyncio.Event()
+        self._connections = OpenConnections()
 
     async def start(self) -> None:
         """Accept connections from now on."""
@@ -64,7 +64,7 @@ class Server:
             self._runner.server,
             header_timeout_s=self._config.header_timeout_s,
             unread_timeout_s=self._config.idle_timeout_s,
-            on_gone=self._gone.set,
+            open_connections=self._connections,
             keepalive_timeout=self._config.idle_timeout_s,
             access_log=None,
             auto_decompress=False,
@@ -76,6 +76,11 @@ class Server:
             else:
                 self._listening.append(await loop.create_server(factory, sock=listening))
 
+    def accept_no_more(self) -> None:
+        """Leave new connections to whoever else has the listening sockets."""
+        for listening in self._listening:
+            listening.close()
+
     async def retire(self) -> None:
         """Take no more connections, and serve those there are until each has closed.
 
@@ -83,12 +88,8 @@ class Server:
         on its way over: idle ones close when they have been idle for too long, as always.
         """
         self._app[keys.ADMISSION].is_retiring = True
-        for listening in self._listening:
-            listening.close()
-        assert self._runner.server is not None
-        while self._runner.server.connections:
-            self._gone.clear()
-            await self._gone.wait()
+        self.accept_no_more()
+        await self._connections.wait_none()
 
     async def drain(self, deadline_s: float) -> None:
         """Refuse new requests with 503, let running ones end, give those left shortly before the deadline an error."""
@@ -105,6 +106,5 @@ class Server:
 
     async def stop(self) -> None:
         """Close every socket."""
-        for listening in self._listening:
-            listening.close()
+        self.accept_no_more()
         await self._runner.cleanup()

@@ -15,6 +15,28 @@ _RESERVED_DESCRIPTORS = 64
 _MAX_DESCRIPTORS = 1 << 16
 
 
+class OpenConnections:
+    """How many connections there are. aiohttp's own list holds some for a while after they have closed."""
+
+    def __init__(self) -> None:
+        self._num = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def enter(self) -> None:
+        self._num += 1
+        self._none.clear()
+
+    def leave(self) -> None:
+        self._num -= 1
+        if not self._num:
+            self._none.set()
+
+    async def wait_none(self) -> None:
+        """Until the last one has closed."""
+        await self._none.wait()
+
+
 class Connection(web.RequestHandler):
     """Closes itself when a request's head takes too long, or when an answer is not read for too long.
 
@@ -24,7 +46,7 @@ class Connection(web.RequestHandler):
         header_timeout_s: from the first byte of a request's head to its last.
         unread_timeout_s: how long a full send buffer may stay full.
         max_connections: closes itself at once when the server has as many already.
-        on_gone: called when it is closed.
+        open_connections: where it is counted.
     """
 
     __slots__ = (
@@ -32,7 +54,7 @@ class Connection(web.RequestHandler):
         "_header_timer",
         "_in_request",
         "_is_full",
-        "_on_gone",
+        "_open_connections",
         "_unread_timeout_s",
         "_unread_timer",
         "on_writable",
@@ -45,12 +67,12 @@ class Connection(web.RequestHandler):
         header_timeout_s: float,
         unread_timeout_s: float,
         max_connections: int,
-        on_gone: Callable[[], None],
+        open_connections: OpenConnections,
         **aiohttp_options: Any,
     ):
         super().__init__(server, **aiohttp_options)
         self._is_full = len(server.connections) >= max_connections
-        self._on_gone = on_gone
+        self._open_connections = open_connections
         self._header_timeout_s = header_timeout_s
         self._unread_timeout_s = unread_timeout_s
         self._header_timer: asyncio.TimerHandle | None = None
@@ -61,6 +83,7 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._open_connections.enter()
         if self._is_full:
             self.force_close()
 
@@ -68,7 +91,7 @@ class Connection(web.RequestHandler):
         self._header_timer = _cancelled(self._header_timer)
         self._unread_timer = _cancelled(self._unread_timer)
         super().connection_lost(exc)
-        self._on_gone()
+        self._open_connections.leave()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -16,7 +16,7 @@ def main(behaviour: str, argv: list[str]) -> None:
     if behaviour == "exits-3":
         print("model.gguf: not a GGUF file", file=sys.stderr)
         raise SystemExit(3)
-    lifeline = Lifeline(arguments.lifeline_fd, Patience(heartbeat_timeout_s=1.0))
+    lifeline = Lifeline(arguments.lifeline_fd, Patience(heartbeat_timeout_s=0.5, step_timeout_s=2.0))
     if behaviour == "gives-up":
         lifeline.give_up("model.gguf: not a GGUF file")
     stopping = threading.Event()
@@ -30,11 +30,11 @@ def main(behaviour: str, argv: list[str]) -> None:
         lifeline.stand_by()
     lifeline.ready({"pid": os.getpid()})
     print("at work", flush=True)
-    lifeline.beat(share=1.0)
+    lifeline.beat(share=0.01 if behaviour == "hangs-in-a-small-step" else 1.0)
     if behaviour == "dies-when-ready":
         time.sleep(0.05)
         os.abort()
-    if behaviour == "hangs":
+    if behaviour.startswith("hangs"):
         time.sleep(3600)
     lifeline.idle()
     while behaviour != "idles" and not stopping.wait(0.5):

@@ -55,6 +55,16 @@ def test_giving_up_is_one_line_and_exit_code_3(alone: subprocess.Popen[str]) -> 
     assert alone.stderr.read() == "cableway: model.gguf: not a GGUF file\n"
 
 
+@pytest.mark.parametrize(("alone", "least_s"), [("hangs", 2.0), ("hangs-in-a-small-step", 0.5)], indirect=["alone"])
+def test_a_hung_process_ends_itself(alone: subprocess.Popen[str], least_s: float) -> None:
+    say_hello(alone)
+    began_s = time.monotonic()
+    assert alone.wait(5) == 1
+    assert least_s - 0.2 < time.monotonic() - began_s < least_s + 1.5
+    assert alone.stderr is not None
+    assert alone.stderr.read().startswith("cableway: hung in one turn for ")
+
+
 def test_arguments() -> None:
     given = child_arguments(["--config", "c.json", "--rank", "2", "--listen-fd", "5", "--listen-fd", "6"])
     assert (given.config_path, given.rank, given.lifeline_fd, given.listen_fds) == ("c.json", 2, None, [5, 6])

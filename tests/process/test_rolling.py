@@ -20,7 +20,7 @@ from tests.server import COMMAND, Server, serve, start, wait_for
 pytestmark = pytest.mark.timeout(300)
 
 MODEL = "smollm2-135m"
-NUM_TOKENS = 48
+NUM_TOKENS = 24
 SMALL = ("--max-model-len", "512", "--num-kv-blocks", "300", "--batch-invariant", "--dtype", "float32")
 
 
@@ -87,7 +87,7 @@ def server() -> Iterator[Server]:
 def expected(server: Server) -> dict[int, str]:
     """What each client's request gives on a server that nobody disturbs."""
     with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="-", max_retries=0, timeout=60) as client:
-        return {i: "".join(streamed(client, i)) for i in range(4)}
+        return {i: "".join(streamed(client, i)) for i in range(3)}
 
 
 @pytest.mark.parametrize("role", ["frontend", "enginecore", "worker", "all"])
@@ -113,15 +113,18 @@ def test_an_idle_connection_outlives_its_frontends_restart(server: Server) -> No
     connection.getresponse().read()
     own_socket = connection.sock
     assert cableway("restart", "frontend", "--pid", str(server.process.pid)).returncode == 0
-    retiring = [pid for process in server.processes("frontend") for pid in process.retiring_pids]
-    assert len(retiring) == 1
+
+    def retiring() -> list[int]:
+        return [pid for process in server.processes("frontend") for pid in process.retiring_pids]
+
+    wait_for(lambda: len(retiring()) == 1 or None, 5, lambda: f"{retiring()}: not one that has a connection")
     connection.request("GET", "/v1/models")
     assert connection.sock is own_socket
     response = connection.getresponse()
     assert response.status == 200
     assert response.headers["Connection"] == "close"
     response.read()
-    wait_for(lambda: not server.processes("frontend")[0].retiring_pids or None, 10, lambda: "still there")
+    wait_for(lambda: not retiring() or None, 10, lambda: "still there")
 
 
 def test_hangup_restarts_all(server: Server) -> None:
@@ -216,7 +219,7 @@ def test_a_drain_under_load_finishes_some_and_fails_the_rest_at_its_deadline() -
         server.wait_ready()
         ends: dict[str, list[Any]] = {"short": [], "long": []}
         threads = [
-            threading.Thread(target=follow, args=(server, ends[kind], {"short": 60, "long": 2000}[kind]))
+            threading.Thread(target=follow, args=(server, ends[kind], {"short": 12, "long": 2000}[kind]))
             for kind in ("short", "short", "long", "long")
         ]
         for thread in threads:
@@ -256,7 +259,7 @@ def num_running(server: Server) -> int:
 
 
 def draining(server: Server) -> dict[str, tuple[int, str, bytes]] | None:
-    answers = {path: get(server, path) for path in ("/health", "/health?live", "/v1/models")}
+    answers = {path: get(server, path) for path in ("/v1/models", "/health", "/health?live")}
     return answers if answers["/v1/models"][0] == 503 else None
 
 

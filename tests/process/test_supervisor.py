@@ -78,6 +78,19 @@ def test_a_child_stuck_in_a_step_is_killed_though_it_beats(folder: Path) -> None
         server.supervisor.stop()  # it does not drain either
 
 
+def test_a_small_step_may_take_less_than_a_full_one(folder: Path) -> None:
+    """A hundredth of 200 s, and not less than a heartbeat's time: 2 s."""
+    with running(folder, "hangs", "hangs-in-a-small-step", step_timeout_s=200.0, heartbeat_timeout_s=1.0) as server:
+        pids = {role: process.pid for role, process in server.processes().items()}
+        began_s = time.monotonic()
+        replaced(server, "enginecore", pids["enginecore"])
+        assert time.monotonic() - began_s > 1.5
+        assert server.processes()["frontend"].pid == pids["frontend"]
+        server.supervisor.stop()
+        time.sleep(1.1)
+        server.supervisor.stop()
+
+
 def test_a_child_at_work_or_idle_is_left_alone(folder: Path) -> None:
     with running(folder, "works", "idles", heartbeat_timeout_s=1.5, step_timeout_s=1.0) as server:
         time.sleep(2.5)
