@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 
+from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED
 from tests.server import COMMAND, Server, serve, start, wait_for
 
 pytestmark = pytest.mark.timeout(300)
@@ -239,7 +240,7 @@ def test_a_drain_under_load_finishes_some_and_fails_the_rest_at_its_deadline() -
         assert ends["short"] == ["length", "length"]
         assert all("shutting down" in str(end) for end in ends["long"])
         assert len(ends["long"]) == 2
-        assert server.process.wait(10) == 0
+        assert server.process.wait(10) in (EXIT_STOPPED, EXIT_FAILED)  # the latter if the rest took longer than it had
         assert 2.5 < time.monotonic() - began_s < 8
 
 

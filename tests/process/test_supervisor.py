@@ -70,7 +70,7 @@ def test_a_stopped_child_is_killed_and_replaced(folder: Path) -> None:
 
 
 def test_a_child_stuck_in_a_step_is_killed_though_it_beats(folder: Path) -> None:
-    with running(folder, "hangs", step_timeout_s=1.0) as server:
+    with running(folder, "hangs", step_timeout_s=1.0, heartbeat_timeout_s=1.5) as server:
         pid = server.processes()["frontend"].pid
         replaced(server, "frontend", pid)
         server.supervisor.stop()
