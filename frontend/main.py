@@ -38,9 +38,7 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         lifeline.give_up(str(error))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        # Under systemd and its like the next process takes over a socket that was handed to this one.
-        is_lent = arguments.lifeline_fd is None and bool(arguments.listen_fds)
-        runner.run(_serve(config, arguments.rank, lifeline, models, sockets, is_lent))
+        runner.run(_serve(config, arguments.rank, lifeline, models, sockets, arguments.lent_sockets))
 
 
 async def _serve(
@@ -49,7 +47,7 @@ async def _serve(
     lifeline: Lifeline,
     models: dict[str, served.ServedModel],
     sockets: list[socket.socket],
-    sockets_are_lent: bool,
+    lent_sockets: bool,
 ) -> None:
     loop = asyncio.get_running_loop()
     engine = EngineClient(config, rank)
@@ -93,7 +91,7 @@ async def _serve(
             leaving = loop.create_task(server.retire())
             await _first_of([*watched, leaving], within_s=retired.result())
             leaving.cancel()
-        if sockets_are_lent:
+        if lent_sockets:
             server.accept_no_more()
         await server.drain(drained.result() if drained.done() else config.drain_timeout_s)
     finally:

@@ -99,6 +99,8 @@ class ChildArguments(msgspec.Struct, frozen=True):
     rank: int
     lifeline_fd: int | None
     listen_fds: list[int]
+    lent_sockets: bool
+    """Somebody keeps the listening sockets for the next process: once this one drains it accepts no more."""
     standby: str
     """Prepare, then wait at `Lifeline.stand_by`: with what is `imported`, or also `loaded`. Empty: go to work."""
 
@@ -110,9 +112,12 @@ def child_arguments(argv: Sequence[str]) -> ChildArguments:
     parser.add_argument("--rank", type=int, default=0, help="which of the processes of this role")
     parser.add_argument("--lifeline-fd", type=int, help="inherited link to the supervisor")
     parser.add_argument("--listen-fd", type=int, action="append", default=[], help="inherited listening socket")
+    parser.add_argument("--lent-sockets", action="store_true", help="others accept once this process drains")
     parser.add_argument("--standby", choices=("imported", "loaded"), default="", help="wait, so far prepared")
     given = parser.parse_args(argv)
-    return ChildArguments(given.config, given.rank, given.lifeline_fd, given.listen_fd, given.standby)
+    return ChildArguments(
+        given.config, given.rank, given.lifeline_fd, given.listen_fd, given.lent_sockets, given.standby
+    )
 
 
 class Lifeline:

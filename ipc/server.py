@@ -90,7 +90,7 @@ def become(role: str, rank: int, options: Options, listen_fds: Sequence[int] = (
     command = [*python_module(MODULES[role]), "--rank", str(rank), "--config", configuration.write(config)]
     for fd in [*listen_fds, *activated_fds()]:
         os.set_inheritable(fd, True)
-        command += ["--listen-fd", str(fd)]
+        command += ["--lent-sockets", "--listen-fd", str(fd)]
     lock.keep_over_exec()
     os.execv(command[0], command)
 
