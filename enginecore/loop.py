@@ -31,6 +31,7 @@ from cableway.ipc.messages import (
 )
 
 _LEASE_CHECK_S = 1.0
+_SHORT_S = 0.005
 _LAST_WORDS_MS = 1000
 
 
@@ -101,7 +102,7 @@ class EngineCore:
     # The turn
 
     def _wait(self) -> None:
-        timeout_s = 0.0 if self._scheduler.wants_turn else _LEASE_CHECK_S
+        timeout_s = _SHORT_S if self._scheduler.wants_turn else _LEASE_CHECK_S
         if self._drain_until_s is not None:
             timeout_s = min(timeout_s, max(self._drain_until_s - self._clock(), 0.0))
         self._lifeline.idle()

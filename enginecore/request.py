@@ -47,6 +47,7 @@ class Request:
 
     __slots__ = (
         "announced",
+        "announced_s",
         "arrived_s",
         "chain",
         "compute_limit",
@@ -94,6 +95,7 @@ class Request:
         self.limit(max_model_len)
         self.standing = choice.standing
         self.announced: Standing | None = None  # what its frontend says of it if the core dies
+        self.announced_s = 0.0
         self.state = State.WAITING
         self.family: Family | None = None
         self.frontend = b""

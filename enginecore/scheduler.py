@@ -211,7 +211,7 @@ class Scheduler:
         return message
 
     def _plan_trial(self, kv: KVManager, now_s: float) -> StepPlan | None:
-        """One suspect computes, and nobody else; its frontend is told a turn before. None while others' steps end."""
+        """One suspect computes, and nobody else; its frontend is told before. None while others' steps end."""
         if self._in_flight:
             return None
         request = self.trials.current or self.trials.waiting.first()
@@ -221,7 +221,7 @@ class Scheduler:
         num_computed = match.num_tokens if match else request.num_computed
         step = Step(self.num_steps, self._limits.max_num_batched_tokens)
         count = min(len(request.tokens) - num_computed, step.budget)
-        if self.trials.announce(request, num_computed, num_computed + count, alone=True):
+        if self.trials.announces(request, (num_computed, num_computed + count), now_s, alone=True):
             self.wants_turn = True
             return None
         if match:
@@ -286,7 +286,7 @@ class Scheduler:
             if request is self._blocked[0] and self._blocked[1] > available:
                 break  # PERF: spares a look-up of its whole prompt in every step
             match = self._beginning(kv, request)
-            if match is None or (request.standing.deaths and self._announces(request, match, step.budget)):
+            if match is None or (request.standing.deaths and self._announces(request, match, step.budget, now_s)):
                 held.append(self.waiting.pop())
                 continue
             if self.wants_turn:
@@ -300,12 +300,12 @@ class Scheduler:
         for request in held:
             self.waiting.push(request)
 
-    def _announces(self, request: Request, match: Match, budget: int) -> bool:
-        """Whether it has to wait a turn, because it was hit before and its frontend hears of the next time first."""
-        num_planned = min(match.num_tokens + budget, len(request.tokens))
-        told_now = self.trials.announce(request, match.num_tokens, num_planned)
-        self.wants_turn |= told_now
-        return told_now
+    def _announces(self, request: Request, match: Match, budget: int, now_s: float) -> bool:
+        """Whether it has to wait a moment, because it was hit before and its frontend hears of the next time first."""
+        span = match.num_tokens, min(match.num_tokens + budget, len(request.tokens))
+        is_told_now = self.trials.announces(request, span, now_s)
+        self.wants_turn |= is_told_now
+        return is_told_now
 
     def _beginning(self, kv: KVManager, request: Request) -> Match | None:
         """The blocks a request begins with; None while its leader computes the prompt that they share."""

@@ -11,6 +11,8 @@ from cableway.enginecore.waiting import WaitingQueue
 from cableway.ipc.messages import IfLost, Standing
 
 WELL_S = 1.0
+HEARD_S = 0.02
+"""After so long a frontend has what it was told, even if the core dies the moment after."""
 QUARANTINED = Refusal(500, "quarantined", "the engine died twice while it computed this request and nothing else")
 
 
@@ -35,13 +37,16 @@ class Trials:
         self.current = request
         self._goal = len(request.tokens)
 
-    def announce(self, request: Request, num_computed: int, num_planned: int, *, alone: bool = False) -> bool:
-        """Tell the frontend what to say should the core die of what comes next; False when it knows already."""
-        standing = request.standing.after_death(num_computed, num_planned, alone=alone)
-        if standing == request.announced:
-            return False
-        self._tell(request, standing)
-        return True
+    def announces(self, request: Request, span: tuple[int, int], now_s: float, *, alone: bool = False) -> bool:
+        """Whether `request` has to wait: its frontend is being told what to say should the core die of what comes next.
+
+        `span` says how much of it is computed, and will be after that.
+        """
+        standing = request.standing.after_death(*span, alone=alone)
+        if standing != request.announced:
+            self._tell(request, standing)
+            request.announced_s = now_s
+        return now_s - request.announced_s < HEARD_S
 
     def judge(self) -> None:
         """After a commit: whoever drew a token, or ended, has stood its trial."""

@@ -220,7 +220,7 @@ class Failed(Message, frozen=True, tag="failed"):
 
 class IfLost(Message, frozen=True, tag="if_lost"):
     """What a frontend is to say of a choice when it submits it to the next core, should this one die before more of it
-    comes. Sent a turn before the core does what may kill it."""
+    comes. Sent some time before the core does what may kill it."""
 
     key: int
     standing: Standing

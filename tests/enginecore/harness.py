@@ -10,7 +10,7 @@ from cableway.enginecore.kv.manager import HOLE
 from cableway.enginecore.limits import Limits
 from cableway.enginecore.request import State
 from cableway.enginecore.scheduler import Memory, Scheduler
-from cableway.enginecore.trials import WELL_S
+from cableway.enginecore.trials import HEARD_S, WELL_S
 from cableway.ipc.messages import (
     Choice,
     Failed,
@@ -129,6 +129,7 @@ class Harness:
         plan = self.scheduler.plan(self.now_s)
         self.deliver()
         if self.scheduler.wants_turn and plan is None:
+            self.now_s += 2 * HEARD_S
             plan = self.scheduler.plan(self.now_s)
         if plan is not None:
             self.plans.append(plan)
