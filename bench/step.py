@@ -57,9 +57,9 @@ class TimedDecoder:
         self.body_s += time.perf_counter() - began_s
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         began_s = time.perf_counter()
-        logits = self._decoder.logits(hidden)
+        logits = self._decoder.logits(hidden, out)
         self.head_s += time.perf_counter() - began_s
         return logits
 

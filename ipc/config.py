@@ -51,6 +51,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     scheduling_policy: Annotated[str, Meta(pattern="^(fcfs|priority)$", description="who is served first")] = "fcfs"
     overlap: Annotated[int, Meta(ge=0, le=1, description="steps planned ahead of the one that runs")] = 1
     batch_invariant: Annotated[bool, Meta(description="bit-equal results in any batch, at some cost")] = False
+    enforce_eager: Annotated[bool, Meta(description="no CUDA graphs: slower steps, a sooner start")] = False
     num_threads: Annotated[Count, Meta(description="CPU threads of a worker; 0 = auto")] = 0
     seed: Annotated[Count, Meta(description="of dummy weights")] = 0
 
@@ -163,6 +164,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int  # 0 = from the memory that is free
     num_kv_blocks: int  # 0 = from kv_cache_memory_bytes
     batch_invariant: bool
+    enforce_eager: bool
     num_threads: int
     seed: int
     log: LogConfig

@@ -60,5 +60,5 @@ class Decoder(Protocol):
     def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor:
         """Write the state of `batch` into `caches` (one a layer, see `memory.allocate`); hidden states [T, E]."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, E] -> [R, vocab_size] float32."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [R, E] -> [R, vocab_size] float32, written to `out` if there is one."""

@@ -27,8 +27,9 @@ class TopLogprobs(NamedTuple):
         one = slice(index, index + 1)
         return TopLogprobs(self.token_ids[one, : 1 + num_top], self.values[one, : 1 + num_top], self.ranks[one])
 
-    def to_host(self) -> "TopLogprobs":
-        return TopLogprobs(*(part.cpu() for part in self))
+    def on_its_way_to_host(self) -> "TopLogprobs":
+        """The same in memory of the host, once the device has come that far."""
+        return TopLogprobs(*(part.to("cpu", non_blocking=True) for part in self))
 
     def message(self, row: int, first_position: int, *, prompt: bool = False) -> Logprobs:
         """As the core is told."""

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Worker:
         self._log = logger
         self._load_s = load_s
         self._epoch: int | None = None
+        self._begun: deque[tuple[float, Any]] = deque()  # (how long it may take, as `_share` tells; a `runner.Begun`)
         self._exit_code: int | None = None
         self._stop_at_s: float | None = None
         self._wake_up, self._wake = os.pipe()
@@ -61,12 +63,14 @@ class Worker:
             poller.register(source, zmq.POLLIN)
         while self._exit_code is None:
             self._lifeline.idle()
-            woken = poller.poll(self._patience_ms())
+            woken = poller.poll(0 if self._begun else self._patience_ms())
             self._lifeline.beat()
             if any(source == self._wake_up for source, _ in woken):
                 os.read(self._wake_up, 1)
             for arrival in self._endpoint.receive():
                 self._handle(arrival.message)
+            while self._begun and (len(self._begun) > self._runner.num_ahead or not woken):
+                self._finish()
             if self._stop_at_s is not None and (self._epoch is None or time.monotonic() >= self._stop_at_s):
                 self._exit_code = self._exit_code or EXIT_STOPPED
         return self._exit_code
@@ -75,9 +79,9 @@ class Worker:
         match message:
             case StepPlan():
                 if message.epoch == self._epoch:
-                    self._lifeline.beat(self._share(message))
-                    self._endpoint.send(self._runner.step(message))
-                    self._lifeline.beat()
+                    share = self._share(message)
+                    self._lifeline.beat(share)
+                    self._begun.append((share, self._runner.begin(message)))
             case PeerUp():
                 version, config = messages.PROTOCOL_VERSION, self._config
                 self._endpoint.send(Hello(version, "worker", self._rank, os.getpid(), config.engine))
@@ -93,6 +97,15 @@ class Worker:
                 self._exit_code = EXIT_STOPPED
             case Ping():
                 pass
+
+    def _finish(self) -> None:
+        """Wait for the oldest step that was begun. One of a former life of the core was for nothing."""
+        share, begun = self._begun.popleft()
+        self._lifeline.beat(share)
+        result = self._runner.finish(begun)
+        if result.epoch == self._epoch:
+            self._endpoint.send(result)
+        self._lifeline.beat()
 
     def _welcome(self, epoch: int) -> None:
         self._epoch = epoch

@@ -47,11 +47,14 @@ class Rows:
     def __init__(
         self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device
     ) -> None:
-        self.tokens = torch.zeros(max_num_seqs, max_model_len, dtype=torch.int32, device=device)
+        # One row more, that of nobody: it has no blocks, so nothing is written for what is computed in it.
+        self.tokens = torch.zeros(max_num_seqs + 1, max_model_len, dtype=torch.int32, device=device)
         max_blocks = -(-max_model_len // block_size)
         self.block_tables = [
-            torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device) for _ in range(num_groups)
+            torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device) for _ in range(num_groups)
         ]
+        for table in self.block_tables:
+            table[max_num_seqs] = -1
         self.num_tokens = np.zeros(max_num_seqs, np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._num_computed = np.zeros(max_num_seqs, np.int32)
@@ -145,5 +148,34 @@ class Rows:
             block_tables=[table[:, :num_blocks].index_select(0, rows) for table in self.block_tables],
             slots=[(table[token_rows, block] * self._block_size + offset).long() for table in self.block_tables],
             logits_at=logits_at.long(),
+            invariant=invariant,
+        )
+
+    def nobodies(self, num: int) -> np.ndarray:
+        """What `gather_decode` takes for `num` rows of nobody: [3, num] i32."""
+        nobody = np.zeros((3, num), np.int32)
+        nobody[0] = len(self.num_tokens)
+        return nobody
+
+    def gather_decode(self, packed: Tensor, *, invariant: bool) -> Batch:
+        """Inputs of a step of one token a row, from numbers on the device alone, so that it can be captured.
+
+        Args:
+            packed: [3, S] i32: rows, positions, and lengths, which are positions + 1, or 0 for rows of nobody.
+        """
+        rows, positions, seq_lens = packed
+        num_rows = packed.shape[1]
+        index = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
+        block, offset = positions // self._block_size, positions % self._block_size
+        return Batch(
+            token_ids=self.tokens[rows, positions],
+            positions=positions,
+            query_start=index,
+            seq_lens=seq_lens,
+            max_query_len=1,
+            max_seq_len=self.tokens.shape[1],
+            block_tables=[table.index_select(0, rows) for table in self.block_tables],
+            slots=[(table[rows, block] * self._block_size + offset).long() for table in self.block_tables],
+            logits_at=index[:num_rows].long(),
             invariant=invariant,
         )

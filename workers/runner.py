@@ -1,6 +1,7 @@
 """One worker's model, memory and rows: carries out the core's plans, one after another. The same on every device."""
 
 import time
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Failed, Logprobs, NewRow, Sampling, StepPlan, StepResult
 from cableway.workers import memory, weights
 from cableway.workers.batch import Decoder, StateSpec
+from cableway.workers.graphs import DecodeGraphs
 from cableway.workers.logprobs import PromptLogprobs
 from cableway.workers.rows import Chunks, Rows, unpack, upload
 from cableway.workers.sampler import Drawn, Sampler
@@ -39,6 +41,20 @@ def load(config: WorkerConfig) -> Decoder:
     )
 
 
+@dataclass(slots=True)
+class Begun:
+    """A step that the device has been given, with what it needs to be told of when it is done."""
+
+    epoch: int
+    step: int
+    began_ns: int
+    chunks: Chunks | None = None
+    drawing: np.ndarray | None = None  # indices of the rows that draw
+    drawn: Drawn | None = None  # on the host, once `done`
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    done: torch.cuda.Event | None = None
+
+
 class Runner:
     """Runs `decoder` for up to `max_num_seqs` requests, each in the row that the core gave it."""
 
@@ -53,6 +69,17 @@ class Runner:
         self._rows = Rows(config.max_num_seqs, config.max_model_len, config.block_size, len(self.state_groups), device)
         self._sampler = Sampler(config.max_num_seqs, decoder.vocab_size, device)
         self._prompt_logprobs = PromptLogprobs(decoder.vocab_size)
+        self._finished_ns = 0
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and not config.enforce_eager:
+            self._graphs = DecodeGraphs(
+                decoder, self._rows, self._cache.layers, config.max_num_seqs, invariant=config.batch_invariant
+            )
+
+    @property
+    def num_ahead(self) -> int:
+        """Steps worth beginning before the one that runs is finished: a GPU need not wait for the host between them."""
+        return int(self._device.type == "cuda")
 
     @property
     def num_blocks(self) -> int:
@@ -72,30 +99,46 @@ class Runner:
         for row in range(len(self._rows.num_tokens)):
             self._leave(row)
 
-    @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan.
+        """Carry out a plan, and wait until it is done; see `begin`."""
+        return self.finish(self.begin(plan))
+
+    @torch.inference_mode()
+    def begin(self, plan: StepPlan) -> "Begun":
+        """Give a plan to the device, which may have others to carry out before.
 
         Raises:
             ValueError: the plan contradicts what the rows hold: the core and this worker no longer agree.
         """
-        began_ns = time.perf_counter_ns()
+        begun = Begun(plan.epoch, plan.step, time.perf_counter_ns())
         self._change_rows(plan)
-        token_ids = b""
-        logprobs: list[Logprobs] = []
-        failed: list[Failed] = []
         if plan.rows:
             chunks = self._rows.chunk(plan)
-            drawing = np.flatnonzero(chunks.samples)
-            drawn, logprobs = self._run(chunks, drawing)
-            if drawn is not None:
-                drawn_ids = drawn.token_ids.cpu().numpy()
-                token_ids = drawn_ids.tobytes()
-                logprobs += self._logprobs_of(drawn, chunks, drawing)
-                broken = chunks.rows[drawing[drawn_ids < 0]]
-                failed = [Failed(row, 500, "broken_logits", _BROKEN_LOGITS) for row in broken.tolist()]
-        elapsed_us = (time.perf_counter_ns() - began_ns) // 1000
-        return StepResult(plan.epoch, plan.step, token_ids, elapsed_us, logprobs, failed)
+            begun.drawing = np.flatnonzero(chunks.samples)
+            begun.chunks = chunks
+            drawn, begun.prompt_logprobs = self._run(chunks, begun.drawing)
+            begun.drawn = drawn and drawn.on_its_way_to_host()
+        if self._device.type == "cuda":
+            begun.done = torch.cuda.Event()
+            begun.done.record()
+        return begun
+
+    def finish(self, begun: "Begun") -> StepResult:
+        """Wait for the device. Plans are finished in the order in which they were begun."""
+        if begun.done is not None:
+            begun.done.synchronize()
+        token_ids = b""
+        logprobs, failed = begun.prompt_logprobs, []
+        if begun.drawn is not None:
+            drawn_ids = begun.drawn.token_ids.numpy()
+            token_ids = drawn_ids.tobytes()
+            logprobs += self._logprobs_of(begun.drawn, begun.chunks, begun.drawing)
+            broken = begun.chunks.rows[begun.drawing[drawn_ids < 0]]
+            failed = [Failed(row, 500, "broken_logits", _BROKEN_LOGITS) for row in broken.tolist()]
+        now_ns = time.perf_counter_ns()
+        elapsed_us = (now_ns - max(begun.began_ns, self._finished_ns)) // 1000
+        self._finished_ns = now_ns
+        return StepResult(begun.epoch, begun.step, token_ids, elapsed_us, logprobs, failed)
 
     def _change_rows(self, plan: StepPlan) -> None:
         """What happens to rows and blocks before the forward pass."""
@@ -119,14 +162,18 @@ class Runner:
         """Forward pass and draws: what rows `chunks.rows[drawing]` drew, and log-probabilities of prompts."""
         rows, decoder = self._rows, self._decoder
         stretches = self._prompt_logprobs.stretches(chunks, rows)
-        last_tokens = chunks.query_start[1:][drawing] - 1
-        logits_at = np.concatenate((last_tokens, *(stretch.tokens for stretch in stretches)))
-        batch = rows.gather(chunks, logits_at, invariant=self._invariant)
-        hidden = decoder.forward(batch, self._cache.layers)
-        judged = self._prompt_logprobs.judge(stretches, hidden, rows, decoder.logits)
-        if not len(drawing):
-            return None, judged
-        logits = decoder.logits(hidden.index_select(0, batch.logits_at[: len(drawing)]))
+        judged: list[Logprobs] = []
+        if self._graphs and len(drawing) == len(chunks.rows) == chunks.query_start[-1] and not stretches:
+            logits = self._graphs.run(chunks.rows, chunks.ends)
+        else:
+            last_tokens = chunks.query_start[1:][drawing] - 1
+            logits_at = np.concatenate((last_tokens, *(stretch.tokens for stretch in stretches)))
+            batch = rows.gather(chunks, logits_at, invariant=self._invariant)
+            hidden = decoder.forward(batch, self._cache.layers)
+            judged = self._prompt_logprobs.judge(stretches, hidden, rows, decoder.logits)
+            if not len(drawing):
+                return None, judged
+            logits = decoder.logits(hidden.index_select(0, batch.logits_at[: len(drawing)]))
         drawing_rows, positions = chunks.rows[drawing], chunks.ends[drawing]
         num_drawn = positions - rows.num_prompt_tokens[drawing_rows]
         drawn = self._sampler.draw(logits, drawing_rows, positions, num_drawn)
@@ -137,10 +184,9 @@ class Runner:
         """Log-probabilities of drawn tokens, each as wide as its request asked for."""
         if drawn.logprobs is None:
             return []
-        found = drawn.logprobs.to_host()
         where = drawing[drawn.logprob_rows]
         rows_and_positions = zip(chunks.rows[where].tolist(), chunks.ends[where].tolist(), strict=True)
         return [
-            found.narrowed(index, self._sampler.num_logprobs(row)).message(row, position)
+            drawn.logprobs.narrowed(index, self._sampler.num_logprobs(row)).message(row, position)
             for index, (row, position) in enumerate(rows_and_positions)
         ]

@@ -30,6 +30,11 @@ class Drawn:
     logprob_rows: np.ndarray
     logprobs: TopLogprobs | None
 
+    def on_its_way_to_host(self) -> "Drawn":
+        """The same in memory of the host, once the device has come that far."""
+        logprobs = self.logprobs and self.logprobs.on_its_way_to_host()
+        return Drawn(self.token_ids.to("cpu", non_blocking=True), self.logprob_rows, logprobs)
+
 
 class Sampler:
     """Sampling state of `max_num_seqs` rows."""

@@ -39,6 +39,7 @@ def worker_config(model: Path | str, **overrides: Any) -> WorkerConfig:
         "kv_cache_memory_bytes": 0,
         "num_kv_blocks": 0,
         "batch_invariant": False,
+        "enforce_eager": False,
         "num_threads": 1,
         "seed": 0,
         "log": LogConfig("warning", True),

@@ -92,9 +92,10 @@ class Decoder(Block):
             delta = layer(delta, residual, step, index)
         return self.norm_out.add(delta, residual)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, E] -> [R, vocab_size] f32"""
-        return self._place.mesh.all_gather(self.head(hidden))[:, : self.vocab_size].float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [R, E] -> [R, vocab_size] f32, written to `out` if there is one"""
+        logits = self._place.mesh.all_gather(self.head(hidden))[:, : self.vocab_size]
+        return logits.float() if out is None else out.copy_(logits)
 
 
 def _group(states: Sequence[StateSpec]) -> tuple[list[StateSpec], list[int]]:
