@@ -1,8 +1,8 @@
 """Requests that may be what keeps killing: each runs alone for a moment, and is cleared, or convicted.
 
 Who was hit by two deaths without a step forward between them is a suspect. A suspect waits until the workers have been
-well for a while without it, then computes alone until it draws a token; the others pause. Two deaths there, with a time
-of health before each, are no chance: chance would have to hit two steps and spare everything around them.
+well for a while without it, then computes alone until it has drawn a few tokens; the others pause. Two deaths there,
+with a time of health before each, are no chance: that would have to hit two steps and spare everything around them.
 """
 
 from cableway.enginecore.limits import Refusal
@@ -11,6 +11,8 @@ from cableway.enginecore.waiting import WaitingQueue
 from cableway.ipc.messages import IfLost, Standing
 
 WELL_S = 1.0
+TRIAL_TOKENS = 4
+"""More than are on their way at a death: what is known to have been drawn lags behind the step that killed."""
 HEARD_S = 0.02
 """After so long a frontend has what it was told, even if the core dies the moment after."""
 QUARANTINED = Refusal(500, "quarantined", "the engine died twice while it computed this request and nothing else")
@@ -22,7 +24,7 @@ class Trials:
     def __init__(self) -> None:
         self.waiting = WaitingQueue()
         self.current: Request | None = None
-        self._goal = 0  # tokens of the one that runs alone when it began
+        self._goal = 0  # tokens that the one that runs alone has to have computed
         self._well_since_s: float | None = None
 
     def are_due(self, now_s: float) -> bool:
@@ -35,7 +37,7 @@ class Trials:
         """The first of those that wait gets its row."""
         assert self.waiting.pop() is request
         self.current = request
-        self._goal = len(request.tokens)
+        self._goal = len(request.tokens) + TRIAL_TOKENS - 1
 
     def announces(self, request: Request, span: tuple[int, int], now_s: float, *, alone: bool = False) -> bool:
         """Whether `request` has to wait: its frontend is being told what to say should the core die of what comes next.
@@ -49,7 +51,7 @@ class Trials:
         return now_s - request.announced_s < HEARD_S
 
     def judge(self) -> None:
-        """After a commit: whoever drew a token, or ended, has stood its trial."""
+        """After a commit: whoever drew its tokens, or ended, has stood its trial."""
         request = self.current
         if request is None:
             return
@@ -59,7 +61,7 @@ class Trials:
             request.standing = Standing()
             self._tell(request, request.standing)
             self.current = None
-        elif request.num_computed > request.standing.reached:  # a chunk further; the next may be the one that kills
+        elif request.num_computed > request.standing.reached:  # further; the next step may be the one that kills
             request.standing = Standing(request.standing.deaths, 0, request.num_computed)
 
     def workers_lost(self) -> None:

@@ -23,7 +23,7 @@ IN_PROMPT, WHILE_DRAWING, NEVER = 6, 30, 10_000
 def ask_poison(server: Server, length: int) -> tuple[int, dict[str, Any]]:
     """Status and body of a request that kills when `length` of its tokens are computed."""
     body = {"model": MODEL, "prompt": [*pill(length), *range(1000, 1020)], "max_tokens": 24, "temperature": 0}
-    connection = http.client.HTTPConnection(server.base_url.removeprefix("http://"), timeout=100)
+    connection = http.client.HTTPConnection(server.base_url.removeprefix("http://"), timeout=200)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     answer = json.loads(response.read())
@@ -53,5 +53,5 @@ def test_poison_is_quarantined_and_nobody_else(role: str) -> None:
         assert never[0] == 200
         assert clients.num_answered == NUM_INNOCENT
         (process,) = server.processes(role)
-        assert 4 <= process.restarts <= 10
+        assert 4 <= process.restarts <= 12
         assert server.errors.count("request_quarantined") == 2
