@@ -83,7 +83,8 @@ def test_what_cannot_be_restarted_now_is_said(folder: Path) -> None:
         failures: list[str] = []
         waiting = threading.Thread(target=lambda: failures.append(server.restart("worker")[1]))
         waiting.start()
-        wait_for(lambda: server.restart("frontend")[1] == "a restart is under way" or None, 5, lambda: "not busy")
+        wait_for(lambda: len(psutil.Process().children()) == 4 or None, 5, lambda: "no successor")
+        assert server.restart("frontend")[1] == "a restart is under way"
         server.supervisor.stop()
         assert server.join() == EXIT_STOPPED
         waiting.join()
@@ -119,6 +120,6 @@ def test_the_old_one_dies_while_its_successor_prepares(folder: Path) -> None:
     with running(folder, "works", "works", "slow-heir") as server:
         old_pid = pids(server)["worker"]
         threading.Thread(target=server.restart, args=("worker",)).start()
-        wait_for(lambda: server.restart("frontend")[1] == "a restart is under way" or None, 5, lambda: "not busy")
+        wait_for(lambda: len(psutil.Process().children()) == 4 or None, 5, lambda: "no successor")
         os.kill(old_pid, signal.SIGKILL)
         wait_for(lambda: pids(server)["worker"] not in (0, old_pid) or None, 5, lambda: "not replaced")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED
@@ -96,21 +97,30 @@ def expected(server: Server) -> dict[int, str]:
         return {i: "".join(streamed(client, i)) for i in range(3)}
 
 
-@pytest.mark.parametrize("role", ["frontend", "enginecore", "worker", "all"])
+@pytest.mark.parametrize("role", ["frontend", "worker", "all by SIGHUP"])
 def test_a_restart_under_load_loses_no_request(server: Server, expected: dict[int, str], role: str) -> None:
-    before = {(process.role, process.rank): process.pid for process in server.processes()}
+    before = named_pids(server)
+    concerned = {name for name in before if role.startswith("all") or name[0] == role}
     with Load(server, len(expected)) as load:
         time.sleep(0.5)
-        ran = cableway("restart", role, "--port", port_of(server))
+        if role.startswith("all"):
+            num_done = server.errors.count("restart_done")
+            server.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: server.errors.count("restart_done") > num_done or None, 60, lambda: server.errors)
+        else:
+            ran = cableway("restart", role, "--port", port_of(server))
+            assert (ran.returncode, ran.stderr) == (0, "")
+            assert len(ran.stdout.splitlines()) == len(concerned)
         time.sleep(0.5)
-    assert (ran.returncode, ran.stderr) == (0, "")
     assert load.errors == []
     assert len(load.texts) >= len(expected)
     assert [text for client_id, text in load.texts if text != expected[client_id]] == []
-    after = {(process.role, process.rank): process.pid for process in server.processes()}
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {name for name in before if name[0] == role or (role == "all" and name[0] != "supervisor")}
-    assert len(ran.stdout.splitlines()) == len(changed)
+    after = named_pids(server)
+    assert {name for name in before if before[name] != after[name]} == concerned
+
+
+def named_pids(server: Server) -> dict[tuple[str, int], int]:
+    return {(each.role, each.rank): each.pid for each in server.processes() if each.role != "supervisor"}
 
 
 def test_an_idle_connection_outlives_its_frontends_restart(server: Server) -> None:
@@ -133,24 +143,13 @@ def test_an_idle_connection_outlives_its_frontends_restart(server: Server) -> No
     wait_for(lambda: not retiring() or None, 10, lambda: "still there")
 
 
-def test_hangup_restarts_all(server: Server) -> None:
-    before = {process.pid for process in server.processes() if process.role != "supervisor"}
-    server.process.send_signal(signal.SIGHUP)
-
-    def replaced() -> bool | None:
-        processes = [process for process in server.processes() if process.role != "supervisor"]
-        return (not before & {p.pid for p in processes} and all(p.state == "ready" for p in processes)) or None
-
-    wait_for(replaced, 60, lambda: server.errors)
-
-
 def test_what_cannot_be_restarted_is_said(server: Server) -> None:
     ran = cableway("restart", "frontends")
     assert ran.returncode == 2
     assert "'frontends' is not one of 'frontend', 'enginecore', 'worker', 'all'" in ran.stderr
     ran = cableway("restart", "worker", "--port", "1")
     assert (ran.returncode, ran.stderr) == (1, "cableway: no server of yours runs on port 1; see `cableway ps`\n")
-    with serve("--load-format", "dummy", "--no-standby", *SMALL) as other:
+    with serve("--no-standby") as other:
         ran = cableway("restart", "worker")
         assert ran.returncode == 1
         assert re.match(r"cableway: \d+ servers of yours run: .*; choose one with --port or --pid\n", ran.stderr)
@@ -165,7 +164,7 @@ def test_what_cannot_be_restarted_is_said(server: Server) -> None:
 
 def test_reload_applies_what_it_can_and_says_what_it_cannot(tmp_path: Path) -> None:
     config = tmp_path / "server.toml"
-    common = 'max-model-len = 256\nnum-kv-blocks = 100\ndtype = "float32"\nload-format = "dummy"\n'
+    common = "max-model-len = 256\nnum-kv-blocks = 100\n"
     config.write_text(common + "max-num-seqs = 4\n")
     with serve("--config", str(config), "--drain-timeout-s", "20") as server:
         pids = {process.role: process.pid for process in server.processes()}
@@ -221,16 +220,17 @@ def status_of(server: Server, path: str, key: str = "") -> int:
 
 def test_a_drain_under_load_finishes_some_and_fails_the_rest_at_its_deadline() -> None:
     """New requests get 503 and Retry-After, /health says draining, short streams end, endless ones get an error."""
-    with start(MODEL, "--port", "0", "--drain-timeout-s", "4", "--max-model-len", "2048") as server:
+    with start(MODEL, "--port", "0", "--drain-timeout-s", "6", "--max-model-len", "2048") as server:
         server.wait_ready()
         ends: dict[str, list[Any]] = {"short": [], "long": []}
+        running = threading.Barrier(5)
         threads = [
-            threading.Thread(target=follow, args=(server, ends[kind], {"short": 12, "long": 2000}[kind]))
+            threading.Thread(target=follow, args=(server, running, ends[kind], {"short": 30, "long": 2000}[kind]))
             for kind in ("short", "short", "long", "long")
         ]
         for thread in threads:
             thread.start()
-        wait_for(lambda: num_running(server) == 4 or None, 20, lambda: "not running")
+        running.wait(30)
         began_s = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         refusal = wait_for(lambda: draining(server), 3, lambda: "not draining")
@@ -246,22 +246,21 @@ def test_a_drain_under_load_finishes_some_and_fails_the_rest_at_its_deadline() -
         assert all("shutting down" in str(end) for end in ends["long"])
         assert len(ends["long"]) == 2
         assert server.process.wait(10) in (EXIT_STOPPED, EXIT_FAILED)  # the latter if the rest took longer than it had
-        assert 2.5 < time.monotonic() - began_s < 8
+        assert 4 < time.monotonic() - began_s < 10
 
 
-def follow(server: Server, ends: list[Any], num_tokens: int) -> None:
-    """Read a stream to its end: how it finished, or the error it ended with."""
+def follow(server: Server, running: threading.Barrier, ends: list[Any], num_tokens: int) -> None:
+    """Read a stream to its end: how it finished, or the error it ended with. Begins with the other streams."""
     with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="-", max_retries=0, timeout=60) as client:
         try:
-            list(streamed(client, 1, max_tokens=num_tokens))
+            pieces = streamed(client, 1, max_tokens=num_tokens)
+            next(pieces)
+            running.wait(30)
+            list(pieces)
         except openai.APIError as error:
             ends.append(error)
         else:
             ends.append("length")
-
-
-def num_running(server: Server) -> int:
-    return next(iter(json.loads(get(server, "/health")[2])["engines"].values()))["running"]
 
 
 def draining(server: Server) -> dict[str, tuple[int, str, bytes]] | None:
@@ -287,8 +286,8 @@ def test_a_stopped_frontend_blocks_nobody_and_is_replaced() -> None:
         victims = {process.pid for process in server.processes("frontend")}
         with Load(server, 6) as load:
             time.sleep(1)
-            stopped = server.processes("frontend")[1]
-            os.kill(stopped.pid, signal.SIGSTOP)
+            stopped_pid = min(victims, key=num_clients)  # the kernel deals connections out as it likes
+            os.kill(stopped_pid, signal.SIGSTOP)
             stopped_s = time.monotonic()
             time.sleep(0.2)
             before = num_pieces = load.num_pieces
@@ -304,3 +303,7 @@ def test_a_stopped_frontend_blocks_nobody_and_is_replaced() -> None:
             assert time.monotonic() - stopped_s < 6
         assert num_pieces > before  # the other frontend's clients went on meanwhile
         assert len(load.errors) <= 6  # its own clients lost their connections, once each
+
+
+def num_clients(pid: int) -> int:
+    return sum(each.status == psutil.CONN_ESTABLISHED for each in psutil.Process(pid).net_connections("inet"))
