@@ -1,11 +1,12 @@
-"""CUDA graphs of decode steps: from row numbers on the device to logits, replayed by one call of the host.
+"""CUDA graphs of decode steps: from row numbers on the device to logits and drawn tokens, by two calls of the host.
 
 A step of one token a row is hundreds of small kernels, which take the host longer to start than the GPU to run. They
 are captured for some numbers of rows, and run for the next larger of them: what is too much is rows of nobody.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cableway.workers.batch import Decoder
 from cableway.workers.rows import Rows, upload
+from cableway.workers.sampler import Sampler
 
 
 def sizes(most: int) -> list[int]:
@@ -29,17 +31,27 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, decoder: Decoder, rows: Rows, caches: Sequence[Tensor], max_num_seqs: int, *, invariant: bool = False
+        self,
+        decoder: Decoder,
+        rows: Rows,
+        sampler: Sampler,
+        caches: Sequence[Tensor],
+        max_num_seqs: int,
+        *,
+        invariant: bool = False,
     ) -> None:
-        self._decoder, self._rows, self._caches, self._invariant = decoder, rows, list(caches), invariant
-        device = self._caches[0].device
-        self._device = device
+        self._decoder, self._rows, self._sampler = decoder, rows, sampler
+        self._caches, self._invariant, self._device = list(caches), invariant, caches[0].device
         self._sizes = sizes(max_num_seqs)
-        self._logits = torch.empty(max_num_seqs, decoder.vocab_size, device=device)
-        self._inputs = [upload(rows.nobodies(size), device) for size in self._sizes]
-        self._graphs = self._capture()
+        self._logits = torch.empty(max_num_seqs, decoder.vocab_size, device=self._device)
+        self._token_ids = torch.empty(max_num_seqs, dtype=torch.int32, device=self._device)
+        self._inputs = [upload(rows.nobodies(size), self._device) for size in self._sizes]
+        pool = torch.cuda.graph_pool_handle()
+        # Largest first: the others fit into its memory.
+        captured = [(_capture(self._forward, i, pool), _capture(self._draw, i, pool)) for i in self._inputs[::-1]]
+        self._graphs = captured[::-1]
 
-    def run(self, rows: np.ndarray, ends: np.ndarray) -> Tensor:
+    def forward(self, rows: np.ndarray, ends: np.ndarray) -> Tensor:
         """Compute the last token of each row.
 
         Args:
@@ -47,28 +59,36 @@ class DecodeGraphs:
             ends: [S] i32, tokens of each row once this one is computed.
 
         Returns:
-            Logits [S, vocab_size] f32, which the next run overwrites.
+            Logits [S, vocab_size] f32, which the next call overwrites.
         """
         num = len(rows)
-        which = bisect_left(self._sizes, num)
-        packed = self._rows.nobodies(self._sizes[which])
+        self._which = bisect_left(self._sizes, num)
+        packed = self._rows.nobodies(self._sizes[self._which])
         packed[0, :num], packed[1, :num], packed[2, :num] = rows, ends - 1, ends
-        self._inputs[which].copy_(upload(packed, self._device))
-        self._graphs[which].replay()
+        self._inputs[self._which].copy_(upload(packed, self._device))
+        self._graphs[self._which][0].replay()
         return self._logits[:num]
 
-    def _capture(self) -> list[torch.cuda.CUDAGraph]:
-        """Largest first: the others fit into its memory."""
-        graphs, pool = [], torch.cuda.graph_pool_handle()
-        for inputs in reversed(self._inputs):
-            self._compute(inputs)  # what is compiled or set up at its first use cannot be while capturing
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._compute(inputs)
-            graphs.append(graph)
-        return graphs[::-1]
+    def draw(self, num_rows: int) -> Tensor:
+        """Draw from the logits that `forward` gave, and write the tokens into the rows: [S] i32, overwritten."""
+        self._graphs[self._which][1].replay()
+        return self._token_ids[:num_rows]
 
-    def _compute(self, inputs: Tensor) -> None:
+    def _forward(self, inputs: Tensor) -> None:
         batch = self._rows.gather_decode(inputs, invariant=self._invariant)
         hidden = self._decoder.forward(batch, self._caches)
         self._decoder.logits(hidden, out=self._logits[: inputs.shape[1]])
+
+    def _draw(self, inputs: Tensor) -> None:
+        rows, _, positions = inputs
+        num = inputs.shape[1]
+        token_ids = self._token_ids[:num].copy_(self._sampler.draw_plain(self._logits[:num], rows, positions))
+        self._rows.write_at(rows, positions, token_ids)
+
+
+def _capture(function: Callable[[Tensor], None], inputs: Tensor, pool: Any) -> torch.cuda.CUDAGraph:
+    function(inputs)  # what is compiled or set up at its first use cannot be while capturing
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        function(inputs)
+    return graph

@@ -73,7 +73,12 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         if device.type == "cuda" and not config.enforce_eager:
             self._graphs = DecodeGraphs(
-                decoder, self._rows, self._cache.layers, config.max_num_seqs, invariant=config.batch_invariant
+                decoder,
+                self._rows,
+                self._sampler,
+                self._cache.layers,
+                config.max_num_seqs,
+                invariant=config.batch_invariant,
             )
 
     @property
@@ -164,7 +169,9 @@ class Runner:
         stretches = self._prompt_logprobs.stretches(chunks, rows)
         judged: list[Logprobs] = []
         if self._graphs and len(drawing) == len(chunks.rows) == chunks.query_start[-1] and not stretches:
-            logits = self._graphs.run(chunks.rows, chunks.ends)
+            logits = self._graphs.forward(chunks.rows, chunks.ends)
+            if self._sampler.is_plain(chunks.rows):
+                return Drawn(self._graphs.draw(len(drawing)), drawing[:0], None), []
         else:
             last_tokens = chunks.query_start[1:][drawing] - 1
             logits_at = np.concatenate((last_tokens, *(stretch.tokens for stretch in stretches)))

@@ -42,9 +42,10 @@ class Sampler:
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._fractions = torch.zeros(3, max_num_seqs, device=device)  # temperature, top_p, min_p
-        self._integers = torch.zeros(2, max_num_seqs, dtype=torch.int32, device=device)  # top_k, choice
-        self._seeds = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        num_rows = max_num_seqs + 1  # the last is nobody's
+        self._fractions = torch.zeros(3, num_rows, device=device)  # temperature, top_p, min_p
+        self._integers = torch.zeros(2, num_rows, dtype=torch.int32, device=device)  # top_k, choice
+        self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._num_logprobs = np.full(max_num_seqs, -1, np.int32)
         self._changes: list[_Changes | None] = [None] * max_num_seqs
         self._penalties = Penalties(max_num_seqs, vocab_size, device)
@@ -79,16 +80,28 @@ class Sampler:
         index, positions_device = upload(np.stack((rows, positions)), self._device)
         self._penalties.apply(logits, rows)
         self._change(logits, rows, num_drawn)
-        temperature, top_p, min_p = self._fractions.index_select(1, index)
-        top_k, choices = self._integers.index_select(1, index)
-        seeds = self._seeds.index_select(0, index)
-        token_ids = sample(logits, temperature, top_k, top_p, min_p, seeds, choices, positions_device)
+        token_ids = self.draw_plain(logits, index, positions_device)
         self._penalties.count(token_ids, rows)
         if raw is None:
             return Drawn(token_ids, logprob_rows, None)
         width = int(self._num_logprobs[rows].max())
         drawn = token_ids[upload(logprob_rows, self._device)].clamp_min(0).long()
         return Drawn(token_ids, logprob_rows, TopLogprobs(*logprobs(raw, drawn, width)))
+
+    def is_plain(self, rows: np.ndarray) -> bool:
+        """Whether these rows [R] are drawn from their raw logits, and nothing else is asked of them."""
+        return not (
+            (self._num_logprobs[rows] >= 0).any()
+            or self._penalties.any_of(rows)
+            or any(self._changes[row] for row in rows.tolist())
+        )
+
+    def draw_plain(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Draw a token for each of `rows` [R], at `positions` [R] i32, from logits [R, V] as they are: [R] i32."""
+        temperature, top_p, min_p = self._fractions.index_select(1, rows)
+        top_k, choices = self._integers.index_select(1, rows)
+        seeds = self._seeds.index_select(0, rows)
+        return sample(logits, temperature, top_k, top_p, min_p, seeds, choices, positions)
 
     def num_logprobs(self, row: int) -> int:
         """How many of the likeliest tokens the request in `row` wants to see; -1 = no log-probabilities at all."""
@@ -173,11 +186,15 @@ class Penalties:
             self._free.append(int(self._slot_of[row]))
             self._slot_of[row] = -1
 
+    def any_of(self, rows: np.ndarray) -> bool:
+        """Whether any of these rows [R] is penalised."""
+        return bool(self._slot_of[rows].max() >= 0)
+
     def apply(self, logits: Tensor, rows: np.ndarray) -> None:
         """Penalise logits [R, V] in place."""
-        slots = self._slot_of[rows]
-        if slots.max() < 0:
+        if not self.any_of(rows):
             return
+        slots = self._slot_of[rows]
         here = np.flatnonzero(slots >= 0)
         index = upload(here, self._device)
         penalised = logits[index]
@@ -187,9 +204,9 @@ class Penalties:
 
     def count(self, token_ids: Tensor, rows: np.ndarray) -> None:
         """Count drawn tokens [R] i32."""
-        slots = self._slot_of[rows]
-        if slots.max() < 0:
+        if not self.any_of(rows):
             return
+        slots = self._slot_of[rows]
         here = np.flatnonzero(slots >= 0)
         drawn = token_ids[upload(here, self._device)].clamp_min(0).long()
         count_tokens(self._counts, upload(slots[here], self._device), drawn)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from cableway.kernels.paged_attention import AttentionPlan
+from cableway.kernels.attention_plan import AttentionPlan
 from cableway.kernels.rope import Angles
 from cableway.workers.batch import Batch
 from cableway.workers.blocks.rope import Rope
