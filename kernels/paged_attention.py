@@ -1,79 +1,21 @@
-"""Causal attention of new tokens over a paged KV cache: prefill, chunked prefill and decode in one.
+"""Causal attention of new tokens over a paged KV cache: prefill, chunked prefill and decode.
 
-    a = softmax(cap(scale * q · kᵀ) + mask) v,   cap(z) = soft_cap * tanh(z / soft_cap) where soft_cap > 0
-
-The i-th of the n new tokens of a sequence of length L (n included) has position p = L - n + i and sees the keys at
-positions 0 … p, or p - window + 1 … p where window > 0. Query head h reads KV head h // (num_heads / num_kv_heads).
-The new tokens' own keys and values are already in the cache: kv_write runs first.
-
-q            [num_tokens, num_heads, head_dim]  dtype of cache; heads contiguous, tokens may be strided
-cache        [2, num_blocks, block_size, num_kv_heads, head_dim]  bf16|f16|f32; see kv_write.py
-plan         an AttentionPlan: which tokens and which blocks each sequence has
-returns      [num_tokens, num_heads, head_dim]  contiguous
+Formula and arguments: attention_plan.py. Steps of one token a sequence have a kernel of their own in paged_decode.py,
+unless results must be invariant: then one kernel does all.
 
 Bound: bytes for decode (keys and values of every sequence), FLOPs for prefill (4 * head_dim a head and visible key).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
+from cableway.kernels import paged_decode
+from cableway.kernels.attention_plan import AttentionPlan, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
-from cableway.kernels.kv_write import kv_cache_shape
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.registry import FLOATS, Call, are_contiguous, call, check, grid, kernel, nbytes
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """Where one step's queries and keys lie: made once a step and state group, used by each of its layers.
-
-    With `invariant` the result of a token does not depend, to the bit, on the batch around it nor on how its sequence
-    was cut into chunks.
-    """
-
-    query_start: Tensor  # [num_seqs + 1] i32; tokens query_start[i]:query_start[i + 1] belong to sequence i
-    seq_lens: Tensor  # [num_seqs] i32; tokens computed before, and the new ones
-    block_table: Tensor  # [num_seqs, max_blocks] i32; entries past a sequence's length are not read
-    max_query_len: int
-    max_seq_len: int
-    invariant: bool = False
-    _host_plans: dict[tuple, cpu_attention.HostPlan] = field(default_factory=dict)
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int, int]]:
-        """(first token, end token, sequence length) of each sequence, on the host: waits for the device."""
-        starts = self.query_start.tolist()
-        return list(zip(starts[:-1], starts[1:], self.seq_lens.tolist(), strict=True))
-
-    def on_host(self, block_size: int, window: int, dtype: torch.dtype) -> cpu_attention.HostPlan:
-        """What the CPU form works from; made by the first layer that asks."""
-        key = block_size, window, dtype
-        if key not in self._host_plans:
-            self._host_plans[key] = cpu_attention.HostPlan.of(self, *key)
-        return self._host_plans[key]
-
-
-def ref(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
-    group, block_size = q.shape[1] // cache.shape[3], cache.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for i, (start, end, length) in enumerate(plan.spans):
-        blocks = plan.block_table[i, : -(-length // block_size)].long()
-        k, v = (x[blocks].flatten(0, 1)[:length].repeat_interleave(group, 1).float() for x in cache)
-        scores = torch.einsum("qhd,khd->hqk", q[start:end].float(), k) * scale
-        if soft_cap:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        distance = torch.arange(length - end + start, length)[:, None] - torch.arange(length)
-        unseen = (distance < 0) | (distance >= (window or length))
-        scores = scores.masked_fill(unseen.to(q.device), float("-inf"))
-        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
-    return out
+from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid, kernel
 
 
 @jit
@@ -131,20 +73,22 @@ def _paged_attention(
             mass = mass * decay + tl.sum(weights, 1)
             sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             top = new_top
-        y = sums / tl.where(row_inside, mass, 1.0)[:, None]
+        y = sums / tl.where(mass == 0, 1.0, mass)[:, None]  # nobody's rows see nothing
         tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(q.dtype), mask=inside)
 
 
 def launch(
     q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
 ) -> Tensor:
+    if plan.max_query_len == 1 and not plan.invariant and len(q) == len(plan.seq_lens):
+        return paged_decode.launch(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = num_heads // num_kv_heads
     block_group = triton.next_power_of_2(group)
     # A tile has at least 16 rows, which tl.dot wants. An invariant one has the same rows for a chunk of any length.
-    most_rows = 16 if plan.invariant or plan.max_query_len == 1 else 64
+    most_rows = 16 if plan.invariant else 64
     tile = max(most_rows // block_group, 1)
     block_group = max(block_group, 16 // tile)
     block_dim = max(triton.next_power_of_2(head_dim), 16)
@@ -158,40 +102,6 @@ def launch(
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
-
-
-def make(
-    spans: tuple[tuple[int, int], ...],
-    heads: tuple[int, int, int],
-    dtype: torch.dtype,
-    block_size: int = 16,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    invariant: bool = False,
-    device: str = "cpu",
-) -> Call:
-    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_kv_heads, head_dim."""
-    num_heads, num_kv_heads, head_dim = heads
-    query_lens, seq_lens = zip(*spans, strict=True)
-    width = -(-max(seq_lens) // block_size) + 1
-    num_blocks = len(spans) * width
-    # Tokens of a fused projection; blocks that no sequence owns hold NaN, as a broken request may have left them.
-    q = torch.randn(sum(query_lens), num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)[:, :num_heads]
-    cache = torch.randn(kv_cache_shape(num_blocks, block_size, num_kv_heads, head_dim), device=device).to(dtype)
-    table = torch.randperm(num_blocks, device=device).view(-1, width).int()
-    for row, length in zip(table.long(), seq_lens, strict=True):
-        used = -(-length // block_size)
-        cache[:, row[used:]] = float("nan")
-        cache[:, row[used - 1], length - (used - 1) * block_size :] = float("nan")
-    plan = AttentionPlan(
-        query_start=torch.tensor((0, *query_lens), device=device).cumsum(0).int(),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
-        block_table=table,
-        max_query_len=max(query_lens),
-        max_seq_len=max(seq_lens),
-        invariant=invariant,
-    )
-    return call(q, cache, plan, scale=2 * head_dim**-0.5, window=window, soft_cap=soft_cap)
 
 
 def _visible_keys(made: Call) -> int:
@@ -220,7 +130,7 @@ BENCH_DECODE, BENCH_PREFILL = ((1, 512),) * 16, ((512, 512),)
         heads=((9, 3, 64), (32, 8, 128)),
         dtype=(torch.bfloat16,),
     ),
-    num_bytes=lambda c: 2 * nbytes(c.args[0]) + nbytes(c.args[1][:, 0, 0]) * sum(span[2] for span in c.args[2].spans),
+    num_bytes=num_bytes,
     num_flops=lambda c: 4 * c.args[0].shape[1] * c.args[0].shape[2] * _visible_keys(c),
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
@@ -228,11 +138,6 @@ def paged_attention(
     q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
 ) -> Tensor:
     """Attend q [T, H, D] to the cached keys of its sequences -> [T, H, D]; ValueError when shapes do not fit."""
-    check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
-    check(
-        q.dtype in FLOATS and q.dtype == cache.dtype and cache.is_contiguous() and cache.shape[4] == q.shape[2],
-        "cache does not fit q",
-    )
-    check(q.shape[1] % cache.shape[3] == 0, "num_heads is no multiple of num_kv_heads")
+    check_fits(q, cache)
     form = cpu_attention.attend if q.device.type == "cpu" else launch
     return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)

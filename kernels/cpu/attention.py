@@ -26,7 +26,7 @@ from torch import Tensor
 from cableway.kernels.lang import loops
 
 if TYPE_CHECKING:
-    from cableway.kernels.paged_attention import AttentionPlan
+    from cableway.kernels.attention_plan import AttentionPlan
 
 _TILE = 128
 _INVARIANT_TILE = 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cableway.kernels.paged_attention import AttentionPlan
+from cableway.kernels.attention_plan import AttentionPlan
 from tests.kernels import laws
 
 ATTENTION = laws.named("paged_attention")

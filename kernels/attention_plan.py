@@ -1,0 +1,132 @@
+"""What attention over a paged KV cache is told and must compute, whatever kernel does it.
+
+    a = softmax(cap(scale * q · kᵀ) + mask) v,   cap(z) = soft_cap * tanh(z / soft_cap) where soft_cap > 0
+
+The i-th of the n new tokens of a sequence of length L (n included) has position p = L - n + i and sees the keys at
+positions 0 … p, or p - window + 1 … p where window > 0. Query head h reads KV head h // (num_heads / num_kv_heads).
+The new tokens' own keys and values are already in the cache: kv_write runs first.
+
+q            [num_tokens, num_heads, head_dim]  dtype of cache; heads contiguous, tokens may be strided
+cache        [2, num_blocks, block_size, num_kv_heads, head_dim]  bf16|f16|f32; see kv_write.py
+plan         an AttentionPlan: which tokens and which blocks each sequence has
+returns      [num_tokens, num_heads, head_dim]  contiguous
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cableway.kernels import decode_work
+from cableway.kernels.cpu import attention as cpu_attention
+from cableway.kernels.kv_write import kv_cache_shape
+from cableway.kernels.registry import FLOATS, Call, call, check, nbytes
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Where one step's queries and keys lie: made once a step and state group, used by each of its layers.
+
+    With `invariant` the result of a token does not depend, to the bit, on the batch around it nor on how its sequence
+    was cut into chunks.
+    """
+
+    query_start: Tensor  # [num_seqs + 1] i32; tokens query_start[i]:query_start[i + 1] belong to sequence i
+    seq_lens: Tensor  # [num_seqs] i32; tokens computed before, and the new ones
+    block_table: Tensor  # [num_seqs, max_blocks] i32; entries past a sequence's length are not read
+    max_query_len: int
+    max_seq_len: int
+    invariant: bool = False
+    _host_plans: dict[tuple, cpu_attention.HostPlan] = field(default_factory=dict)
+    _decode_works: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(first token, end token, sequence length) of each sequence, on the host: waits for the device."""
+        starts = self.query_start.tolist()
+        return list(zip(starts[:-1], starts[1:], self.seq_lens.tolist(), strict=True))
+
+    def on_host(self, block_size: int, window: int, dtype: torch.dtype) -> cpu_attention.HostPlan:
+        """What the CPU form works from; made by the first layer that asks."""
+        key = block_size, window, dtype
+        if key not in self._host_plans:
+            self._host_plans[key] = cpu_attention.HostPlan.of(self, *key)
+        return self._host_plans[key]
+
+    def decode_work(self, **options) -> tuple[Tensor, Tensor]:
+        """What the programs of paged_decode.py work from, see decode_work.py; made by the first layer that asks."""
+        key = tuple(options.items())
+        if key not in self._decode_works:
+            self._decode_works[key] = decode_work.launch(self.seq_lens, **options)
+        return self._decode_works[key]
+
+
+def num_bytes(made: Call) -> int:
+    """Queries and results once, and every key and value of each sequence."""
+    q, cache, plan = made.args
+    return 2 * nbytes(q) + nbytes(cache[:, 0, 0]) * sum(length for _, _, length in plan.spans)
+
+
+def check_fits(q: Tensor, cache: Tensor) -> None:
+    """Raise ValueError where q or the cache are not what the contract says."""
+    check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
+    check(
+        q.dtype in FLOATS and q.dtype == cache.dtype and cache.is_contiguous() and cache.shape[4] == q.shape[2],
+        "cache does not fit q",
+    )
+    check(q.shape[1] % cache.shape[3] == 0, "num_heads is no multiple of num_kv_heads")
+
+
+def ref(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
+) -> Tensor:
+    group, block_size = q.shape[1] // cache.shape[3], cache.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for i, (start, end, length) in enumerate(plan.spans):
+        blocks = plan.block_table[i, : -(-length // block_size)].long()
+        k, v = (x[blocks].flatten(0, 1)[:length].repeat_interleave(group, 1).float() for x in cache)
+        scores = torch.einsum("qhd,khd->hqk", q[start:end].float(), k) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        distance = torch.arange(length - end + start, length)[:, None] - torch.arange(length)
+        unseen = (distance < 0) | (distance >= (window or length))
+        scores = scores.masked_fill(unseen.to(q.device), float("-inf"))
+        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+    return out
+
+
+def make(
+    spans: tuple[tuple[int, int], ...],
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    block_size: int = 16,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    invariant: bool = False,
+    device: str = "cpu",
+) -> Call:
+    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_kv_heads, head_dim."""
+    num_heads, num_kv_heads, head_dim = heads
+    query_lens, seq_lens = zip(*spans, strict=True)
+    width = -(-max(seq_lens) // block_size) + 1
+    num_blocks = len(spans) * width
+    # Tokens of a fused projection; blocks that no sequence owns hold NaN, as a broken request may have left them.
+    q = torch.randn(sum(query_lens), num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)[:, :num_heads]
+    cache = torch.randn(kv_cache_shape(num_blocks, block_size, num_kv_heads, head_dim), device=device).to(dtype)
+    table = torch.randperm(num_blocks, device=device).view(-1, width).int()
+    for row, length in zip(table.long(), seq_lens, strict=True):
+        used = -(-length // block_size)
+        cache[:, row[used:]] = float("nan")
+        cache[:, row[used - 1], length - (used - 1) * block_size :] = float("nan")
+    plan = AttentionPlan(
+        query_start=torch.tensor((0, *query_lens), device=device).cumsum(0).int(),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        block_table=table,
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+        invariant=invariant,
+    )
+    return call(q, cache, plan, scale=2 * head_dim**-0.5, window=window, soft_cap=soft_cap)

@@ -1,0 +1,228 @@
+"""Attention of one new token a sequence over a paged KV cache, from one sequence to hundreds, of any lengths.
+
+Formula and arguments: attention_plan.py; the plan has one token a sequence, in order. A sequence of length 0 gives
+zeros, and its row of the block table is not read. One program takes all query heads of a KV head through one stretch of
+a sequence's keys (decode_work.py). Where a sequence has several, each leaves its part in float32, and the one that
+arrives last puts them together: a sequence that is not cut costs no second kernel.
+
+Bound: bytes (keys and values of every sequence).
+"""
+
+from __future__ import annotations
+
+from functools import cache as memoized
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cableway.kernels.attention_plan import AttentionPlan, check_fits, make, num_bytes, ref
+from cableway.kernels.cpu import attention as cpu_attention
+from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.registry import FLOATS, are_contiguous, check, grid, kernel
+
+
+class Tuning(NamedTuple):
+    """How the work is shared out."""
+
+    tile_bytes: int = 1 << 14  # of keys, as many as of values, that a program loads at once
+    most_tile_keys: int = 64
+    num_warps: int = 4
+    num_stages: int = 3  # tiles of keys and values on their way or in use
+    shares_a_processor: int = 2
+    least_stretch_keys: int = 256
+
+
+TUNING = Tuning()
+
+
+@jit
+def _attend(
+    q, keys_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Softmax over a stretch of keys: top score [rows], mass [rows] and weighted sums [rows, dim], all f32."""
+    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_ROWS,), tl.float32)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
+    dim = tl.arange(0, BLOCK_DIM)
+    key = first_key + tl.arange(0, TILE)
+    block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end_key, other=0)
+    for _ in range(first_key, end_key, TILE):
+        key_inside = key < end_key
+        slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+        place = (slot * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
+        inside = key_inside[:, None] & (dim[None, :] < HEAD_DIM)
+        k = tl.load(keys_ptr + place, mask=inside, other=0.0)
+        v = tl.load(keys_ptr + value_offset + place, mask=inside, other=0.0)
+        # The next tile's blocks are known before its keys are asked for.
+        key += TILE
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end_key, other=0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if HAS_CAP:
+            scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
+        scores = tl.where(key_inside[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp(scores - new_top[:, None])
+        decay = tl.exp(top - new_top)
+        mass = mass * decay + tl.sum(weights, 1)
+        sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = new_top
+    return top, mass, sums
+
+
+@jit
+def _put_together(
+    out_ptr, tops_ptr, masses_ptr, sums_ptr, num_parts, part_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Write the softmax over all of a sequence's keys [GROUP, HEAD_DIM] from its parts, `part_stride` heads apart."""
+    head, dim = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
+    top = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_GROUP,), tl.float32)
+    sums = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
+    for first_part in range(0, num_parts, BLOCK_PARTS):
+        part = first_part + tl.arange(0, BLOCK_PARTS)
+        inside = (part < num_parts)[:, None] & (head < GROUP)[None, :]
+        place = part[:, None].to(tl.int64) * part_stride + head[None, :]
+        # Other programs wrote these: not to be looked for in this processor's own cache.
+        tops = tl.load(tops_ptr + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        masses = tl.load(masses_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+        element = place[:, :, None] * HEAD_DIM + dim[None, None, :]
+        element_inside = inside[:, :, None] & (dim < HEAD_DIM)[None, None, :]
+        parts = tl.load(sums_ptr + element, mask=element_inside, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # that of heads past the last
+        weights = tl.exp(tops - shift[None, :])
+        decay = tl.exp(top - shift)
+        mass = mass * decay + tl.sum(weights * masses, 0)
+        sums = sums * decay[:, None] + tl.sum(weights[:, :, None] * parts, 0)
+        top = new_top
+    y = sums / tl.where(mass == 0, 1.0, mass)[:, None]
+    inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(out_ptr + head[:, None] * HEAD_DIM + dim[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _paged_decode(
+    q_ptr, cache_ptr, out_ptr, table_ptr, work_ptr, arrivals_ptr, tops_ptr, masses_ptr, sums_ptr,
+    scale, soft_cap, q_stride, value_offset, table_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_CAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr,
+):  # fmt: skip
+    """One item of the work, for the query heads of one KV head. Heads of a token lie side by side, and so they run."""
+    kv_head, item = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(work_ptr + item * 5).to(tl.int64)
+    first_key, end_key = tl.load(work_ptr + item * 5 + 1), tl.load(work_ptr + item * 5 + 2)
+    first_item, num_parts = tl.load(work_ptr + item * 5 + 3), tl.load(work_ptr + item * 5 + 4)
+    if sequence >= 0:
+        head, dim = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_DIM)
+        inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+        element = head[:, None] * HEAD_DIM + dim[None, :]
+        first_head = kv_head * GROUP
+        q = tl.load(q_ptr + sequence * q_stride + first_head * HEAD_DIM + element, mask=inside, other=0.0)
+        top, mass, sums = _attend(
+            q, cache_ptr, value_offset, table_ptr + sequence * table_stride, first_key, end_key, kv_head, scale,
+            soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE,
+        )  # fmt: skip
+        out_ptr += (sequence * NUM_KV_HEADS * GROUP + first_head) * HEAD_DIM
+        if num_parts == 1:
+            y = sums / tl.where(mass == 0, 1.0, mass)[:, None]
+            tl.store(out_ptr + element, y.to(q.dtype), mask=inside)
+        else:
+            place = item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
+            tl.store(tops_ptr + place + head, top, mask=head < GROUP)
+            tl.store(masses_ptr + place + head, mass, mask=head < GROUP)
+            tl.store(sums_ptr + place * HEAD_DIM + element, sums, mask=inside)
+            tl.debug_barrier()  # every thread has stored before one of them tells
+            arrival_ptr = arrivals_ptr + sequence * NUM_KV_HEADS + kv_head
+            if tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+                tl.store(arrival_ptr, 0)  # for the next layer
+                place = first_item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
+                _put_together(
+                    out_ptr, tops_ptr + place, masses_ptr + place, sums_ptr + place * HEAD_DIM, num_parts,
+                    NUM_KV_HEADS * GROUP, GROUP, HEAD_DIM, BLOCK_PARTS, BLOCK_GROUP, BLOCK_DIM,
+                )  # fmt: skip
+
+
+@memoized
+def _num_processors(device: torch.device) -> int:
+    """Of a GPU. The interpreter has none; a few make it cut sequences as a GPU does."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def launch(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
+) -> Tensor:
+    return launch_tuned(q, cache, plan, TUNING, scale=scale, window=window, soft_cap=soft_cap)
+
+
+def launch_tuned(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, window: int, soft_cap: float
+) -> Tensor:
+    (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    check(are_contiguous(plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
+    group = num_heads // num_kv_heads
+    block_dim = max(triton.next_power_of_2(head_dim), 16)
+    block_group = triton.next_power_of_2(group)
+    tile = min(max(tuning.tile_bytes // (block_dim * q.element_size()), 16), tuning.most_tile_keys)
+    num_shares = max(tuning.shares_a_processor * _num_processors(q.device) // num_kv_heads, 1)
+    work, arrivals = plan.decode_work(
+        num_shares=num_shares, tile=tile, least_tiles=-(-tuning.least_stretch_keys // tile),
+        num_kv_heads=num_kv_heads, window=window,
+    )  # fmt: skip
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_parts = len(work) * num_heads
+    parts = torch.empty(num_parts * (head_dim + 2), dtype=torch.float32, device=q.device)
+    sums, tops, masses = parts.split((num_parts * head_dim, num_parts, num_parts))
+    _paged_decode[(num_kv_heads, len(work))](
+        q, cache, out, plan.block_table, work, arrivals, tops, masses, sums,
+        scale, soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=soft_cap > 0,
+        BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
+        BLOCK_PARTS=max((1 << 13) // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
+        num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _spans(*lengths: int) -> tuple[tuple[int, int], ...]:
+    return tuple((1, length) for length in lengths)
+
+
+SHORT, LONG = _spans(5, 33, 1, 64), _spans(1500)
+UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
+
+
+@kernel(
+    ref=ref,
+    launch=launch,
+    make=make,
+    cases=[
+        *grid(spans=(SHORT, LONG, UNEVEN), heads=((9, 3, 64), (4, 1, 128)), dtype=FLOATS, block_size=(16, 32)),
+        *grid(spans=(LONG, UNEVEN), heads=((6, 2, 80),), dtype=FLOATS, window=(16, 600), soft_cap=(0.0, 2.0)),
+        *grid(spans=(UNEVEN,), heads=((16, 1, 96), (3, 3, 256), (20, 1, 192)), dtype=FLOATS, block_size=(64, 24)),
+    ],
+    bench_cases=grid(
+        spans=(_spans(128), _spans(2000), _spans(32_768), _spans(*(1024,) * 64), _spans(*(512,) * 256)),
+        heads=((16, 8, 128), (32, 8, 128)),
+        dtype=(torch.bfloat16,),
+    ),
+    num_bytes=num_bytes,
+    tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
+)
+def paged_decode(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
+) -> Tensor:
+    """Attend q [num_seqs, H, D] to the cached keys of its sequences -> the same shape; ValueError as paged_attention.
+
+    The sums of a sequence may be cut otherwise in another batch: not for plans that ask for invariant results.
+    """
+    check_fits(q, cache)
+    check(len(q) == len(plan.seq_lens) and plan.max_query_len == 1, "not one token a sequence")
+    check(not plan.invariant, "the plan asks for invariant results")
+    form = cpu_attention.attend if q.device.type == "cpu" else launch
+    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)
