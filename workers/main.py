@@ -62,18 +62,25 @@ class Worker:
         for source in (*self._endpoint.sockets, self._wake_up):
             poller.register(source, zmq.POLLIN)
         while self._exit_code is None:
-            self._lifeline.idle()
-            woken = poller.poll(0 if self._begun else self._patience_ms())
-            self._lifeline.beat()
+            woken = self._wait(poller)
             if any(source == self._wake_up for source, _ in woken):
                 os.read(self._wake_up, 1)
             for arrival in self._endpoint.receive():
                 self._handle(arrival.message)
-            while self._begun and (len(self._begun) > self._runner.num_ahead or not woken):
+            while self._begun and (len(self._begun) > self._runner.num_ahead or self._begun[0][1].is_done):
                 self._finish()
             if self._stop_at_s is not None and (self._epoch is None or time.monotonic() >= self._stop_at_s):
                 self._exit_code = self._exit_code or EXIT_STOPPED
         return self._exit_code
+
+    def _wait(self, poller: zmq.Poller) -> list[tuple[Any, int]]:
+        """Wait for messages. While the device computes, only look: the next step is begun before it ends."""
+        if self._begun:
+            return poller.poll(0)
+        self._lifeline.idle()
+        woken = poller.poll(self._patience_ms())
+        self._lifeline.beat()
+        return woken
 
     def _handle(self, message: Any) -> None:
         match message:
@@ -100,12 +107,11 @@ class Worker:
 
     def _finish(self) -> None:
         """Wait for the oldest step that was begun. One of a former life of the core was for nothing."""
-        share, begun = self._begun.popleft()
-        self._lifeline.beat(share)
+        _, begun = self._begun.popleft()
         result = self._runner.finish(begun)
         if result.epoch == self._epoch:
             self._endpoint.send(result)
-        self._lifeline.beat()
+        self._lifeline.beat(self._begun[0][0] if self._begun else 0.0)
 
     def _welcome(self, epoch: int) -> None:
         self._epoch = epoch

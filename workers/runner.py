@@ -54,6 +54,11 @@ class Begun:
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     done: torch.cuda.Event | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the device has carried it out."""
+        return self.done is None or self.done.query()
+
 
 class Runner:
     """Runs `decoder` for up to `max_num_seqs` requests, each in the row that the core gave it."""
