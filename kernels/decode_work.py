@@ -45,14 +45,17 @@ def ref(
     return torch.tensor(items, dtype=torch.int32, device=seq_lens.device), arrivals
 
 
-@jit
+_VARYING = ("seq_lens_ptr", "num_seqs", "num_items", "num_arrivals", "num_shares", "least_tiles", "window")
+
+
+@jit(do_not_specialize=_VARYING)  # one compilation for batches of every size
 def _decode_work(
     seq_lens_ptr, work_ptr, arrivals_ptr, num_seqs, num_items, num_arrivals, num_shares, least_tiles, window,
-    TILE: tl.constexpr, BLOCK_SEQS: tl.constexpr, BLOCK_ITEMS: tl.constexpr, BLOCK_ARRIVALS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.arange(0, BLOCK_SEQS)
-    inside = sequence < num_seqs
-    length = tl.load(seq_lens_ptr + sequence, mask=inside, other=0)
+    lane = tl.arange(0, BLOCK)  # a sequence, first
+    inside = lane < num_seqs
+    length = tl.load(seq_lens_ptr + lane, mask=inside, other=0)
     start = tl.where(window > 0, tl.maximum(length - window, 0), 0)
     num_tiles = tl.cdiv(length - start, TILE)
     most_tiles = tl.maximum(tl.cdiv(tl.sum(num_tiles, 0), num_shares), least_tiles)
@@ -63,17 +66,17 @@ def _decode_work(
         here = inside & (stretch < num_stretches)
         first = start + stretch * keys
         item_ptr = work_ptr + (first_item + stretch) * 5
-        tl.store(item_ptr, sequence, mask=here)
+        tl.store(item_ptr, lane, mask=here)
         tl.store(item_ptr + 1, first, mask=here)
         tl.store(item_ptr + 2, tl.minimum(first + keys, length), mask=here)
         tl.store(item_ptr + 3, first_item, mask=here)
         tl.store(item_ptr + 4, num_stretches, mask=here)
-    item = tl.arange(0, BLOCK_ITEMS)
-    idle = (item >= tl.sum(num_stretches, 0)) & (item < num_items)
-    for column in tl.static_range(5):
-        tl.store(work_ptr + item * 5 + column, -1 if column == 0 else 0, mask=idle)
-    arrival = tl.arange(0, BLOCK_ARRIVALS)
-    tl.store(arrivals_ptr + arrival, 0, mask=arrival < num_arrivals)
+    for first in range(tl.sum(num_stretches, 0), num_items, BLOCK):
+        item = first + lane
+        for column in tl.static_range(5):
+            tl.store(work_ptr + item * 5 + column, -1 if column == 0 else 0, mask=item < num_items)
+    for first in range(0, num_arrivals, BLOCK):
+        tl.store(arrivals_ptr + first + lane, 0, mask=first + lane < num_arrivals)
 
 
 def launch(
@@ -85,8 +88,7 @@ def launch(
     arrivals = torch.empty(num_seqs, num_kv_heads, dtype=torch.int32, device=seq_lens.device)
     _decode_work[(1,)](
         seq_lens, work, arrivals, num_seqs, num_items, arrivals.numel(), num_shares, least_tiles, window,
-        TILE=tile, BLOCK_SEQS=triton.next_power_of_2(num_seqs), BLOCK_ITEMS=triton.next_power_of_2(num_items),
-        BLOCK_ARRIVALS=triton.next_power_of_2(arrivals.numel()), num_warps=4,
+        TILE=tile, BLOCK=max(triton.next_power_of_2(num_seqs), 512), num_warps=4,
     )  # fmt: skip
     return work, arrivals
 

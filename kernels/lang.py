@@ -31,7 +31,7 @@ except ModuleNotFoundError as missing:
         raise
     triton = tl = None
 
-    class jit:  # stands for triton.jit, hence the lower case
+    class Absent:
         """A kernel that cannot be launched."""
 
         def __init__(self, function):
@@ -39,3 +39,7 @@ except ModuleNotFoundError as missing:
 
         def __getitem__(self, grid):
             raise RuntimeError(f"kernel {self.name} needs Triton, which is not installed")
+
+    def jit(function=None, **options):
+        """Stands for triton.jit."""
+        return Absent(function) if function else Absent

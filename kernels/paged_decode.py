@@ -105,7 +105,7 @@ def _put_together(
     tl.store(out_ptr + head[:, None] * HEAD_DIM + dim[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=("tops_ptr", "masses_ptr", "table_stride"))  # which vary between steps
 def _paged_decode(
     q_ptr, cache_ptr, out_ptr, table_ptr, work_ptr, arrivals_ptr, tops_ptr, masses_ptr, sums_ptr,
     scale, soft_cap, q_stride, value_offset, table_stride,
