@@ -80,10 +80,11 @@ def test_supervisord_mends_each_process(folder: Path, port: int) -> None:
         assert daemon.wait(30) == 0
         assert not [child for child in children if child.is_running()]
     finally:
-        for child in psutil.Process(daemon.pid).children(recursive=True) if daemon.poll() is None else ():
-            child.kill()
-        daemon.kill()
+        left = psutil.Process(daemon.pid).children(recursive=True) if daemon.poll() is None else []
+        daemon.kill()  # first, so that it starts no others
         daemon.wait()
+        for child in left:
+            child.kill()
         log.close()
 
 
