@@ -54,7 +54,9 @@ def modules(wheel: Path) -> set[str]:
 
 def test_wheel_holds_every_module_of_every_folder(source: Path, wheel: Path) -> None:
     there = {f"cableway/{path.relative_to(source)}" for folder in FOLDERS for path in (source / folder).rglob("*.py")}
-    assert there | {"cableway/__init__.py"} == {name for name in modules(wheel) if name.endswith(".py")}
+    assert there | {"cableway/__init__.py", "cableway/__main__.py"} == {
+        name for name in modules(wheel) if name.endswith(".py")
+    }
     assert wheel.name.endswith("py3-none-any.whl")
     assert wheel.stat().st_size < 1 << 20
 

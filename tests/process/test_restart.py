@@ -25,6 +25,11 @@ def pids(server: Running) -> dict[str, int]:
     return {role: process.pid for role, process in server.processes().items()}
 
 
+def num_children() -> int:
+    """Of this process, which is the supervisor, and may have others from other tests."""
+    return len(psutil.Process().children())
+
+
 def wait_spares(server: Running) -> dict[str, control.Process]:
     """Until core and worker have a spare that stands by."""
 
@@ -82,8 +87,9 @@ def test_what_cannot_be_restarted_now_is_said(folder: Path) -> None:
         assert server.restart("bogus")[1] == "this server has no bogus"
         failures: list[str] = []
         waiting = threading.Thread(target=lambda: failures.append(server.restart("worker")[1]))
+        before = num_children()
         waiting.start()
-        wait_for(lambda: len(psutil.Process().children()) == 4 or None, 5, lambda: "no successor")
+        wait_for(lambda: num_children() == before + 1 or None, 5, lambda: "no successor")
         assert server.restart("frontend")[1] == "a restart is under way"
         server.supervisor.stop()
         assert server.join() == EXIT_STOPPED
@@ -119,7 +125,8 @@ def test_a_stopped_spare_is_replaced_and_never_used(folder: Path) -> None:
 def test_the_old_one_dies_while_its_successor_prepares(folder: Path) -> None:
     with running(folder, "works", "works", "slow-heir") as server:
         old_pid = pids(server)["worker"]
+        before = num_children()
         threading.Thread(target=server.restart, args=("worker",)).start()
-        wait_for(lambda: len(psutil.Process().children()) == 4 or None, 5, lambda: "no successor")
+        wait_for(lambda: num_children() == before + 1 or None, 5, lambda: "no successor")
         os.kill(old_pid, signal.SIGKILL)
         wait_for(lambda: pids(server)["worker"] not in (0, old_pid) or None, 5, lambda: "not replaced")
