@@ -95,7 +95,7 @@ def test_what_cannot_be_restarted_now_is_said(folder: Path) -> None:
         assert server.join() == EXIT_STOPPED
         waiting.join()
         assert failures == ["the server is stopping"]
-        assert not psutil.Process().children()
+        assert num_children() == before - len(ROLES)
 
 
 def test_a_spare_steps_in_at_a_death_and_gets_a_spare(folder: Path) -> None:
