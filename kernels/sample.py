@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.kernels.lang import jit, tl
+from cableway.kernels.lang import jit, loops, tl
 from cableway.kernels.philox import gumbels, gumbels_triton
 from cableway.kernels.registry import are_contiguous, call, check, grid, kernel, nbytes
 
@@ -217,13 +217,15 @@ def sample(
     check(tuple(option.dtype for option in options) == _OPTION_DTYPES, "an option is of another dtype")
     if logits.device.type != "cpu":
         return launch(logits, *options)
-    top, token_ids = logits.max(-1)
-    drawing = (temperature > 0) & top.isfinite()
-    if drawing.all():
-        token_ids = _draw(logits, *options)
-    elif drawing.any():
-        token_ids[drawing] = _draw(logits[drawing], *(option[drawing] for option in options))
-    return torch.where(top.isfinite(), token_ids, -1).int()
+    token_ids = torch.empty(len(logits), dtype=torch.int32)
+    loops.run(
+        loops.likeliest, len(logits), logits.shape[1], logits.data_ptr(), logits.stride(0), logits.shape[1],
+        token_ids.data_ptr(),
+    )  # fmt: skip
+    drawing = (temperature > 0) & (token_ids >= 0)
+    if drawing.any():
+        token_ids[drawing] = _draw(logits[drawing], *(option[drawing] for option in options)).int()
+    return token_ids
 
 
 def _draw(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> Tensor:

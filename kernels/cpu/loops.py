@@ -278,3 +278,30 @@ def attend(
                     mixed[g, i] += weight * row[i]
         for g in range(group):
             _write(y, out + g * head_dim, head_dim, kind, mixed[g])
+
+
+@_loop(6)
+def likeliest(begin, end, logits, stride, vocab, token_ids):
+    """Where each row of logits [.., vocab] f32 is largest, first among equals; -1 if it is NaN anywhere, or inf there."""
+    value, chosen = _f32_at(logits), _i32_at(token_ids)
+    highest = np.empty(64, np.float32)  # of every 64th: the compiler does not change the order of one maximum
+    for row in range(begin, end):
+        start = row * stride
+        for lane in range(64):
+            highest[lane] = -np.inf
+        num_nan = 0
+        for first in range(start, start + vocab // 64 * 64, 64):
+            for lane in range(64):
+                x = value[first + lane]
+                highest[lane] = x if x > highest[lane] else highest[lane]
+                num_nan += x != x
+        for i in range(start + vocab // 64 * 64, start + vocab):
+            highest[0] = max(value[i], highest[0])
+            num_nan += value[i] != value[i]
+        top = highest.max()
+        index = -1
+        if num_nan == 0 and np.isfinite(top):
+            index = 0
+            while value[start + index] != top:
+                index += 1
+        chosen[row] = index
