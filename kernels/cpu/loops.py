@@ -282,7 +282,7 @@ def attend(
 
 @_loop(6)
 def likeliest(begin, end, logits, stride, vocab, token_ids):
-    """Where each row of logits [.., vocab] f32 is largest, first among equals; -1 if it is NaN anywhere, or inf there."""
+    """Where each row of logits [.., vocab] f32 is largest, first among equals; -1 if any is NaN or that one is inf."""
     value, chosen = _f32_at(logits), _i32_at(token_ids)
     highest = np.empty(64, np.float32)  # of every 64th: the compiler does not change the order of one maximum
     for row in range(begin, end):
