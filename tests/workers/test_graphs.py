@@ -1,0 +1,79 @@
+"""Decode steps by graphs are those without. On a CPU a graph is played by the function that it was captured from."""
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+import torch
+
+from cableway.bench.driver import Driver
+from cableway.ipc.config import WorkerConfig
+from cableway.ipc.messages import Sampling
+from cableway.workers import graphs
+from cableway.workers.batch import Decoder
+from cableway.workers.runner import Runner, build
+from tests.workers.running import drive, prompt_of
+
+NUM_TOKENS = 20
+SAMPLINGS = [
+    Sampling(temperature=0),
+    Sampling(temperature=1, seed=5),
+    Sampling(temperature=0.8, seed=6, top_k=20, top_p=0.9),
+    Sampling(temperature=0, frequency_penalty=0.7),
+    Sampling(temperature=0, logprobs=2),
+    Sampling(temperature=0, logit_bias={7: 3.0}),
+]
+
+
+class PlayedGraph:
+    def __init__(self, function: Callable[[torch.Tensor], None], inputs: torch.Tensor, pool: object):
+        self._function, self._inputs = function, inputs
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        self._function(self._inputs)
+
+
+def outputs(driver: Driver, samplings: list[Sampling]) -> list[list[int]]:
+    """Requests that come one after another and end likewise, so that steps have all numbers of rows."""
+    requests = []
+    for number, sampling in enumerate(samplings):
+        requests.append(driver.add(prompt_of(9 + 5 * number, number), sampling))
+        driver.step()
+        driver.step()
+    driver.generate(NUM_TOKENS)
+    return [request.output[:NUM_TOKENS] for request in requests]
+
+
+@pytest.mark.parametrize("samplings", [SAMPLINGS, SAMPLINGS[:3]], ids=["of all kinds", "plain"])
+def test_tokens_are_the_same(
+    decoder: Decoder, config: WorkerConfig, monkeypatch: pytest.MonkeyPatch, samplings: list[Sampling]
+):
+    expected = outputs(drive(decoder, config), samplings)
+    monkeypatch.setattr(graphs, "_capture", PlayedGraph)
+    monkeypatch.setattr(graphs, "sizes", lambda most: list(range(1, most + 1)))  # a CPU writes no rows of nobody
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    runner = Runner(decoder, config)
+    made = graphs.DecodeGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, config.max_num_seqs)
+    runner._graphs, used = made, []
+    monkeypatch.setattr(made, "draw", lambda num: used.append(num) or graphs.DecodeGraphs.draw(made, num))
+    assert outputs(Driver(runner, config.block_size, config.max_num_seqs), samplings) == expected
+    assert max(used) == 3  # those that are not plain draw without
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 64, 100, 256, 1000])
+def test_little_is_computed_for_nobody(most: int):
+    sizes = graphs.sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    for num in range(1, most + 1):
+        assert next(size for size in sizes if size >= num) - num <= max(8, num // 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_captured_graphs_give_the_tokens_of_eager_steps(config: WorkerConfig):
+    made = {}
+    for enforce_eager in (True, False):
+        on_gpu = msgspec.structs.replace(config, device="cuda", enforce_eager=enforce_eager, num_kv_blocks=512)
+        made[enforce_eager] = outputs(Driver(build(on_gpu), on_gpu.block_size, on_gpu.max_num_seqs), SAMPLINGS)
+    assert made[True] == made[False]
