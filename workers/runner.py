@@ -97,11 +97,14 @@ class Runner:
         return self._cache.num_blocks
 
     def warm_up(self) -> None:
-        """Draw one token for nobody: what is compiled at its first use is so before the first request."""
-        one, blocks = np.ones(1, np.int32).tobytes(), [bytes(4)] * len(self.state_groups)
-        nobody = NewRow(0, one, 1, 0, 0, Sampling(), blocks)
-        first, none = bytes(4), b""
-        self.step(StepPlan(0, 0, first, one, one, [nobody], none, none, bytes(4 * len(blocks)), none))
+        """Answer a prompt for nobody: what is compiled at its first use is so before the first request.
+
+        It has two tokens: steps of one token a row are set up with their graphs, where there are any.
+        """
+        first, one, two, none = bytes(4), np.int32(1).tobytes(), np.int32(2).tobytes(), b""
+        nobody = NewRow(0, bytes(8), 2, 0, 0, Sampling(), [first] * len(self.state_groups))
+        no_blocks = first * len(self.state_groups)
+        self.step(StepPlan(0, 0, first, two, one, [nobody], none, none, no_blocks, none))
         self.forget()
 
     def forget(self) -> None:

@@ -2,8 +2,8 @@
 
 In plain torch each of them is five to ten operations. Between products that stream the weights through the caches an
 operation costs 3 to 6 us, most of it in fetching its own code anew, so a decode of a small model waits for these.
-PERF: SmolLM2-135M, a token of one sequence, in place on a busy machine, torch / here: add_rms_norm 28 / 9 us, rope 29 /
-13, kv_write 17 / 12, silu_mul 17 / 14, paged_attention 86 / 49.
+PERF: SmolLM2-135M, a token of one sequence, in place, torch / here: add_rms_norm 28 / 13 us, rope 29 / 10, kv_write
+17 / 9, silu_mul 17 / 10, paged_attention 86 / 33. The loops are 1 to 3 us of it (attention 17), the rest is launchers.
 
 A loop takes the rows to compute, `begin` to `end`, then addresses, sizes and strides (in elements), and dtypes as
 `KINDS` numbers them; its signature is declared, so a call looks at nothing. It computes in float32, each row alone: a
