@@ -345,11 +345,11 @@ def _dot(context, codes, scales, x, num_groups):
             mask = [ir.IntType(32)(2 * lane + first) for lane in range(_LANES)]
             return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), mask))
 
-        wide = [
-            builder.sext(load(base, ir.VectorType(ir.IntType(bits), GROUP_LEN), GROUP_LEN * bits // 8, bits // 8), _WIDE)
-            for base, bits in ((codes, 8), (x, 16))
-        ]
-        products = builder.mul(*wide)
+        def widened(base, bits):
+            narrow = load(base, ir.VectorType(ir.IntType(bits), GROUP_LEN), GROUP_LEN * bits // 8, bits // 8)
+            return builder.sext(narrow, _WIDE)
+
+        products = builder.mul(widened(codes, 8), widened(x, 16))
         exact = builder.add(every_second(products, 0), every_second(products, 1))
         scale = builder.insert_element(ir.Constant(_SUMS, ir.Undefined), load(scales, _FLOAT, 4, 4), ir.IntType(32)(0))
         scale = builder.shuffle_vector(scale, scale, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES))

@@ -1,7 +1,8 @@
 """8-bit integers with a scale every 32 numbers, on a CPU in bfloat16: Q8_0.
 
 Up to four rows read the integers as they are; for more, where arithmetic counts, the same matrix is kept dense beside.
-PERF: the head of SmolLM2-135M, 49,152 x 576, 2 threads, 1 / 2 / 4 rows: as integers 1.4 / 2.1 / 2.5 ms, dense 3.3 / 3.5 / 2.75.
+PERF: the head of SmolLM2-135M, 49,152 x 576, 2 threads, 1 / 2 / 4 rows: as integers 1.4 / 2.1 / 2.5 ms, dense 3.3 /
+3.5 / 2.75.
 """
 
 from collections.abc import Sequence
