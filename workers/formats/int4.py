@@ -2,8 +2,8 @@
 
 The integers are multiplied as they are where few rows make the product a matter of bytes. Beside them the same matrix
 is kept dense for many rows, where it is a matter of arithmetic.
-PERF: the 120 matrices of SmolLM2-135M, 2 threads, 1 / 4 / 5 / 8 / 16 rows: as integers 3.9 / 6.4 / 11.2 / 11.6 / 23 ms,
-dense 11.4 / 10.6 / 10.1 / 12.4 / 14 ms.
+PERF: the 120 matrices of SmolLM2-135M, 2 threads, 1 / 2 / 4 / 5 / 8 / 16 rows: as integers 4.5 / 5.8 / 8.5 / 10 / 15 /
+25 ms, dense 12 / 13 / 11 / 12 / 13 / 18 ms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cableway.workers.formats.dense import Packed
 from cableway.workers.formats.int8 import integers_product
 from cableway.workers.formats.stored import GROUP_LEN, Encoding, Piece, narrowed
 
-_MAX_ROWS = 4
+_MAX_ROWS = 5
 
 
 class Params(NamedTuple):

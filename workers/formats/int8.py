@@ -1,8 +1,8 @@
 """8-bit integers with a scale every 32 numbers, on a CPU in bfloat16: Q8_0.
 
-Up to four rows read the integers as they are; for more, where arithmetic counts, the same matrix is kept dense beside.
-PERF: the head of SmolLM2-135M, 49,152 x 576, 2 threads, 1 / 2 / 4 rows: as integers 1.4 / 2.1 / 2.5 ms, dense 3.3 /
-3.5 / 2.75.
+Up to three rows read the integers as they are; for more, where arithmetic counts, the same matrix is kept dense beside.
+PERF: the head of SmolLM2-135M, 49,152 x 576, 2 threads, 1 / 2 / 3 / 4 / 8 rows: as integers 0.8 / 0.9 / 1.3 / 1.7 / 3.5
+ms, dense 1.7 / 1.8 / 1.6 / 1.5 / 2.2 ms.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cableway.workers.formats.base import Place
 from cableway.workers.formats.dense import Packed
 from cableway.workers.formats.stored import GROUP_LEN, Encoding, Piece, narrowed
 
-_MAX_ROWS = 4
+_MAX_ROWS = 3
 
 
 class Params(NamedTuple):
