@@ -151,7 +151,7 @@ def _attend(
     return _scaled(sums, 1 / mass, SUMS)
 
 
-@gluon_jit(do_not_specialize=("table_stride",))
+@gluon_jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))
 def _hopper_prefill(
     q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, scale, cap, window,
     q_stride, value_offset, table_stride,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cableway.kernels.attention_plan import AttentionPlan
 
 
-@jit
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
 def _paged_prefill(
     q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, scale, soft_cap, window,
     q_stride, value_offset, table_stride, block_size, num_kv_heads,

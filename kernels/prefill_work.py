@@ -43,7 +43,7 @@ def ref(query_start: Tensor, *, num_tokens: int, tile: int, skips_singles: bool)
     return torch.tensor(items, dtype=torch.int32, device=query_start.device)
 
 
-@jit(do_not_specialize=("num_seqs", "num_items", "tile"))  # one compilation for steps of every size
+@jit(do_not_specialize=("query_start_ptr", "num_seqs", "num_items", "tile"))  # one compilation for steps of every size
 def _prefill_work(
     query_start_ptr, work_ptr, num_seqs, num_items, tile,
     SKIPS_SINGLES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ITEMS: tl.constexpr,

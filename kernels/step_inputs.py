@@ -45,7 +45,10 @@ def ref(
     return token_ids, positions, slots
 
 
-@jit(do_not_specialize=("num_seqs", "num_tokens"))  # one compilation for steps of every size
+_VARYING = ("rows_ptr", "query_start_ptr", "seq_lens_ptr", "positions_ptr", "num_seqs", "num_tokens")
+
+
+@jit(do_not_specialize=_VARYING)  # one compilation for steps of every size
 def _step_inputs(
     tokens_ptr, tables_ptr, rows_ptr, query_start_ptr, seq_lens_ptr, token_ids_ptr, positions_ptr, slots_ptr,
     num_seqs, num_tokens, tokens_stride, group_stride, table_stride, block_size,
