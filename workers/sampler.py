@@ -109,10 +109,7 @@ class Sampler:
 
     def draw_plain(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Draw a token for each of `rows` [R], at `positions` [R] i32, from logits [R, V] as they are: [R] i32."""
-        temperature, top_p, min_p = self._fractions.index_select(1, rows)
-        top_k, choices = self._integers.index_select(1, rows)
-        seeds = self._seeds.index_select(0, rows)
-        return sample(logits, temperature, top_k, top_p, min_p, seeds, choices, positions)
+        return sample(logits, rows, self._fractions, self._integers, self._seeds, positions)
 
     def num_logprobs(self, row: int) -> int:
         """How many of the likeliest tokens the request in `row` wants to see; -1 = no log-probabilities at all."""
