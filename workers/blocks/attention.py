@@ -4,16 +4,15 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from cableway.kernels.kv_write import kv_write
 from cableway.kernels.paged_attention import paged_attention
-from cableway.kernels.rope import rope as rotate
+from cableway.kernels.rope_and_write import rope_and_write
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block
 from cableway.workers.blocks.linear import Linear
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
-from cableway.workers.formats.base import Place
+from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis, Mesh
 
 
@@ -25,6 +24,8 @@ class Attention(Block):
         qk_norm: norm of each head of q and k before they are rotated.
         bias: of q, k and v. out_bias: of the output projection.
     """
+
+    takes_sum = True
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *, rope: Rope, window: int = 0,
@@ -55,16 +56,16 @@ class Attention(Block):
         q, k, _ = self.qkv.local_sizes
         self._num_heads, self._num_kv_heads = q // self.head_dim, k // self.head_dim
         self._scale = self.head_dim**-0.5
+        self._norms, self._eps = None, 0.0
+        if self.q_norm is not None:
+            self._norms, self._eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
 
-    def __call__(self, x: Tensor, step: Step, layer: int) -> Tensor:
+    def __call__(self, x: Tensor | Sum, step: Step, layer: int) -> Tensor:
         """x [T, E] -> [T, E], and this layer's cache takes the keys and values of the T tokens."""
         num_q, num_kv = self._num_heads, self._num_kv_heads
         heads = self.qkv(x).view(-1, num_q + 2 * num_kv, self.head_dim)
         q, k, v = heads.split((num_q, num_kv, num_kv), 1)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        rotate(q, k, step.angles(self.rope))
         cache, plan, slots = step.state(layer)
-        kv_write(k, v, cache, slots)
+        q = rope_and_write(q, k, v, step.angles(self.rope), cache, slots, self._norms, eps=self._eps)
         y = paged_attention(q, cache, plan, scale=self._scale, window=self.window)
         return self.out(y.view(-1, num_q * self.head_dim))

@@ -15,7 +15,7 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
-from cableway.workers.formats.base import Place
+from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis
 
 
@@ -37,16 +37,19 @@ class Layer(Block):
 
     def __call__(self, delta: Tensor, residual: Tensor, step: Step, index: int) -> Tensor:
         """Add `delta` [T, E], what the layer before made, to `residual` [T, E] f32; what this layer makes [T, E]."""
-        delta = self.mix(_add(delta, residual, self.norm_in), step, index)
+        delta = self.mix(_add(delta, residual, self.norm_in, self.mix), step, index)
         if self.norm_mix_out is not None:
             delta = self.norm_mix_out(delta)
-        delta = self.mlp(_add(delta, residual, self.norm_mlp))
+        delta = self.mlp(_add(delta, residual, self.norm_mlp, self.mlp))
         return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
 
 
-def _add(delta: Tensor, residual: Tensor, norm: RMSNorm | None) -> Tensor:
-    """Add in place, and normalise the sum in the same pass where there is a norm; the result in the dtype of delta."""
-    return residual.add_(delta).to(delta.dtype) if norm is None else norm.add(delta, residual)
+def _add(delta: Tensor, residual: Tensor, norm: RMSNorm | None, block: Block) -> Tensor | Sum:
+    """Add in place, and normalise the sum where there is a norm: what `block` takes, in the dtype of delta."""
+    if norm is None:
+        return residual.add_(delta).to(delta.dtype)
+    total = Sum(delta, residual, norm)
+    return total if block.takes_sum else total.tensor()
 
 
 class Decoder(Block):
@@ -94,8 +97,13 @@ class Decoder(Block):
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, E] -> [R, vocab_size] f32, written to `out` if there is one"""
-        logits = self._place.mesh.all_gather(self.head(hidden))[:, : self.vocab_size]
-        return logits.float() if out is None else out.copy_(logits)
+        if out is None:
+            out = torch.empty(len(hidden), self.vocab_size, device=hidden.device)
+        if self.head.local_sizes == [self.vocab_size]:
+            self.head.write(hidden, out)
+        else:
+            out.copy_(self._place.mesh.all_gather(self.head(hidden))[:, : self.vocab_size])
+        return out
 
 
 def _group(states: Sequence[StateSpec]) -> tuple[list[StateSpec], list[int]]:

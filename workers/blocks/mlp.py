@@ -4,14 +4,16 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from cableway.kernels.silu_mul import silu_mul
 from cableway.workers.blocks.block import Block
 from cableway.workers.blocks.linear import Linear
+from cableway.workers.formats.base import Sum
 from cableway.workers.parallel import Axis
 
 
 class MLP(Block):
     """y = down(silu(gate(x)) * up(x))"""
+
+    takes_sum = True
 
     def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool | None = False):
         hidden, ffn = Axis("embed", hidden_size), Axis("ffn", ffn_size)
@@ -22,6 +24,6 @@ class MLP(Block):
     def of(cls, c: Any, **options: Any) -> Self:
         return cls(c.hidden_size, c.intermediate_size, **options)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, E] -> [T, E]"""
-        return self.down(silu_mul(self.gate_up(x)))
+        return self.down(self.gate_up.gated(x))
