@@ -44,8 +44,8 @@ def unpack(packed: Ints) -> np.ndarray:
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
     """Move an array of the host to the device; on a GPU without waiting for it."""
     tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
-    if device.type == "cpu":
-        return tensor
+    if device.type != "cuda":
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
