@@ -163,8 +163,8 @@ class StepGraphs:
     def _draw(self, inputs: Tensor) -> None:
         rows, positions, _ = inputs
         num = len(rows)
-        token_ids = self._token_ids[:num].copy_(self._sampler.draw_plain(self._logits[:num], rows, positions))
-        self._rows.write_at(rows, positions, token_ids)
+        logits, out = self._logits[:num], self._token_ids[:num]
+        self._sampler.draw_plain(logits, rows, positions, self._rows.tokens, out)
 
 
 def _capture(function: Callable[[Tensor], None], inputs: Tensor, pool: Any) -> torch.cuda.CUDAGraph:
