@@ -11,8 +11,8 @@ PERF (H200, 8 KV heads of 128, bf16; TFLOP/s at 8 x 1,024, 2 x 4,096, 1 x 8,192 
 454, 471. With two tiles of keys in shared memory the last is 7 % less; 128 rows in eight warps 278, 398, 429, 437, and
 with 128 keys 256, 375, 406, 375: two programs a processor hide each other's beginnings and ends. A tile takes 448
 instructions (484 before copies went without masks: 290, 402, 432, 448) where its products take 512 cycles. The wait for
-the values' products must follow a branch: within one block the assembler moves it before the softmax (264, 343, 365). It
-serialises all products where warps are specialised.
+the values' products must follow a branch: within one block the assembler moves it before the softmax (264, 343, 365),
+and it serialises all products where warps are specialised.
 """
 
 from __future__ import annotations
