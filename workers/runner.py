@@ -8,11 +8,12 @@ import torch
 
 from cableway.ipc import modelfiles
 from cableway.ipc.config import WorkerConfig
-from cableway.ipc.messages import Failed, Logprobs, NewRow, Sampling, StepPlan, StepResult
-from cableway.workers import memory, weights
+from cableway.ipc.messages import Failed, Logprobs, StepPlan, StepResult
+from cableway.workers import memory, warm_up, weights
 from cableway.workers.batch import Decoder, StateSpec
 from cableway.workers.graphs import StepGraphs
 from cableway.workers.logprobs import PromptLogprobs
+from cableway.workers.rehearsal import Rehearsal
 from cableway.workers.rows import Chunks, Rows, unpack, upload
 from cableway.workers.sampler import Drawn, Sampler
 
@@ -21,7 +22,14 @@ _BROKEN_LOGITS = "the model's logits for this request are not finite"
 
 def build(config: WorkerConfig) -> "Runner":
     """Load the model and take the memory; ModelError when the model's files, or the memory, will not do."""
-    runner = Runner(load(config), config)
+    rehearsal = None
+    if config.device == "cuda":
+        rehearsal = Rehearsal(config)
+        rehearsal.start()
+    decoder = load(config)
+    if rehearsal:
+        rehearsal.wait()
+    runner = Runner(decoder, config)
     runner.warm_up()
     return runner
 
@@ -70,11 +78,12 @@ class Runner:
         self._decoder = decoder
         self._device = device
         self._invariant = config.batch_invariant
-        self._cache = memory.allocate(self.state_groups, config, getattr(torch, config.dtype), device)
+        self._cache = memory.allocate(decoder, config, getattr(torch, config.dtype), device)
         self._rows = Rows(config.max_num_seqs, config.max_model_len, config.block_size, len(self.state_groups), device)
         self._sampler = Sampler(config.max_num_seqs, decoder.vocab_size, device)
         self._prompt_logprobs = PromptLogprobs(decoder.vocab_size)
         self._finished_ns = 0
+        self._longest_captured = config.max_seq_len_to_capture or config.max_model_len
         self._graphs: StepGraphs | None = None
         if device.type == "cuda" and not config.enforce_eager:
             self._graphs = StepGraphs(
@@ -99,14 +108,9 @@ class Runner:
         return self._cache.num_blocks
 
     def warm_up(self) -> None:
-        """Answer a prompt for nobody: what is compiled at its first use is so before the first request.
-
-        It has two tokens: steps of one token a row are set up with their graphs, where there are any.
-        """
-        first, one, two, none = bytes(4), np.int32(1).tobytes(), np.int32(2).tobytes(), b""
-        nobody = NewRow(0, bytes(8), 2, 0, 0, Sampling(), [first] * len(self.state_groups))
-        no_blocks = first * len(self.state_groups)
-        self.step(StepPlan(0, 0, first, two, one, [nobody], none, none, no_blocks, none))
+        """Answer prompts for nobody: what is compiled or loaded at its first use is so before the first request."""
+        for plan in warm_up.plans(len(self._rows.num_tokens), len(self.state_groups)):
+            self.step(plan)
         self.forget()
 
     def forget(self) -> None:
@@ -179,7 +183,7 @@ class Runner:
         rows, decoder = self._rows, self._decoder
         stretches = self._prompt_logprobs.stretches(chunks, rows)
         judged: list[Logprobs] = []
-        if self._graphs and not stretches:
+        if self._graphs and not stretches and chunks.ends.max() <= self._longest_captured:
             logits = self._graphs.forward(chunks, drawing)
             if logits is None:
                 return None, []

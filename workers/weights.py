@@ -91,8 +91,13 @@ def _find(files: ModelFiles, place: Place, load_format: str, seed: int) -> tuple
 
 
 def _fill(decoder: Decoder, filling: Filling, place: Place) -> Decoder:
-    _load_slots(dict(decoder.slots()), filling, place)
+    slots = dict(decoder.slots())
     with torch.inference_mode():
+        if place.device.type == "meta":  # nothing is read, and torch's threads are left alone
+            for path, slot in slots.items():
+                slot.load(filling[path], place)
+        else:
+            _load_slots(slots, filling, place)
         decoder.prepare(place)
     return decoder
 
