@@ -69,6 +69,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     uds: Annotated[str, Meta(description="Unix socket to listen on, in place of host and port")] = ""
     frontends: Annotated[Positive, Meta(description="frontend processes")] = 1
     api_key: Annotated[list[str], Meta(description="keys that open every route but /health")] = []
+    enable_sleep_mode: Annotated[
+        bool, Meta(description="POST /sleep and /wake_up: give the memory of weights and KV cache back for a while")
+    ] = False
     allowed_origins: Annotated[list[str], Meta(description="browser origins let in (CORS); none by default")] = []
     allowed_hosts: Annotated[list[str], Meta(description="Host headers accepted beside the bound address")] = []
     metrics_prefix: Annotated[str, Meta(pattern="^[a-z_]+$", description="prefix of the metric names")] = "cableway"
@@ -133,6 +136,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     access_log: bool
     log: LogConfig
     patience: Patience = Patience()
+    enable_sleep_mode: bool = False
 
 
 class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,6 +34,10 @@ class KVCache:
     tensors: list[Tensor]
     num_blocks: int
 
+    def dropped(self) -> "KVCache":
+        """None of its memory, but the number of its blocks."""
+        return KVCache([], [], self.num_blocks)
+
     def copy_blocks(self, pairs: Tensor) -> None:
         """Copy block pairs[i, 0] over block pairs[i, 1] in every layer; pairs [n, 2] i64."""
         for tensor in self.tensors:

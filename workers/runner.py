@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import torch
 
@@ -13,6 +14,7 @@ from cableway.workers import memory, warm_up, weights
 from cableway.workers.batch import Decoder, StateSpec
 from cableway.workers.graphs import StepGraphs
 from cableway.workers.logprobs import PromptLogprobs
+from cableway.workers.parking import Parking
 from cableway.workers.rehearsal import Rehearsal
 from cableway.workers.rows import Chunks, Rows, unpack, upload
 from cableway.workers.sampler import Drawn, Sampler
@@ -84,18 +86,43 @@ class Runner:
         self._prompt_logprobs = PromptLogprobs(decoder.vocab_size)
         self._finished_ns = 0
         self._longest_captured = config.max_seq_len_to_capture or config.max_model_len
-        self._graphs: StepGraphs | None = None
-        if device.type == "cuda" and not config.enforce_eager:
-            self._graphs = StepGraphs(
-                decoder,
-                self._rows,
-                self._sampler,
-                self._cache.layers,
-                max_num_seqs=config.max_num_seqs,
-                max_num_tokens=config.max_num_batched_tokens,
-                invariant=config.batch_invariant,
-            )
-            self._graphs.capture()
+        self._graphs = self._capture(config)
+        self._config = config
+        self._parking: Parking | None = None
+
+    def _capture(self, config: WorkerConfig) -> StepGraphs | None:
+        """Graphs of steps, on a GPU where they are wanted."""
+        if self._device.type != "cuda" or config.enforce_eager:
+            return None
+        graphs = StepGraphs(
+            self._decoder,
+            self._rows,
+            self._sampler,
+            self._cache.layers,
+            max_num_seqs=config.max_num_seqs,
+            max_num_tokens=config.max_num_batched_tokens,
+            invariant=config.batch_invariant,
+        )
+        graphs.capture()
+        return graphs
+
+    @torch.inference_mode()
+    def sleep(self) -> None:
+        """Empty all rows, drop the cache, and move weights out of a GPU; `wake` before the next step."""
+        self.forget()
+        self._graphs, self._cache = None, self._cache.dropped()
+        if self._device.type == "cuda":
+            self._parking = self._parking or Parking(self._decoder)
+            self._parking.park()
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Take the memory again that `sleep` gave back; ModelError when it is not free any more."""
+        if self._parking is not None:
+            self._parking.fetch()
+        same = msgspec.structs.replace(self._config, num_kv_blocks=self._cache.num_blocks)
+        self._cache = memory.allocate(self._decoder, same, getattr(torch, same.dtype), self._device)
+        self._graphs = self._capture(same)
 
     @property
     def num_ahead(self) -> int:
