@@ -24,6 +24,7 @@ class _AtFirstUse:
 
 
 loops = _AtFirstUse("cableway.kernels.cpu.loops")
+products = _AtFirstUse("cableway.kernels.cpu.products")
 
 try:
     import triton
