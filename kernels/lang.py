@@ -58,14 +58,6 @@ except ModuleNotFoundError as missing:
     gluon_jit = jit
 
 
-@jit
-def ask_for(ptr):
-    """Have the lines of memory that `ptr` [...] points into brought to the L2 cache, without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 def overlapping() -> dict[str, Any]:
     """Launch options of a kernel with a constexpr PDL, whose programs may start while the kernel before still runs.
 
