@@ -12,8 +12,8 @@ tile before the kernel that makes the newest key is done (EARLY), and has more w
 
 PERF, H200, 8 KV heads of 128, bf16, us a launch in a graph whose caches do not fit the L2 cache; in brackets the bytes
 at 4.3 TB/s: 4 x 200 6.5 (1), 16 x 200 8.8 (3), 64 x 200 19 (12), 64 x 1,024 65 (62), 256 x 160 48 (39), 256 x 700 171
-(171). In a step of one token: 3.3 a layer to 256 keys, 5.7 to 512. Sums over keys without matrix units, two tiles at once
-or prefetches of later tiles to the L2 cache: all slower.
+(171). In a step of one token: 3.3 a layer to 256 keys, 5.8 to 512. Sums over keys without matrix units, two tiles at
+once or prefetches of later tiles to the L2 cache: all slower.
 """
 
 from __future__ import annotations
