@@ -73,6 +73,6 @@ class Rope:
         exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.int64).float() / self.rotary_dim
         frequencies = _KINDS[self.kind][0](1 / self.theta**exponents, dict(self.parameters))
         if divisors is not None:
-            frequencies = frequencies / divisors
-        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+            frequencies = frequencies.to(divisors.device) / divisors
+        angles = torch.arange(num_positions, dtype=torch.float32, device=frequencies.device)[:, None] * frequencies
         return torch.cat((angles.cos(), angles.sin()), -1)
