@@ -78,8 +78,10 @@ def _paged_attention(
 
 
 def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    check(slopes is None and sinks is None, "slopes and sinks are not in this kernel yet")
     if plan.max_query_len == 1 and not plan.invariant and len(q) == len(plan.seq_lens):
         return paged_decode.launch(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
@@ -135,9 +137,10 @@ BENCH_DECODE, BENCH_PREFILL = ((1, 512),) * 16, ((512, 512),)
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
 def paged_attention(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attend q [T, H, D] to the cached keys of its sequences -> [T, H, D]; ValueError when shapes do not fit."""
     check_fits(q, cache)
     form = cpu_attention.attend if q.device.type == "cpu" else launch
-    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)
+    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap, slopes=slopes, sinks=sinks)
