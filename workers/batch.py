@@ -11,7 +11,7 @@ class StateSpec:
     """A group of layers whose state is paged alike: one block table serves them all."""
 
     kind: str  # paged | sliding
-    layers: tuple[int, ...]  # indices into the model's layers, ascending
+    layers: tuple[int, ...]  # numbers of the model's mixers, ascending
     num_kv_heads: int
     head_dim: int
     window: int = 0  # tokens a sliding layer sees, itself included; 0 = all

@@ -272,7 +272,7 @@ def test_hostile_sizes_in_a_config(tmp_path: Path, field: str, value: Any) -> No
         {"rms_norm_eps": -1.0},
         {"head_dim": 15},
         {"num_key_value_heads": 3},
-        {"hidden_act": "gelu"},
+        {"hidden_act": "sideways"},
         {"rope_parameters": "llama3"},
         {"rope_parameters": {"rope_type": "backwards"}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},

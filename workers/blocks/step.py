@@ -14,8 +14,8 @@ class Step:
     """A batch, the caches it writes and reads, and the angles of its positions.
 
     Args:
-        caches: one a layer.
-        group_of: the state group of each layer.
+        caches: one a mixer.
+        group_of: the state group of each mixer.
         tables: angles by position of each kind of rotation in the model.
     """
 
@@ -35,7 +35,7 @@ class Step:
         """By how much the batch's tokens are rotated."""
         return self._angles[rope]
 
-    def state(self, layer: int) -> tuple[Tensor, AttentionPlan, Tensor]:
-        """A layer's cache, where the batch's sequences lie in it, and the slots of the batch's tokens [T] i64."""
-        group = self._group_of[layer]
-        return self._caches[layer], self._plans[group], self._slots[group]
+    def state(self, mixer: int) -> tuple[Tensor, AttentionPlan, Tensor]:
+        """A mixer's cache, where the batch's sequences lie in it, and the slots of the batch's tokens [T] i64."""
+        group = self._group_of[mixer]
+        return self._caches[mixer], self._plans[group], self._slots[group]

@@ -1,9 +1,11 @@
 """Which slot each checkpoint tensor fills. A table a naming scheme; families combine them with `|`.
 
-A tensor's name is a stem and a leaf: `model.layers.3.self_attn.q_proj` and `weight`. A table maps stems, with `{}` for
-each number, to paths in the tree of blocks, followed by the part where the slot has several.
+A table maps names, with `{}` for each number, to paths in the tree of blocks, followed by the part where the slot has
+several. Most entries are stems: `model.layers.{}.self_attn.q_proj` for the leaves `weight` and `bias` alike. A tensor
+without a leaf in its name has an entry of its own, which names the leaf.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,21 +14,71 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
+Layout = Callable[[Stored, Mapping[str, Axis]], dict[str, Stored]]
+"""How parts lie in one tensor: cuts it into them. ValueError when its shape cannot be theirs."""
+
+
+def concatenated(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """One after another."""
+    sizes = [axis.size for axis in parts.values()]
+    if stored.shape[0] != sum(sizes):
+        raise ValueError
+    ends = itertools.accumulate(sizes)
+    return {part: stored.rows(end - axis.size, end) for (part, axis), end in zip(parts.items(), ends, strict=True)}
+
+
+def by_group(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """Group after group, each with its share of every part: the heads of q that read one KV head, that k, that v."""
+    num_groups = min(axis.count for axis in parts.values())
+    shares = [axis.size // num_groups for axis in parts.values()]
+    if stored.shape[0] != num_groups * sum(shares):
+        raise ValueError
+    cut = {}
+    for part, share, end in zip(parts, shares, itertools.accumulate(shares), strict=True):
+
+        def select(tensor: Tensor, start: int = end - share, end: int = end) -> Tensor:
+            return tensor.unflatten(0, (num_groups, -1))[:, start:end].flatten(0, 1)
+
+        cut[part] = stored.changed((num_groups * share, *stored.shape[1:]), select)
+    return cut
+
+
+def in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """A row of each part in turn."""
+    if stored.shape[0] != sum(axis.size for axis in parts.values()):
+        raise ValueError
+    shape, num = (stored.shape[0] // len(parts), *stored.shape[1:]), len(parts)
+    return {part: stored.changed(shape, lambda t, i=i: t[i::num]) for i, part in enumerate(parts)}
+
+
+def transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """Parts side by side in the columns of a matrix [in, out]."""
+    return concatenated(stored.changed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)
+
 
 class Target(NamedTuple):
-    """Where a tensor goes. `row_order`: how its rows lie within a unit of its axis (a head), if not as ours do."""
+    """Where a tensor goes.
+
+    Attributes:
+        row_order: how its rows lie within a unit of its axis (a head), if not as ours do.
+        layout: how the slot's parts lie in it, where it has several.
+        leaf: which leaf of the slot it is, where its name does not end in one.
+    """
 
     path: str
     row_order: Callable[[Axis], Tensor] | None = None
+    layout: Layout = concatenated
+    leaf: str = ""
 
 
 @dataclass(frozen=True)
 class Names:
-    """Stem -> target, and the stems that hold nothing we need."""
+    """Stem or name -> target, and the stems that hold nothing we need."""
 
     targets: Mapping[str, Target] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
@@ -34,19 +86,27 @@ class Names:
     def __or__(self, other: "Names") -> "Names":
         return Names({**self.targets, **other.targets}, self.ignored | other.ignored)
 
-    def find(self, stem: str) -> Target | None:
-        """The target of one stem, or None when the scheme does not know it."""
-        numbers = _NUMBER.findall(stem)
-        target = self.targets.get(_NUMBER.sub("{}", stem))
-        return target and target._replace(path=target.path.format(*numbers))
+    def find(self, name: str) -> Target | None:
+        """The target of one tensor, with its leaf, or None when the scheme does not know it."""
+        stem, _, leaf = name.rpartition(".")
+        for known, leaf_of in ((name, "weight"), (stem, leaf)):
+            if target := self.targets.get(_NUMBER.sub("{}", known)):
+                path = target.path.format(*_NUMBER.findall(known))
+                return target._replace(path=path, leaf=target.leaf or leaf_of)
+        return None
 
-    def ignores(self, stem: str) -> bool:
-        return _NUMBER.sub("{}", stem) in self.ignored
+    def ignores(self, name: str) -> bool:
+        general = _NUMBER.sub("{}", name)
+        return general in self.ignored or general.rpartition(".")[0] in self.ignored
 
 
-def _names(table: Mapping[str, str | Target], ignored: tuple[str, ...] = ()) -> Names:
-    targets = {stem: Target(value) if isinstance(value, str) else value for stem, value in table.items()}
-    return Names(targets, frozenset(ignored))
+def names(table: Mapping[str, str | Target], *, ignored: tuple[str, ...] = (), prefix: str = "", to: str = "") -> Names:
+    """A scheme from a table, with `prefix` before each of its names and `to` before each path."""
+    targets = {
+        prefix + name: Target(to + value) if isinstance(value, str) else value._replace(path=to + value.path)
+        for name, value in table.items()
+    }
+    return Names(targets, frozenset(prefix + name for name in ignored))
 
 
 def neighbours_to_halves(axis: Axis) -> Tensor:
@@ -54,29 +114,65 @@ def neighbours_to_halves(axis: Axis) -> Tensor:
     return torch.arange(axis.unit).view(-1, 2).t().flatten()
 
 
-HF = _names(
+def neighbours(rotary_dim: int, *paths: str) -> Callable[[Axis], Tensor]:
+    """The same where only the first `rotary_dim` rows of a head are rotated."""
+
+    def order(axis: Axis) -> Tensor:
+        rotated = torch.arange(rotary_dim).view(-1, 2).t().flatten()
+        return torch.cat((rotated, torch.arange(rotary_dim, axis.unit)))
+
+    return order
+
+
+def interleaved(scheme: Names, rotary_dim: int) -> Names:
+    """The scheme for checkpoints that rotate neighbours: q and k, and norms of their heads, in the order of halves."""
+    order = neighbours(rotary_dim)
+    turned = (".qkv.q", ".qkv.k", ".q_norm", ".k_norm")
+    changed = {name: t._replace(row_order=order) for name, t in scheme.targets.items() if t.path.endswith(turned)}
+    return scheme | Names(changed)
+
+
+EMBEDDINGS = names(
+    {"model.embed_tokens": "embed", "model.norm": "norm_out", "lm_head": "head"}, ignored=("model.rotary_emb",)
+)
+ATTENTION = names(
     {
-        "model.embed_tokens": "embed",
-        "model.layers.{}.input_layernorm": "layers.{}.norm_in",
-        "model.layers.{}.self_attn.q_proj": "layers.{}.mix.qkv.q",
-        "model.layers.{}.self_attn.k_proj": "layers.{}.mix.qkv.k",
-        "model.layers.{}.self_attn.v_proj": "layers.{}.mix.qkv.v",
-        "model.layers.{}.self_attn.qkv_proj": "layers.{}.mix.qkv",
-        "model.layers.{}.self_attn.q_norm": "layers.{}.mix.q_norm",
-        "model.layers.{}.self_attn.k_norm": "layers.{}.mix.k_norm",
-        "model.layers.{}.self_attn.o_proj": "layers.{}.mix.out",
-        "model.layers.{}.post_attention_layernorm": "layers.{}.norm_mlp",
-        "model.layers.{}.mlp.gate_proj": "layers.{}.mlp.gate_up.gate",
-        "model.layers.{}.mlp.up_proj": "layers.{}.mlp.gate_up.up",
-        "model.layers.{}.mlp.gate_up_proj": "layers.{}.mlp.gate_up",
-        "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down",
-        "model.norm": "norm_out",
-        "lm_head": "head",
+        "q_proj": "qkv.q",
+        "k_proj": "qkv.k",
+        "v_proj": "qkv.v",
+        "qkv_proj": "qkv",
+        "q_norm": "q_norm",
+        "k_norm": "k_norm",
+        "o_proj": "out",
     },
-    ignored=("model.rotary_emb", "model.layers.{}.self_attn.rotary_emb"),
+    ignored=("rotary_emb",),
+    prefix="model.layers.{}.self_attn.",
+    to="layers.{}.mix.",
+)
+GATED_MLP = names(
+    {"gate_proj": "gate_up.gate", "up_proj": "gate_up.up", "gate_up_proj": "gate_up", "down_proj": "down"},
+    prefix="model.layers.{}.mlp.",
+    to="layers.{}.mlp.",
+)
+PLAIN_MLP = names({"up_proj": "up", "down_proj": "down"}, prefix="model.layers.{}.mlp.", to="layers.{}.mlp.")
+PRE_NORMS = names(
+    {"input_layernorm": "norm_in", "post_attention_layernorm": "norm_mlp"}, prefix="model.layers.{}.", to="layers.{}."
+)
+SANDWICH_NORMS = names(
+    {
+        "input_layernorm": "norm_in",
+        "post_attention_layernorm": "norm_mix_out",
+        "pre_feedforward_layernorm": "norm_mlp",
+        "post_feedforward_layernorm": "norm_mlp_out",
+    },
+    prefix="model.layers.{}.",
+    to="layers.{}.",
 )
 
-GGUF = _names(
+HF = EMBEDDINGS | ATTENTION | GATED_MLP | PRE_NORMS
+"""Names of Llama, which most families took over."""
+
+GGUF = names(
     {
         "token_embd": "embed",
         "rope_freqs": "rope_divisors",
@@ -98,7 +194,7 @@ GGUF = _names(
     ignored=("blk.{}.attn_rot_embd",),
 )
 
-GGUF_LLAMA = GGUF | _names(
+GGUF_LLAMA = GGUF | names(
     {
         "blk.{}.attn_q": Target("layers.{}.mix.qkv.q", neighbours_to_halves),
         "blk.{}.attn_k": Target("layers.{}.mix.qkv.k", neighbours_to_halves),

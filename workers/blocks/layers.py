@@ -1,0 +1,70 @@
+"""Layers: how a mixer and an MLP sit on the residual stream."""
+
+from typing import Any
+
+from torch import Tensor
+
+from cableway.workers.blocks.block import Block, Mixer
+from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm, RMSNorm
+from cableway.workers.blocks.step import Step
+
+Norm = RMSNorm | LayerNorm | PlainLayerNorm
+
+
+class Layer(Block):
+    """One after another, each with a norm before and after it where the family has one."""
+
+    def __init__(
+        self,
+        *,
+        mix: Mixer,
+        mlp: Any,
+        norm_in: Norm | None = None,
+        norm_mix_out: Any = None,
+        norm_mlp: Norm | None = None,
+        norm_mlp_out: Any = None,
+    ):
+        self.norm_in, self.mix, self.norm_mix_out = norm_in, mix, norm_mix_out
+        self.norm_mlp, self.mlp, self.norm_mlp_out = norm_mlp, mlp, norm_mlp_out
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        """Add `delta` [T, E], what the layer before made, to `residual` [T, E] f32; what this layer makes [T, E]."""
+        delta = self.mix(add(delta, residual, self.norm_in), step)
+        if self.norm_mix_out is not None:
+            delta = self.norm_mix_out(delta)
+        delta = self.mlp(add(delta, residual, self.norm_mlp))
+        return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
+
+
+class ParallelLayer(Block):
+    """Mixer and MLP side by side on the same stream; they share a norm, or have one each."""
+
+    def __init__(self, *, mix: Mixer, mlp: Any, norm_in: Norm, norm_mlp: Norm | None = None):
+        self.norm_in, self.mix = norm_in, mix
+        self.norm_mlp, self.mlp = norm_mlp, mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, self.norm_in)
+        y = self.mix(x, step)
+        return y.add_(self.mlp(x if self.norm_mlp is None else self.norm_mlp(residual.to(x.dtype))))
+
+
+class PostNormLayer(Block):
+    """Norms stand on the stream itself, after each sum: h = norm(h + mix(h))."""
+
+    def __init__(self, *, mix: Mixer, mlp: Any, norm_mix: Norm, norm_mlp: Norm):
+        self.mix, self.norm_mix = mix, norm_mix
+        self.mlp, self.norm_mlp = mlp, norm_mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, None)
+        for block, norm in ((lambda x: self.mix(x, step), self.norm_mix), (self.mlp, self.norm_mlp)):
+            x = norm.add(block(x), residual)
+            residual.copy_(x)
+        residual.zero_()
+        return x
+
+
+def add(delta: Tensor, residual: Tensor, norm: Norm | None) -> Tensor:
+    """Add in place, and normalise the sum in the same pass where there is a norm; the result in the dtype of delta."""
+    return residual.add_(delta).to(delta.dtype, copy=True) if norm is None else norm.add(delta, residual)
