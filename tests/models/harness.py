@@ -19,7 +19,7 @@ MAX_MODEL_LEN = 256
 def load(path: Path | str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A decoder from a folder or a GGUF file."""
     files = modelfiles.locate(str(path), options.get("load_format", "auto"))
-    return weights.load(files, dtype=dtype, max_model_len=MAX_MODEL_LEN, **options)
+    return weights.load(files, dtype=dtype, **{"max_model_len": MAX_MODEL_LEN, **options})
 
 
 class Session:

@@ -27,20 +27,24 @@ class Decoder(Block):
         positions: learned embeddings of positions, added to those of tokens.
         on_embed: what is done to embeddings. on_logits: what is done to logits [R, V] f32, in place.
         head_bias: whether the checkpoint has one; None = as it pleases.
+        embed_size: of the embeddings, which are projected to the layers' size and back where it is another.
     """
 
     def __init__(
         self, c: Any, layers: Sequence[Block], *, norm_out: Norm | None, positions: "Positions | None" = None,
-        on_embed: Any = None, on_logits: Any = None, head_bias: bool | None = False,
+        on_embed: Any = None, on_logits: Any = None, head_bias: bool | None = False, embed_size: int = 0,
     ):  # fmt: skip
         vocab, hidden = Axis("vocab", c.vocab_size), Axis("embed", c.hidden_size)
+        narrow = Axis("embed", embed_size or c.hidden_size)
         self.vocab_size: int = c.vocab_size
-        self.embed = Embedding(vocab, hidden)
+        self.embed = Embedding(vocab, narrow)
+        self.project_in = Linear(hidden, narrow) if narrow != hidden else None
         self.positions = positions
         self.on_embed = on_embed and on_embed.copy()
         self.layers = [layer.copy() for layer in layers]
         self.norm_out = norm_out and norm_out.copy()
-        self.head = Linear(vocab, hidden, bias=head_bias)
+        self.project_out = Linear(narrow, hidden) if narrow != hidden else None
+        self.head = Linear(vocab, narrow, bias=head_bias)
         self.on_logits = on_logits
         self._mixers = tuple(self.mixers())
         self._ropes: dict[Rope, None] = dict.fromkeys(rope for mixer in self._mixers for rope in mixer.ropes())
@@ -66,6 +70,8 @@ class Decoder(Block):
         """Hidden states [T, E] of the batch's tokens; `caches`, one a mixer, take their keys and values."""
         step = Step(batch, caches, self._group_of, self._tables)
         delta = self.embed(batch.token_ids)
+        if self.project_in is not None:
+            delta = self.project_in(delta)
         if self.positions is not None:
             delta = delta.add_(self.positions(batch.positions))
         if self.on_embed is not None:
@@ -74,7 +80,8 @@ class Decoder(Block):
         residual = torch.zeros_like(delta, dtype=torch.float32)
         for layer in self.layers:
             delta = layer(delta, residual, step)
-        return add(delta, residual, self.norm_out)
+        hidden = add(delta, residual, self.norm_out)
+        return hidden if self.project_out is None else self.project_out(hidden)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, E] -> [R, vocab_size] f32, written to `out` if there is one"""

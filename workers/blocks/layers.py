@@ -50,15 +50,15 @@ class ParallelLayer(Block):
 
 
 class PostNormLayer(Block):
-    """Norms stand on the stream itself, after each sum: h = norm(h + mix(h))."""
+    """Norms stand on the stream itself, after each sum: h = norm_in(h + mix(h)), norm_mlp(h + mlp(h))."""
 
-    def __init__(self, *, mix: Mixer, mlp: Any, norm_mix: Norm, norm_mlp: Norm):
-        self.mix, self.norm_mix = mix, norm_mix
+    def __init__(self, *, mix: Mixer, mlp: Any, norm_in: Norm, norm_mlp: Norm):
+        self.mix, self.norm_in = mix, norm_in
         self.mlp, self.norm_mlp = mlp, norm_mlp
 
     def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
         x = add(delta, residual, None)
-        for block, norm in ((lambda x: self.mix(x, step), self.norm_mix), (self.mlp, self.norm_mlp)):
+        for block, norm in ((lambda x: self.mix(x, step), self.norm_in), (self.mlp, self.norm_mlp)):
             x = norm.add(block(x), residual)
             residual.copy_(x)
         residual.zero_()

@@ -87,6 +87,28 @@ class LayerNorm(Slot):
         return add_layer_norm(x, residual, self._weight, self._bias, eps=self.eps)
 
 
+class HeadNorms(Slot):
+    """A LayerNorm for each head, which a checkpoint gives one by one: parts `0`, `1`, … of weights without biases."""
+
+    def __init__(self, heads: Axis, head_dim: int, eps: float):
+        self.parts = {str(head): Axis("norm", head_dim) for head in range(heads.count)}
+        self.leaves = {"weight": ()}
+        self.heads, self.eps = heads, eps
+        self._weight: Tensor
+
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        held = place.mesh.span(self.heads)
+        rows = [
+            parts[str(head)]["weight"].piece(place.mesh.span(self.parts[str(head)])).decode(torch.float32)
+            for head in range(held.start, held.stop)
+        ]
+        self._weight = torch.stack(rows).to(place.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, heads, head_dim] -> the same shape, contiguous"""
+        return layer_norm(x, self._weight, None, eps=self.eps)
+
+
 class PlainLayerNorm(Block):
     """A LayerNorm without weight or bias."""
 

@@ -51,6 +51,11 @@ def _dynamic(plain: _Plain, p: Parameters) -> Tensor:
     return plain._replace(theta=plain.theta * stretch ** (plain.dim / (plain.dim - 2))).frequencies
 
 
+def _alpha(plain: _Plain, p: Parameters) -> Tensor:
+    """The slowest wave is stretched by a factor of its own."""
+    return plain._replace(theta=plain.theta * p["alpha"] ** (plain.dim / (plain.dim - 2))).frequencies
+
+
 def _yarn(plain: _Plain, p: Parameters) -> Tensor:
     """As llama3, but blended by the index of a frequency, between those that turn beta_slow and beta_fast times."""
     old, theta, dim = p["original_max_position_embeddings"], plain.theta, plain.dim
@@ -113,6 +118,7 @@ _KINDS = {
     "linear": _Kind(_linear, ("factor",)),
     "dynamic": _Kind(_dynamic, ("factor", "max_position_embeddings")),
     "llama3": _Kind(_llama3, ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)),
+    "alpha": _Kind(_alpha, ("alpha",)),
     "yarn": _Kind(_yarn, ("factor", _ORIGINAL), _yarn_length),
     **dict.fromkeys(("longrope", "su"), _LONGROPE),
 }
@@ -135,6 +141,8 @@ class Rope:
         `partial_rotary_factor` among them is the part of a head that is rotated.
         """
         kind = parameters.get("rope_type", "default")
+        if kind == "dynamic" and parameters.get("alpha"):  # as Hunyuan calls it
+            kind = "alpha"
         if not isinstance(kind, str) or kind not in _KINDS:
             raise ModelError(f"rope_type {kind!r} is not supported (known: {', '.join(_KINDS)})")
         wanted = ("rope_theta", *_KINDS[kind].needed)

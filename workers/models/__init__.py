@@ -3,9 +3,10 @@
 import importlib
 import pkgutil
 
+from cableway.workers.models import registry
 from cableway.workers.models.registry import Architecture, architectures, find
 
-__all__ = ["Architecture", "architectures", "find"]
+__all__ = ["Architecture", "architectures", "find", "registry"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,7 +1,7 @@
 """What a family reads of a config.json, typed and checked; spellings of older files are brought to one first."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -13,6 +13,8 @@ Size = Annotated[int, Meta(ge=1, le=1 << 24)]
 Count = Annotated[int, Meta(ge=0, le=1 << 24)]
 Window = Annotated[int, Meta(ge=1)]
 Epsilon = Annotated[float, Meta(gt=0, lt=1)]
+Never = Literal[False]
+"""A switch that no published checkpoint sets; one that does is refused."""
 Factor = Annotated[float, Meta(gt=0, lt=1e6)]
 
 _SPELLINGS = {
@@ -60,8 +62,13 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Add to a config what a family leaves to be derived from its other keys."""
 
     def rope(self, layer_type: str | None = None) -> Rope:
-        """The rotation of heads; of layers of one type, where each type has its own."""
-        return Rope.of(self.head_dim, self.rope_parameters if layer_type is None else self.rope_parameters[layer_type])
+        """The rotation of heads; of layers of one type, where types may have their own."""
+        parameters = self.rope_parameters
+        if layer_type is not None and "rope_type" not in parameters:
+            if layer_type not in parameters:
+                raise ModelError(f"config: rope_parameters say nothing of layers of type {layer_type!r}")
+            parameters = parameters[layer_type]
+        return Rope.of(self.head_dim, parameters)
 
     def by_layer(self, layer_types: Sequence[str] | None, values: Mapping[str, Any]) -> list[Any]:
         """The value of each layer's type; ModelError when the types do not fit the layers."""

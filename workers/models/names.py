@@ -6,6 +6,7 @@ without a leaf in its name has an entry of its own, which names the leaf.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,11 @@ def in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
 def transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """Parts side by side in the columns of a matrix [in, out]."""
     return concatenated(stored.changed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)
+
+
+def flat(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """A row of numbers saved as a table, such as one of heads."""
+    return concatenated(stored.changed((math.prod(stored.shape),), Tensor.flatten), parts)
 
 
 class Target(NamedTuple):

@@ -16,6 +16,7 @@ Scheme = Names | Callable[[Any], Names]
 """Names of a kind of checkpoint, or what makes them from the config."""
 
 TRANSFORMERS = "logits of transformers' own class"
+UNVERIFIED = "unverified"
 
 
 def relative(name: str) -> str:

@@ -1,0 +1,218 @@
+"""Families that transformers does not know: a checkpoint of the nearest relative, in the family's published names."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Config = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+
+class Rewritten(NamedTuple):
+    """What to make of a relative's checkpoint.
+
+    Attributes:
+        kin: transformers' class, without its ending.
+        fields: of the relative's config.
+        names: pieces of the relative's tensor names, and what to put there; longer ones first.
+        config: changes the config in place.
+        tensors: changes the tensors in place, before they are renamed.
+    """
+
+    kin: str
+    fields: Config = {}
+    names: dict[str, str] = {}
+    config: Callable[[Config], Any] = lambda config: None
+    tensors: Callable[[Tensors, Config], Any] = lambda tensors, config: None
+
+    @property
+    def relative(self) -> str:
+        return f"{self.kin}ForCausalLM"
+
+    def rewrite(self, name: str, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+        self.tensors(tensors, config)
+        renamed = {}
+        for key, tensor in tensors.items():
+            for old, new in self.names.items():
+                key = key.replace(old, new)
+            renamed[key] = tensor.contiguous()
+        self.config(config)
+        config["architectures"] = [name]
+        save_file(renamed, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+def renamed(**names: str) -> Callable[[Config], None]:
+    """Config keys under other names; `old="new"`."""
+
+    def change(config: Config) -> None:
+        for old, new in names.items():
+            config[new] = config.pop(old)
+
+    return change
+
+
+def old_rope(config: Config) -> None:
+    """rope_theta beside the others, as before transformers 5."""
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+
+
+def both(*changes: Callable[[Config], Any]) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        for one in changes:
+            one(config)
+
+    return change
+
+
+def fuse(into: str, *stems: str, how: Callable[..., Tensor] = lambda *parts, **_: torch.cat(parts)) -> Any:
+    """Replace tensors of each layer by one; `into` and `stems` follow `model.layers.{}.`."""
+
+    def change(tensors: Tensors, config: Config) -> None:
+        for i in range(config["num_hidden_layers"]):
+            for leaf in ("weight", "bias"):
+                keys = [f"model.layers.{i}.{stem}.{leaf}" for stem in stems]
+                if keys[0] in tensors:
+                    tensors[f"model.layers.{i}.{into}.{leaf}"] = how(*(tensors.pop(key) for key in keys), config=config)
+
+    return change
+
+
+def both_tensors(*changes: Callable[[Tensors, Config], Any]) -> Callable[[Tensors, Config], None]:
+    def change(tensors: Tensors, config: Config) -> None:
+        for one in changes:
+            one(tensors, config)
+
+    return change
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor, *, config: Config) -> Tensor:
+    """KV head by KV head: the heads of q that read it, then it."""
+    num = config["num_key_value_heads"]
+    parts = [x.unflatten(0, (num, -1)) for x in (q, k, v)]
+    return torch.cat(parts, 1).flatten(0, 1)
+
+
+def paired(k: Tensor, v: Tensor, *, config: Config) -> Tensor:
+    """Head by head: k, then v."""
+    return grouped(k[:0].unflatten(0, (config["num_key_value_heads"], -1)).flatten(0, 1), k, v, config=config)
+
+
+QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
+ODD_BIASES = {"attention_bias": True, "mlp_bias": True}
+INTERNLM2 = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "lm_head": "output",
+}
+CHATGLM = {
+    "model.embed_tokens": "transformer.embedding.word_embeddings",
+    "model.layers": "transformer.encoder.layers",
+    "self_attn.o_proj": "self_attention.dense",
+    "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
+    "model.norm": "transformer.encoder.final_layernorm",
+    "lm_head": "transformer.output_layer",
+}
+EXAONE = {
+    "model.embed_tokens": "transformer.wte",
+    "model.layers": "transformer.h",
+    "self_attn.o_proj": "attn.attention.out_proj",
+    "self_attn": "attn.attention",
+    "mlp.gate_proj": "mlp.c_fc_0",
+    "mlp.up_proj": "mlp.c_fc_1",
+    "mlp.down_proj": "mlp.c_proj",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "model.norm": "transformer.ln_f",
+}
+
+
+def nemotron_as_orion(tensors: Tensors, config: Config) -> None:
+    for key in tensors:
+        if "norm" in key and key.endswith("weight"):
+            tensors[key] = tensors[key] + 1
+
+
+def chatglm_config(config: Config) -> None:
+    renamed(
+        num_hidden_layers="num_layers",
+        intermediate_size="ffn_hidden_size",
+        vocab_size="padded_vocab_size",
+        head_dim="kv_channels",
+        rms_norm_eps="layernorm_epsilon",
+        num_key_value_heads="multi_query_group_num",
+        attention_bias="add_qkv_bias",
+    )(config)
+    config |= {"multi_query_attention": True, "rope_ratio": config.pop("rope_parameters")["rope_theta"] / 10_000.0}
+
+
+def minicpm_config(config: Config) -> None:
+    config["scale_emb"] = config.pop("embedding_multiplier")
+    config["scale_depth"] = config.pop("residual_multiplier") * config["num_hidden_layers"] ** 0.5
+    config["dim_model_base"] = config["hidden_size"] / config.pop("logits_scaling")
+    config.pop("attention_multiplier")
+
+
+REWRITTEN: dict[str, Rewritten] = {
+    **dict.fromkeys(("AquilaForCausalLM", "AquilaModel", "XverseForCausalLM"), Rewritten("Llama", config=old_rope)),
+    **dict.fromkeys(("NanbeigeForCausalLM", "CwmForCausalLM"), Rewritten("Llama", config=old_rope)),
+    "YiForCausalLM": Rewritten(
+        "Llama", names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}, config=old_rope
+    ),
+    "MiMoForCausalLM": Rewritten("Qwen2", config=old_rope),
+    "ChatGLMModel": Rewritten(
+        "Glm",
+        {"attention_bias": True, "rope_parameters": {"rope_theta": 20_000.0, "partial_rotary_factor": 0.5}},
+        CHATGLM,
+        chatglm_config,
+        fuse("self_attention.query_key_value", *QKV),
+    ),
+    "RWForCausalLM": Rewritten(
+        "Falcon",
+        {"multi_query": True},
+        config=renamed(num_attention_heads="n_head", num_hidden_layers="n_layer"),
+    ),
+    "MPTForCausalLM": Rewritten("Mpt"),
+    "MiniCPMForCausalLM": Rewritten(
+        "Granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.25, "logits_scaling": 0.5},
+        config=both(minicpm_config, old_rope),
+    ),
+    "ExaoneForCausalLM": Rewritten(
+        "Llama",
+        {},
+        EXAONE,
+        both(old_rope, renamed(num_hidden_layers="num_layers", rms_norm_eps="layer_norm_epsilon")),
+    ),
+    "InternLMForCausalLM": Rewritten(
+        "Llama", {"attention_bias": True}, config=both(old_rope, lambda c: c.update(bias=c.pop("attention_bias"), mlp_bias=False))
+    ),
+    "InternLM3ForCausalLM": Rewritten(
+        "SeedOss",
+        {"attention_bias": True},
+        config=both(old_rope, lambda c: c.update(qkv_bias=c.pop("attention_bias"), bias=c.pop("attention_out_bias"))),
+    ),
+    "InternLM2ForCausalLM": Rewritten("Llama", {}, INTERNLM2, old_rope, fuse("attention.wqkv", *QKV, how=grouped)),
+    "PanguEmbeddedForCausalLM": Rewritten(
+        "Llama", {"attention_bias": True}, config=both(old_rope, renamed(attention_bias="bias"))
+    ),
+    "Ernie4_5_ForCausalLM": Rewritten("Ernie4_5", config=old_rope),
+    "StableLMEpochForCausalLM": Rewritten(
+        "StableLm",
+        config=both(lambda c: c.update(rope_pct=c["rope_parameters"]["partial_rotary_factor"]), old_rope),
+    ),
+}
+REWRITTEN["ChatGLMForConditionalGeneration"] = REWRITTEN["ChatGLMModel"]

@@ -1,0 +1,154 @@
+"""What must hold of every architecture of the registry: the logits of transformers, however a prompt is cut, beside
+whatever else, on two ranks; and each number of a config counts."""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from cableway.ipc.modelfiles import ModelError
+from cableway.workers import models
+from tests.checkpoints import SIZES, random_model, save
+from tests.models.harness import Session, load, logits_of, prompt
+from tests.models.test_parallel import on_ranks
+from tests.models.rewritten import REWRITTEN
+from tests.models.zoo import ATTENTION, IGNORED, OLDER, UNUSED, ZOO
+
+TOLERANCE = 1e-4
+NUM_TOKENS = 40
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+VARIANTS = [(name, index) for name, variants in ZOO.items() for index in range(len(variants))]
+VARIANTS += [(name, 0) for name in REWRITTEN]
+each_variant = pytest.mark.parametrize(("name", "index"), VARIANTS, ids=lambda value: str(value))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(architecture, variant) -> its checkpoint, and transformers' logits of a prompt."""
+
+    @functools.cache
+    def made(name: str, index: int) -> tuple[Path, Tensor]:
+        folder = tmp_path_factory.mktemp(name)
+        if name in REWRITTEN:
+            model = oracle(REWRITTEN[name].relative, REWRITTEN[name].fields)
+            REWRITTEN[name].rewrite(name, save(model, folder))
+        else:
+            model = oracle(name, ZOO[name][index])
+            save(model, folder)
+        with torch.inference_mode():
+            return folder, model(prompt(NUM_TOKENS)[None] % model.config.vocab_size).logits[0]
+
+    return made
+
+
+def oracle(name: str, variant: dict[str, Any]) -> Any:
+    """A random model of transformers' class of that name."""
+    model_class = getattr(transformers, name)
+    config_class = model_class.config_class
+    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    fields = {**SIZES, **dict.fromkeys(EPSILONS, 0.02)}
+    fields = {key: value for key, value in fields.items() if key in known} | variant
+    return random_model(model_class, fields, attention=ATTENTION.get(name, "eager"))
+
+
+def ids_of(expected: Tensor) -> Tensor:
+    return prompt(NUM_TOKENS) % expected.shape[1]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_what_is_said_of_each_architecture_is_what_is_tested() -> None:
+    said = {architecture.name: architecture.verified for architecture in models.architectures()}
+    tested = dict.fromkeys(ZOO, models.registry.TRANSFORMERS)
+    tested |= {name: models.registry.relative(rewritten.kin) for name, rewritten in REWRITTEN.items()}
+    assert {name: how for name, how in said.items() if how != models.registry.UNVERIFIED} == tested
+
+
+@each_variant
+def test_logits_are_those_of_transformers(folders: Any, name: str, index: int) -> None:
+    folder, expected = folders(name, index)
+    assert 0.05 < expected.std() < 20
+    close(logits_of(load(folder, max_model_len=NUM_TOKENS), ids_of(expected)), expected)
+
+
+@each_variant
+def test_chunks_beside_other_sequences_give_the_logits_of_one_go(folders: Any, name: str, index: int) -> None:
+    folder, expected = folders(name, index)
+    a, b = ids_of(expected), ids_of(expected).flip(0)[:23]
+    model = load(folder, max_model_len=NUM_TOKENS)
+    session = Session(model, num_seqs=2)
+    steps = [[(0, a[:17])], [(1, b[:5]), (0, a[17:18])], [(0, a[18:33]), (1, b[5:22])], [(1, b[22:]), (0, a[33:])]]
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for chunks in steps:
+        for (sequence, _), logits in zip(chunks, session.step(chunks), strict=True):
+            parts[sequence].append(logits)
+    close(torch.cat(parts[0]), expected)
+    close(torch.cat(parts[1]), logits_of(model, b))
+
+
+@each_variant
+def test_two_ranks_compute_what_one_does(folders: Any, name: str, index: int) -> None:
+    folder, expected = folders(name, index)
+    try:
+        ranks = on_ranks(2, lambda mesh: logits_of(load(folder, max_model_len=NUM_TOKENS, mesh=mesh), ids_of(expected)))
+    except ModelError as error:
+        assert "cannot be split" in str(error)
+        pytest.skip("sizes that cannot be dealt out")
+    for logits in ranks:
+        close(logits, expected)
+
+
+def numbers(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all numbers and switches of a config."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from numbers(value, (*path, key))
+        elif isinstance(value, int | float):
+            yield (*path, key)
+
+
+def flipped(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The config with another value there."""
+    key, *rest = path
+    value = config[key]
+    if rest:
+        return {**config, key: flipped(value, tuple(rest))}
+    if isinstance(value, bool):
+        return {**config, key: not value}
+    return {**config, key: value * 2 if isinstance(value, int) else value * 1.5 if value < 0.6 else value * 0.7}
+
+
+def unseen(folder: Path, expected: Tensor, name: str) -> set[str]:
+    """Numbers of a config that could be any other."""
+    path = folder / "config.json"
+    text, found = path.read_text(), set()
+    config = {key: value for key, value in json.loads(text).items() if key not in OLDER.get(name, ())}
+    try:
+        path.write_text(json.dumps(config))
+        right = logits_of(load(folder, max_model_len=NUM_TOKENS), ids_of(expected))
+        for keys in numbers(config):
+            path.write_text(json.dumps(flipped(config, keys)))
+            try:
+                wrong = logits_of(load(folder, max_model_len=NUM_TOKENS), ids_of(expected))
+            except ModelError:
+                continue
+            if (wrong - right).abs().max() < 10 * TOLERANCE:
+                found.add(".".join(keys))
+    finally:
+        path.write_text(text)
+    return found
+
+
+@pytest.mark.parametrize("name", [*ZOO, *REWRITTEN])
+def test_every_number_of_the_config_is_seen(folders: Any, name: str) -> None:
+    in_none = set.intersection(*(unseen(*folders(name, index), name) for index in range(len(ZOO.get(name, "1")))))
+    unused = IGNORED | UNUSED.get(name, set())
+    assert not {key for key in in_none if key.rpartition(".")[2] not in unused}

@@ -1,0 +1,164 @@
+"""Every architecture's tiny configs, for transformers' class of that name, beside `checkpoints.SIZES`.
+
+The first of an architecture must be one in which each number counts: windows below the prompt, caps within reach.
+"""
+
+from typing import Any
+
+Fields = dict[str, Any]
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 3.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0],
+    "long_factor": [2.0, 1.0, 3.0, 4.0, 2.5, 6.0, 7.0, 9.0],
+    "original_max_position_embeddings": 32,
+}
+HALF = {**DEFAULT, "partial_rotary_factor": 0.5}
+BY_TYPE = {"full_attention": {**DEFAULT, "rope_theta": 1000.0}, "sliding_attention": DEFAULT}
+SOME_NEAR = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+FAR = {"max_position_embeddings": 32}
+
+ZOO: dict[str, list[Fields]] = {
+    "LlamaForCausalLM": [
+        {"rope_parameters": LLAMA3},
+        {"rope_parameters": YARN, **FAR},
+        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}, **FAR},
+        {"rope_parameters": DYNAMIC, **FAR},
+        {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        {"tie_word_embeddings": True},
+        {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 10, "vocab_size": 257, "intermediate_size": 37},
+        {"num_key_value_heads": 4, "head_dim": 80},
+    ],
+    "MistralForCausalLM": [{"sliding_window": 11}, {"sliding_window": 200}, {"sliding_window": None, "head_dim": 24}],
+    "MinistralForCausalLM": [SOME_NEAR],
+    "Qwen2ForCausalLM": [
+        {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
+        {"head_dim": None, "tie_word_embeddings": True},
+    ],
+    "Qwen3ForCausalLM": [
+        {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
+        {"attention_bias": True, "use_sliding_window": True, **SOME_NEAR, "head_dim": 32},
+    ],
+    "GemmaForCausalLM": [{}],
+    "Gemma2ForCausalLM": [
+        {
+            **SOME_NEAR,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+        },
+    ],
+    "Gemma3ForCausalLM": [
+        {**SOME_NEAR, "query_pre_attn_scalar": 24, "rope_parameters": BY_TYPE},
+        {**SOME_NEAR, "rope_parameters": {**BY_TYPE, "full_attention": LINEAR}, "final_logit_softcapping": 2.0},
+    ],
+    "PhiForCausalLM": [{"rope_parameters": HALF}, {"rope_parameters": HALF, "qk_layernorm": True}],
+    "Phi3ForCausalLM": [
+        {"sliding_window": 11, "rope_parameters": {**HALF}},
+        {"rope_parameters": LONG, "original_max_position_embeddings": 32, "max_position_embeddings": 128},
+    ],
+    "GlmForCausalLM": [{"rope_parameters": HALF}, {"rope_parameters": HALF, "attention_bias": False}],
+    "Glm4ForCausalLM": [{"rope_parameters": HALF}],
+    "CohereForCausalLM": [{"logit_scale": 0.3, "use_qk_norm": True}, {"attention_bias": True}],
+    "Cohere2ForCausalLM": [{**SOME_NEAR, "logit_scale": 0.3}],
+    "GPT2LMHeadModel": [{}, {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}],
+    "GPTBigCodeForCausalLM": [{}, {"multi_query": False}],
+    "GPTJForCausalLM": [{"rotary_dim": 8}],
+    "GPTNeoXForCausalLM": [{"rope_parameters": HALF}, {"use_parallel_residual": False, "attention_bias": False}],
+    "Starcoder2ForCausalLM": [{"sliding_window": 9}, {"use_bias": False, "tie_word_embeddings": False}],
+    "FalconForCausalLM": [
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        {"multi_query": True},
+        {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True, "num_kv_heads": 4},
+    ],
+    "BloomForCausalLM": [{}, {"num_attention_heads": 3, "hidden_size": 48}],
+    "MptForCausalLM": [{}, {"n_heads": 6, "hidden_size": 48, "attn_config": {"clip_qkv": 0.7}}],
+    "OPTForCausalLM": [
+        {"word_embed_proj_dim": 64, "ffn_dim": 96},
+        {"word_embed_proj_dim": 32, "ffn_dim": 96, "do_layer_norm_before": False},
+    ],
+    "GraniteForCausalLM": [
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 0.7,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ],
+    "OlmoForCausalLM": [{"clip_qkv": 0.8}, {}],
+    "Olmo2ForCausalLM": [{}, {"attention_bias": True, "num_key_value_heads": 1}],
+    "Olmo3ForCausalLM": [{**SOME_NEAR, "rope_parameters": BY_TYPE}],
+    "Exaone4ForCausalLM": [{**SOME_NEAR, "sliding_window_pattern": 3}, {"sliding_window": None, "layer_types": ["full_attention"] * 3}],
+    "SeedOssForCausalLM": [{"attention_bias": True}, {"attention_out_bias": True, "mlp_bias": True}],
+    "HeliumForCausalLM": [{}, {"attention_bias": True, "mlp_bias": True}],
+    "Ernie4_5ForCausalLM": [{}, {"use_bias": True, "tie_word_embeddings": False}],
+    "ArceeForCausalLM": [{}, {"attention_bias": True, "mlp_bias": True}],
+    "NemotronForCausalLM": [{"rope_parameters": HALF}, {"attention_bias": True, "mlp_bias": True}],
+    "Jais2ForCausalLM": [{}, {"attention_bias": False, "mlp_bias": False}],
+    "ApertusForCausalLM": [{"rope_parameters": LLAMA3}],
+    "PersimmonForCausalLM": [{"rope_parameters": HALF}, {"qk_layernorm": False}],
+    "StableLmForCausalLM": [
+        {"rope_parameters": HALF, "qk_layernorm": True},
+        {"use_parallel_residual": True, "use_qkv_bias": True},
+    ],
+    "HunYuanDenseV1ForCausalLM": [{"rope_parameters": {**DYNAMIC, "alpha": 50.0}}, {"attention_bias": True}],
+    "BitNetForCausalLM": [{}],
+    "SmolLM3ForCausalLM": [
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **SOME_NEAR},
+        {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
+    ],
+}
+"""architecture -> configs"""
+
+IGNORED = {
+    *("initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"),
+    *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"),
+    *("summary_proj_to_labels", "summary_use_proj", "residual_dropout", "embedding_dropout", "classifier_dropout"),
+    *("n_positions", "max_seq_len", "dropout", "layerdrop", "init_std", "emb_pdrop", "eod_token_id", "is_decoder", "pretraining_tp", "n_ctx"),
+    *("transformers_version", "add_cross_attention", "initializer_cutoff_factor", "torch_dtype", "activation_dropout"),
+    *("chunk_size_feed_forward", "is_encoder_decoder", "LABEL_0", "LABEL_1", "output_attentions", "return_dict"),
+    *("output_hidden_states",),
+}
+"""Keys of a config that say nothing of what an inference computes."""
+
+UNUSED: dict[str, set[str]] = {
+    "Gemma3ForCausalLM": {"_sliding_window_pattern", "use_bidirectional_attention"},
+    "Gemma2ForCausalLM": {"use_bidirectional_attention"},
+    "Phi3ForCausalLM": {"original_max_position_embeddings"},  # rope_parameters say it too
+    "GPT2LMHeadModel": {"reorder_and_upcast_attn"},
+    "GPTBigCodeForCausalLM": {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "num_key_value_heads"},
+    "BloomForCausalLM": {"slow_but_exact"},
+    "MptForCausalLM": {"attn_uses_sequence_id", "prefix_lm", "qk_ln", "learned_pos_emb", "no_bias", "embedding_fraction"},
+}
+"""Keys that change no number, or that an older spelling has beside another."""
+
+OLDER = {
+    **dict.fromkeys(("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Exaone4ForCausalLM"), ("layer_types",)),
+    "SmolLM3ForCausalLM": ("no_rope_layers",),
+}
+"""Keys that older checkpoints lack, dropped while numbers are changed."""
+
+ATTENTION = {"FalconForCausalLM": "sdpa"}  # eager adds ALiBi twice
+"""Which of transformers' attentions is right, where not `eager`."""
