@@ -103,7 +103,7 @@ def _match(
         if not parts or target.leaf not in slots[path].leaves:
             unknown.append(name)
             continue
-        for part, tensor in _unfuse(stored, slots[path], parts, target, source).items():
+        for part, tensor in _unfuse(stored, slots[path], list(target.parts) or parts, target, source).items():
             if target.leaf in filling[path][part]:
                 raise ModelError(f"{source}: tensor {name!r} fills {path!r} a second time")
             filling[path][part][target.leaf] = tensor
@@ -132,7 +132,7 @@ def _unfuse(stored: Stored, slot: Slot, parts: list[str], target: Target, source
         ) from None
     if target.row_order is None:
         return cut
-    return {part: replace(tensor, row_order=target.row_order(axes[part])) for part, tensor in cut.items()}
+    return {part: replace(tensor, row_order=target.row_order(part, axes[part])) for part, tensor in cut.items()}
 
 
 def _missing(path: str, slot: Slot, parts: Mapping[str, Mapping[str, Stored]]) -> list[str]:

@@ -22,6 +22,8 @@ class Rewritten(NamedTuple):
         names: pieces of the relative's tensor names, and what to put there; longer ones first.
         config: changes the config in place.
         tensors: changes the tensors in place, before they are renamed.
+        call: what else the relative is called with, to compute the same.
+        prepare: changes the relative before it is saved.
     """
 
     kin: str
@@ -29,6 +31,8 @@ class Rewritten(NamedTuple):
     names: dict[str, str] = {}
     config: Callable[[Config], Any] = lambda config: None
     tensors: Callable[[Tensors, Config], Any] = lambda tensors, config: None
+    call: dict[str, Any] = {}
+    prepare: Callable[[Any], Any] = lambda model: None
 
     @property
     def relative(self) -> str:
@@ -140,12 +144,6 @@ EXAONE = {
 }
 
 
-def nemotron_as_orion(tensors: Tensors, config: Config) -> None:
-    for key in tensors:
-        if "norm" in key and key.endswith("weight"):
-            tensors[key] = tensors[key] + 1
-
-
 def chatglm_config(config: Config) -> None:
     renamed(
         num_hidden_layers="num_layers",
@@ -166,13 +164,170 @@ def minicpm_config(config: Config) -> None:
     config.pop("attention_multiplier")
 
 
+QWEN = {
+    "model.embed_tokens": "transformer.wte",
+    "model.layers": "transformer.h",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.gate_proj": "mlp.w2",
+    "mlp.up_proj": "mlp.w1",
+    "mlp.down_proj": "mlp.c_proj",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "model.norm": "transformer.ln_f",
+}
+TELECHAT2 = {
+    "model.embed_tokens": "transformer.word_embeddings",
+    "model.layers": "transformer.h",
+    "self_attn.o_proj": "self_attention.dense",
+    "self_attn.q_proj": "self_attention.query",
+    "model.norm": "transformer.ln_f",
+}
+JAIS = {**QWEN, "mlp.gate_proj": "mlp.c_fc2", "mlp.up_proj": "mlp.c_fc"}
+
+
+def qwen_config(config: Config) -> None:
+    old_rope(config)
+    renamed(rope_theta="rotary_emb_base", rms_norm_eps="layer_norm_epsilon")(config)
+    config |= {"intermediate_size": 2 * config["intermediate_size"], "kv_channels": 16, "no_bias": True}
+    for key in ("num_key_value_heads", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
+        config.pop(key)
+
+
+def telechat2_config(config: Config) -> None:
+    old_rope(config)
+    renamed(
+        num_hidden_layers="n_layer",
+        num_attention_heads="n_head",
+        intermediate_size="ffn_hidden_size",
+        rms_norm_eps="layer_norm_epsilon",
+    )(config)
+    for key in ("attention_bias", "mlp_bias"):
+        config.pop(key)
+
+
+def jais_config(config: Config) -> None:
+    renamed(
+        hidden_size="n_embd",
+        num_hidden_layers="n_layer",
+        num_attention_heads="n_head",
+        intermediate_size="n_inner",
+        layer_norm_eps="layer_norm_epsilon",
+    )(config)
+    for key in ("num_key_value_heads", "rope_parameters", "use_qkv_bias", "qk_layernorm", "use_parallel_residual"):
+        config.pop(key)
+    config |= {"activation_function": "swiglu", "embeddings_scale": 1.0, "width_scale": 1.0}
+    config |= {"mup_scale_qk_dot_by_d": False, "tie_word_embeddings": True}
+
+
+def jais_tensors(tensors: Tensors, config: Config) -> None:
+    fuse("attn.c_attn", *QKV)(tensors, config)
+    tensors.pop("lm_head.weight", None)
+    for key in [key for key in tensors if ".layers." in key and tensors[key].dim() == 2]:
+        tensors[key] = tensors[key].t().contiguous()
+        tensors.setdefault(key.replace("weight", "bias"), torch.zeros(tensors[key].shape[1]))
+
+
+def biases_of(*stems: str) -> Callable[[Any], None]:
+    """Leave a model only those of its biases."""
+
+    def change(model: Any) -> None:
+        for name, weight in model.named_parameters():
+            if name.endswith("bias") and not any(stem in name for stem in stems):
+                weight.data.zero_()
+
+    return change
+
+
+def without_zeros(tensors: Tensors, config: Config) -> None:
+    for key in [key for key, tensor in tensors.items() if not tensor.any()]:
+        del tensors[key]
+
+
+def normed_head(model: Any) -> None:
+    head = model.lm_head.weight.data
+    head.copy_(head / head.norm(dim=1, keepdim=True))
+
+
+def longer_head(tensors: Tensors, config: Config) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * (1 + torch.rand(config["vocab_size"], 1))
+
+
+def alibi(num_heads: int = 4, num_tokens: int = 40) -> dict[str, Tensor]:
+    """Arguments with which a rotary model does not rotate, but adds ALiBi."""
+    slopes = torch.tensor([2.0 ** (-8 * (i + 1) / num_heads) for i in range(num_heads)])
+    place = torch.arange(num_tokens)
+    mask = slopes[:, None, None] * (place - place[:, None])
+    mask = mask.masked_fill(place > place[:, None], float("-inf"))
+    return {"attention_mask": mask[None], "position_ids": torch.zeros(1, num_tokens, dtype=torch.long)}
+
+
+def without(*keys: str) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        for key in keys:
+            config.pop(key)
+
+    return change
+
+
+def teleflm_config(config: Config) -> None:
+    config |= {"use_mup": True, "input_mult": config.pop("embedding_multiplier"), "mup_scale_factor": 2.0}
+    config["output_mult"] = 2.0 / config.pop("logits_scaling")
+    without("residual_multiplier", "attention_multiplier")(config)
+
+
 REWRITTEN: dict[str, Rewritten] = {
+    "OrionForCausalLM": Rewritten(
+        "StableLm",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}},
+        config=both(
+            old_rope,
+            renamed(layer_norm_eps="rms_norm_eps"),
+            without("use_qkv_bias", "qk_layernorm", "use_parallel_residual"),
+        ),
+    ),
+    "BaiChuanForCausalLM": Rewritten("Llama", config=both(old_rope, without("num_key_value_heads", "attention_bias", "mlp_bias")), fields={"num_key_value_heads": 4}, tensors=fuse("self_attn.W_pack", *QKV)),
+    "BaichuanForCausalLM": Rewritten(
+        "Llama",
+        {"num_key_value_heads": 4, "vocab_size": 125_696, "num_hidden_layers": 1},
+        config=without("max_position_embeddings", "num_key_value_heads", "rope_parameters", "attention_bias", "mlp_bias"),
+        tensors=both_tensors(fuse("self_attn.W_pack", *QKV), longer_head),
+        call=alibi(),
+        prepare=normed_head,
+    ),
+    "QWenLMHeadModel": Rewritten(
+        "Qwen2", {"num_key_value_heads": 4}, QWEN, qwen_config, fuse("attn.c_attn", *QKV)
+    ),
+    "TeleChat2ForCausalLM": Rewritten(
+        "Llama",
+        ODD_BIASES,
+        TELECHAT2,
+        telechat2_config,
+        both_tensors(without_zeros, fuse("self_attention.key_value", *QKV[1:], how=paired)),
+        prepare=biases_of("o_proj", "down_proj"),
+    ),
+    "TeleFLMForCausalLM": Rewritten(
+        "Granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.25, "logits_scaling": 0.5},
+        config=both(teleflm_config, old_rope, without("attention_bias", "mlp_bias")),
+    ),
+    "JAISLMHeadModel": Rewritten(
+        "StableLm",
+        {"num_key_value_heads": 4, "use_qkv_bias": True, "tie_word_embeddings": True},
+        JAIS,
+        jais_config,
+        jais_tensors,
+        call=alibi(),
+    ),
     **dict.fromkeys(("AquilaForCausalLM", "AquilaModel", "XverseForCausalLM"), Rewritten("Llama", config=old_rope)),
     **dict.fromkeys(("NanbeigeForCausalLM", "CwmForCausalLM"), Rewritten("Llama", config=old_rope)),
     "YiForCausalLM": Rewritten(
         "Llama", names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}, config=old_rope
     ),
-    "MiMoForCausalLM": Rewritten("Qwen2", config=old_rope),
+    "MiMoForCausalLM": Rewritten(
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
+        config=both(old_rope, lambda config: config.pop("layer_types")),
+    ),
     "ChatGLMModel": Rewritten(
         "Glm",
         {"attention_bias": True, "rope_parameters": {"rope_theta": 20_000.0, "partial_rotary_factor": 0.5}},
@@ -195,7 +350,11 @@ REWRITTEN: dict[str, Rewritten] = {
         "Llama",
         {},
         EXAONE,
-        both(old_rope, renamed(num_hidden_layers="num_layers", rms_norm_eps="layer_norm_epsilon")),
+        both(
+            old_rope,
+            renamed(num_hidden_layers="num_layers", rms_norm_eps="layer_norm_epsilon"),
+            without("attention_bias", "mlp_bias"),
+        ),
     ),
     "InternLMForCausalLM": Rewritten(
         "Llama", {"attention_bias": True}, config=both(old_rope, lambda c: c.update(bias=c.pop("attention_bias"), mlp_bias=False))
@@ -216,3 +375,4 @@ REWRITTEN: dict[str, Rewritten] = {
     ),
 }
 REWRITTEN["ChatGLMForConditionalGeneration"] = REWRITTEN["ChatGLMModel"]
+REWRITTEN["TeleFLM"] = REWRITTEN["TeleFLMForCausalLM"]

@@ -34,15 +34,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @functools.cache
     def made(name: str, index: int) -> tuple[Path, Tensor]:
-        folder = tmp_path_factory.mktemp(name)
-        if name in REWRITTEN:
-            model = oracle(REWRITTEN[name].relative, REWRITTEN[name].fields)
-            REWRITTEN[name].rewrite(name, save(model, folder))
-        else:
-            model = oracle(name, ZOO[name][index])
-            save(model, folder)
+        rewritten = REWRITTEN.get(name)
+        model = oracle(rewritten.relative, rewritten.fields) if rewritten else oracle(name, ZOO[name][index])
+        if rewritten:
+            rewritten.prepare(model)
+        folder = save(model, tmp_path_factory.mktemp(name))
+        if rewritten:
+            rewritten.rewrite(name, folder)
         with torch.inference_mode():
-            return folder, model(prompt(NUM_TOKENS)[None] % model.config.vocab_size).logits[0]
+            ids = prompt(NUM_TOKENS)[None] % model.config.vocab_size
+            return folder, model(ids, **(rewritten.call if rewritten else {})).logits[0]
 
     return made
 

@@ -151,7 +151,10 @@ UNUSED: dict[str, set[str]] = {
     "GPTBigCodeForCausalLM": {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "num_key_value_heads"},
     "BloomForCausalLM": {"slow_but_exact"},
     "MptForCausalLM": {"attn_uses_sequence_id", "prefix_lm", "qk_ln", "learned_pos_emb", "no_bias", "embedding_fraction"},
+    "RWForCausalLM": {"num_kv_heads"},
+    "JAISLMHeadModel": {"rope_theta"},
 }
+UNUSED["MPTForCausalLM"] = UNUSED["MptForCausalLM"]
 """Keys that change no number, or that an older spelling has beside another."""
 
 OLDER = {

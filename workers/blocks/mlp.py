@@ -69,6 +69,7 @@ class MLP(Block):
 
     Args:
         act: SiLU unless it is said otherwise.
+        bias: of every matrix, or with `out_bias` of those before the last.
         norm: of what goes into `down`.
     """
 
@@ -79,13 +80,14 @@ class MLP(Block):
         *,
         act: Activation | ClampedGate | None = None,
         bias: bool | None = False,
+        out_bias: bool | None = None,
         norm: Block | None = None,
     ):
         hidden, ffn = Axis("embed", hidden_size), Axis("ffn", ffn_size)
         self.gate_up = Linear({"gate": ffn, "up": ffn}, hidden, bias=bias)
         self.act = act or Activation("silu")
         self.norm = norm
-        self.down = Linear(hidden, ffn, bias=bias)
+        self.down = Linear(hidden, ffn, bias=bias if out_bias is None else out_bias)
 
     @classmethod
     def of(cls, c: Any, **options: Any) -> Self:

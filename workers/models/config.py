@@ -32,7 +32,7 @@ _SPELLINGS = {
     "padded_vocab_size": "vocab_size",
     "kv_channels": "head_dim",
     "rotary_emb_base": "rope_theta",
-    "rotary_pct": "partial_rotary_factor",
+    **dict.fromkeys(("rotary_pct", "rope_pct"), "partial_rotary_factor"),
 }
 """Other names for what `DecoderConfig` calls by one. Of two names in a file the one that it uses wins."""
 

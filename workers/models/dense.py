@@ -140,7 +140,8 @@ class ErnieConfig(BiasConfig, frozen=True, kw_only=True):
 
 
 @arch("SeedOssForCausalLM", config=BiasConfig, hf=HF)
-@arch("InternLMForCausalLM", "InternLM3ForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
+@arch("InternLMForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
+@arch("InternLM3ForCausalLM", config=BiasConfig, hf=HF, verified=relative("SeedOss"))
 @arch("InternLM2ForCausalLM", config=BiasConfig, hf=INTERNLM2, verified=relative("Llama"))
 @arch("PanguEmbeddedForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
 @arch("HeliumForCausalLM", config=HeliumConfig, hf=halves(HF))
@@ -151,7 +152,7 @@ def biased(c: BiasConfig) -> Decoder:
     return pre_norm(c, [mix] * c.num_hidden_layers, MLP.of(c, bias=c.mlp_bias))
 
 
-@arch("OrionForCausalLM", config=BiasConfig, hf=HF, verified=relative("Nemotron"))
+@arch("OrionForCausalLM", config=BiasConfig, hf=HF, verified=relative("StableLm"))
 def orion(c: BiasConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c)] * c.num_hidden_layers, norm=LayerNorm(c.hidden_size, c.norm_eps))
 

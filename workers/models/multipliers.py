@@ -1,4 +1,4 @@
-"""Granite, MiniCPM: Llama with multipliers of embeddings, sublayers' results and logits."""
+"""Granite, MiniCPM, TeleFLM: Llama with multipliers of embeddings, sublayers' results and logits."""
 
 from typing import Any
 
@@ -31,8 +31,18 @@ class MiniCPMConfig(GraniteConfig, frozen=True, kw_only=True):
         config["logits_scaling"] = hidden / config.get("dim_model_base", hidden)
 
 
+class TeleFLMConfig(GraniteConfig, frozen=True, kw_only=True):
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        MiniCPMConfig.derive(config)
+        if config.get("use_mup"):
+            config["embedding_multiplier"] = config["input_mult"]
+            config["logits_scaling"] = config["mup_scale_factor"] / config["output_mult"]
+
+
 @arch("GraniteForCausalLM", config=GraniteConfig, hf=HF)
 @arch("MiniCPMForCausalLM", config=MiniCPMConfig, hf=HF, verified=relative("Granite"))
+@arch("TeleFLMForCausalLM", "TeleFLM", config=TeleFLMConfig, hf=HF, verified=relative("Granite"))
 def granite(c: GraniteConfig) -> Decoder:
     norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
     mix = Attention.of(c, bias=bias, out_bias=bias, scale=c.attention_multiplier)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,15 +72,17 @@ class Target(NamedTuple):
     """Where a tensor goes.
 
     Attributes:
-        row_order: how its rows lie within a unit of its axis (a head), if not as ours do.
+        row_order: how the rows of a part lie within a unit of its axis (a head), None = as ours do.
         layout: how the slot's parts lie in it, where it has several.
         leaf: which leaf of the slot it is, where its name does not end in one.
+        parts: which parts it holds, where not all of the slot's.
     """
 
     path: str
-    row_order: Callable[[Axis], Tensor] | None = None
+    row_order: Callable[[str, Axis], Tensor | None] | None = None
     layout: Layout = concatenated
     leaf: str = ""
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,25 +118,22 @@ def names(table: Mapping[str, str | Target], *, ignored: tuple[str, ...] = (), p
     return Names(targets, frozenset(prefix + name for name in ignored))
 
 
-def neighbours_to_halves(axis: Axis) -> Tensor:
-    """Rows whose rotated pairs are neighbours (0 1, 2 3, …), in the order that has them half a head apart."""
-    return torch.arange(axis.unit).view(-1, 2).t().flatten()
+def neighbours_to_halves(part: str, axis: Axis, rotary_dim: int = 0) -> Tensor | None:
+    """Rows whose rotated pairs are neighbours (0 1, 2 3, …), in the order that has them half a head apart.
 
-
-def neighbours(rotary_dim: int, *paths: str) -> Callable[[Axis], Tensor]:
-    """The same where only the first `rotary_dim` rows of a head are rotated."""
-
-    def order(axis: Axis) -> Tensor:
-        rotated = torch.arange(rotary_dim).view(-1, 2).t().flatten()
-        return torch.cat((rotated, torch.arange(rotary_dim, axis.unit)))
-
-    return order
+    Args:
+        rotary_dim: how many of a head's rows are rotated, the first; 0 = all.
+    """
+    if part == "v":
+        return None
+    rotated = torch.arange(rotary_dim or axis.unit)
+    return torch.cat((rotated.view(-1, 2).t().flatten(), torch.arange(len(rotated), axis.unit)))
 
 
 def interleaved(scheme: Names, rotary_dim: int) -> Names:
     """The scheme for checkpoints that rotate neighbours: q and k, and norms of their heads, in the order of halves."""
-    order = neighbours(rotary_dim)
-    turned = (".qkv.q", ".qkv.k", ".q_norm", ".k_norm")
+    order = partial(neighbours_to_halves, rotary_dim=rotary_dim)
+    turned = (".qkv", ".qkv.q", ".qkv.k", ".q_norm", ".k_norm")
     changed = {name: t._replace(row_order=order) for name, t in scheme.targets.items() if t.path.endswith(turned)}
     return scheme | Names(changed)
 
