@@ -66,8 +66,14 @@ def test_integers_and_scales_are_the_values(kind: Kind) -> None:
     np.testing.assert_allclose(got.numpy(), values, atol=1e-6)
 
 
+def test_bytes_and_scales_are_the_values() -> None:
+    tensor, values = stored(Kind.Q8_0)
+    codes, scale = tensor.encoding.group_bytes(tensor.read())
+    assert np.array_equal((codes.float() * scale.repeat_interleave(GROUP_LEN, 1)).numpy(), values)
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
-@pytest.mark.parametrize("num_rows", [1, 4, 5, 33])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 33])
 def test_products_in_bfloat16_are_as_good_as_with_rounded_weights(kind: Kind, num_rows: int) -> None:
     tensor, values = stored(kind)
     form = formats.choose([tensor.encoding], 48, 512, BF16)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cableway.workers.formats.base import Format, Place
 from cableway.workers.formats.dense import Dense, Packed, Tiled
 from cableway.workers.formats.int4 import Int4
+from cableway.workers.formats.int8 import Int8
 from cableway.workers.formats.stored import Encoding
 
 __all__ = ["Format", "Place", "choose"]
@@ -21,5 +22,7 @@ def choose(encodings: Sequence[Encoding], num_out: int, num_in: int, place: Plac
         return Dense(place)
     if Int4.fits(encodings, num_out, num_in, place):
         return Int4(place)
+    if Int8.fits(encodings, num_in, place):
+        return Int8(place)
     form = Packed(place) if Packed.fits(place) else Dense(place)
     return Tiled(form) if place.invariant else form

@@ -1,7 +1,7 @@
 """The block types of GGUF files. A block of 32 (or 256) numbers is some bytes of small integers with their scales.
 
-The `gguf` package decodes them to plain numbers. Types of 4 bits with a scale every 32 numbers can also stay integers
-(see `GroupInts`).
+The `gguf` package decodes them to plain numbers. Types of 4 and of 8 bits with a scale every 32 numbers can also stay
+integers (see `GroupInts` and `GroupBytes`).
 """
 
 import math
@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from cableway.ipc.modelfiles import ModelError
-from cableway.workers.formats.stored import GROUP_LEN, PLAIN, Encoding, GroupInts
+from cableway.workers.formats.stored import GROUP_LEN, PLAIN, Encoding, GroupBytes, GroupInts
 
 _PLAIN_DTYPES = {
     GGMLQuantizationType.F32: torch.float32,
@@ -27,7 +27,7 @@ _BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", 
 class Blocks:
     """Encoded tensors are [rows, blocks, block_bytes] u8."""
 
-    group_ints = None
+    group_ints = group_bytes = None
 
     def __init__(self, name: str):
         self.name = name
@@ -41,6 +41,14 @@ class Blocks:
         joined = math.gcd(num_rows, 1 << max(0, (_LONG_ROW_LEN // row_len).bit_length() - 1))
         values = dequantize(encoded.reshape(num_rows // joined, -1).numpy(), self._kind)
         return torch.from_numpy(values).view(num_rows, row_len)
+
+
+class Q8(Blocks):
+    """A scale d, then 32 codes of a byte: `q d`."""
+
+    def group_bytes(self, encoded: Tensor) -> GroupBytes:
+        head, codes = encoded.split((2, GROUP_LEN), -1)
+        return GroupBytes(codes.contiguous().view(torch.int8).flatten(1), _halves(head)[..., 0])
 
 
 class Q4(Blocks):
@@ -80,6 +88,7 @@ def _halves(encoded: Tensor) -> Tensor:
 _ENCODINGS: dict[int, Encoding] = {
     **dict.fromkeys(_PLAIN_DTYPES, PLAIN),
     **{GGMLQuantizationType[name]: Blocks(name) for name in _BLOCK_TYPES},
+    GGMLQuantizationType.Q8_0: Q8("Q8_0"),
     GGMLQuantizationType.Q4_0: Q4("Q4_0"),
     GGMLQuantizationType.Q4_1: Q4("Q4_1"),
     GGMLQuantizationType.Q4_K: Q4K("Q4_K"),

@@ -3,7 +3,7 @@
 The integers are multiplied as they are where few rows make the product a matter of bytes. Beside them the same matrix
 is kept dense for many rows, where it is a matter of arithmetic.
 PERF: the 120 matrices of SmolLM2-135M, 2 threads, 1 / 4 / 5 / 8 / 16 rows: as integers 3.9 / 6.4 / 11.2 / 11.6 / 23 ms,
-dense 11.4 / 10.6 / 10.1 / 12.4 / 14 ms. Two planes of 4 bits for Q8_0 were tried: no faster than dense at 1 row.
+dense 11.4 / 10.6 / 10.1 / 12.4 / 14 ms.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cableway.workers.formats.base import Place
 from cableway.workers.formats.dense import Packed
-from cableway.workers.formats.stored import GROUP_LEN, Encoding, GroupInts, Piece
+from cableway.workers.formats.stored import GROUP_LEN, Encoding, Piece
 
 _MAX_ROWS = 4
 _OUT_MULTIPLE = 16
@@ -39,7 +39,7 @@ class Int4:
         return shape_fits and place.dtype == torch.bfloat16 and all(encoding.group_ints for encoding in encodings)
 
     def finish(self, pieces: Sequence[Piece]) -> Params:
-        ints = [_padded(piece.encoding.group_ints(piece.encoded), piece.num_padding) for piece in pieces]
+        ints = [map(piece.pad, piece.encoding.group_ints(piece.encoded)) for piece in pieces]
         codes, scale, zero = (torch.cat(part) for part in zip(*ints, strict=True))
         # The op takes 8 times the bytes it packs, so a large matrix goes through it piece by piece.
         packed = [torch._convert_weight_to_int4pack_for_cpu(rows.int(), 1) for rows in codes.split(_PACK_CHUNK_ROWS)]
@@ -51,10 +51,3 @@ class Int4:
         if self._many_rows is not None and x.shape[0] > _MAX_ROWS:
             return self._many_rows.apply(x, params.dense)
         return torch._weight_int4pack_mm_for_cpu(x, params.packed, GROUP_LEN, params.scale_and_zero)
-
-
-def _padded(ints: GroupInts, num_rows: int) -> GroupInts:
-    """Append rows of zeros: any code, with scale and zero 0."""
-    if not num_rows:
-        return ints
-    return GroupInts(*(torch.cat((part, part.new_zeros(num_rows, part.shape[1]))) for part in ints))

@@ -14,7 +14,7 @@ from torch import Tensor
 from cableway.workers.parallel import Span
 
 GROUP_LEN = 32
-"""Numbers along `in` that share a scale in `GroupInts`."""
+"""Numbers along `in` that share a scale in `GroupInts` and `GroupBytes`."""
 
 
 class GroupInts(NamedTuple):
@@ -25,12 +25,20 @@ class GroupInts(NamedTuple):
     zero: Tensor  # [out, in / GROUP_LEN] f32
 
 
+class GroupBytes(NamedTuple):
+    """A matrix of 8-bit integers: `codes * scale`, exactly."""
+
+    codes: Tensor  # [out, in] i8
+    scale: Tensor  # [out, in / GROUP_LEN] f32
+
+
 class Encoding(Protocol):
     """How a file writes numbers. Encoded tensors are [rows, blocks, …] where a block holds `block_len` numbers."""
 
     name: str
     block_len: int
     group_ints: Callable[[Tensor], GroupInts] | None
+    group_bytes: Callable[[Tensor], GroupBytes] | None
     """The same numbers as integers and scales, for encodings that are such."""
 
     def decode(self, encoded: Tensor) -> Tensor:
@@ -42,7 +50,7 @@ class Plain:
 
     name = "plain"
     block_len = 1
-    group_ints = None
+    group_ints = group_bytes = None
 
     def decode(self, encoded: Tensor) -> Tensor:
         return encoded
@@ -59,10 +67,13 @@ class Piece(NamedTuple):
     num_padding: int = 0
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        values = self.encoding.decode(self.encoded).to(dtype)
+        return self.pad(self.encoding.decode(self.encoded).to(dtype))
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Append the rows of zeros: where integers have a scale and a zero of 0, any code is a zero."""
         if not self.num_padding:
-            return values
-        return torch.cat((values, values.new_zeros(self.num_padding, *values.shape[1:])))
+            return rows
+        return torch.cat((rows, rows.new_zeros(self.num_padding, *rows.shape[1:])))
 
 
 @dataclass(frozen=True)
