@@ -64,6 +64,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
                 weight.copy_(_SCALES["bias"] * noise)
             else:
                 weight.copy_(1 + _SCALES["norm"] * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias") and buffer.is_floating_point():  # such as corrections of routers
+                buffer.copy_(_SCALES["bias"] * torch.randn(buffer.shape, generator=generator))
 
 
 def save(model: transformers.PreTrainedModel, folder: Path, *, old_spelling: bool = False, **save_options: Any) -> Path:

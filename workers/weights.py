@@ -103,7 +103,9 @@ def _match(
         if not parts or target.leaf not in slots[path].leaves:
             unknown.append(name)
             continue
-        for part, tensor in _unfuse(stored, slots[path], list(target.parts) or parts, target, source).items():
+        if target.parts:
+            parts = [part for part in parts if part.rpartition(".")[2] in target.parts]
+        for part, tensor in _unfuse(stored, slots[path], parts, target, source).items():
             if target.leaf in filling[path][part]:
                 raise ModelError(f"{source}: tensor {name!r} fills {path!r} a second time")
             filling[path][part][target.leaf] = tensor

@@ -376,3 +376,60 @@ REWRITTEN: dict[str, Rewritten] = {
 }
 REWRITTEN["ChatGLMForConditionalGeneration"] = REWRITTEN["ChatGLMModel"]
 REWRITTEN["TeleFLM"] = REWRITTEN["TeleFLMForCausalLM"]
+
+
+def ungated_share(model: Any) -> None:
+    """The shared experts' gates always give a half."""
+    for name, weight in model.named_parameters():
+        if "shared_expert_gate" in name:
+            weight.data.zero_()
+
+
+def deepseek_tensors(tensors: Tensors, config: Config) -> None:
+    for key in list(tensors):
+        if "shared_expert_gate" in key:
+            del tensors[key]
+        elif "shared_expert.down_proj" in key:
+            tensors[key] = tensors[key] / 2
+
+
+def deepseek_config(config: Config) -> None:
+    old_rope(config)
+    config |= {"first_k_dense_replace": 1, "moe_layer_freq": 1, "n_shared_experts": 2, "moe_intermediate_size": 40}
+    renamed(num_experts="n_routed_experts")(config)
+    without(
+        *("mlp_only_layers", "decoder_sparse_step", "shared_expert_intermediate_size", "qkv_bias", "layer_types"),
+        *("use_sliding_window", "sliding_window", "max_window_layers"),
+    )(config)
+
+
+MOE_FIELDS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 80,
+    "mlp_only_layers": [0],
+    "norm_topk_prob": True,
+    "qkv_bias": False,
+}
+REWRITTEN["PhiMoEForCausalLM"] = Rewritten("Phimoe", {"num_local_experts": 4, "router_jitter_noise": 0.2})
+REWRITTEN["DeepseekForCausalLM"] = Rewritten(
+    "Qwen2Moe",
+    MOE_FIELDS,
+    {"shared_expert.": "shared_experts."},
+    deepseek_config,
+    deepseek_tensors,
+    prepare=ungated_share,
+)
+REWRITTEN["BailingMoeForCausalLM"] = Rewritten(
+    "Qwen2Moe",
+    MOE_FIELDS,
+    {
+        "shared_expert.": "shared_experts.",
+        "model.embed_tokens": "model.word_embeddings",
+        "self_attn.o_proj": "attention.dense",
+    },
+    both(deepseek_config, renamed(n_shared_experts="num_shared_experts", n_routed_experts="num_experts")),
+    both_tensors(deepseek_tensors, fuse("attention.query_key_value", *QKV)),
+    prepare=ungated_share,
+)

@@ -32,7 +32,7 @@ class Attention(Mixer):
         soft_cap: scores are kept within it smoothly, where it is not 0.
         qk_norm: norm of each head of q and k, or of all of them, before they are rotated; or one for each of the two.
         bias: of q, k and v. out_bias: of the output projection.
-        clip: of q, k and v as they are projected.
+        clip: of q, k and v before they are rotated.
         scores: what is done to scores besides.
         norm_y: norm of what goes into the output projection.
     """
@@ -83,12 +83,11 @@ class Attention(Mixer):
     def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, E] -> q [T, H, D], k and v [T, KV, D], normed and rotated."""
         num_q, num_kv = self._num_heads, self._num_kv_heads
-        heads = self.qkv(x)
-        if self.clip is not None:
-            heads = self.clip(heads)
-        q, k, v = heads.view(-1, num_q + 2 * num_kv, self.head_dim).split((num_q, num_kv, num_kv), 1)
+        q, k, v = self.qkv(x).view(-1, num_q + 2 * num_kv, self.head_dim).split((num_q, num_kv, num_kv), 1)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = self.clip(q), self.clip(k), self.clip(v)
         if self.rope is not None:
             rotate(q, k, step.angles(self.rope))
         return q, k, v

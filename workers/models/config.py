@@ -29,12 +29,19 @@ _SPELLINGS = {
     ),
     **dict.fromkeys(("activation_function", "hidden_activation", "activation"), "hidden_act"),
     **dict.fromkeys(("n_positions", "max_seq_len", "n_ctx", "seq_length"), "max_position_embeddings"),
+    **dict.fromkeys(("num_local_experts", "n_routed_experts", "moe_num_experts"), "num_experts"),
+    **dict.fromkeys(("moe_topk", "moe_k", "moe_top_k"), "num_experts_per_tok"),
+    **dict.fromkeys(("num_shared_experts", "moe_num_shared_experts"), "n_shared_experts"),
     "padded_vocab_size": "vocab_size",
     "kv_channels": "head_dim",
     "rotary_emb_base": "rope_theta",
     **dict.fromkeys(("rotary_pct", "rope_pct"), "partial_rotary_factor"),
 }
 """Other names for what `DecoderConfig` calls by one. Of two names in a file the one that it uses wins."""
+_DERIVED_WHERE_NULL = (
+    *("head_dim", "num_key_value_heads", "intermediate_size", "layer_types"),
+    *("n_group", "topk_group", "n_shared_experts"),
+)
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +100,30 @@ class WindowedConfig(DecoderConfig, frozen=True, kw_only=True):
         return self.by_layer(self.layer_types, {"full_attention": 0, "sliding_attention": window})
 
 
+class MoEConfig(DecoderConfig, frozen=True, kw_only=True):
+    """A decoder some of whose MLPs are mixtures of experts."""
+
+    num_experts: Size
+    num_experts_per_tok: Size
+    moe_intermediate_size: Size
+    n_shared_experts: Count = 0
+    norm_topk_prob: bool = False
+    routed_scaling_factor: Factor = 1.0
+    n_group: Size = 1
+    topk_group: Size = 1
+    first_k_dense_replace: Count = 0
+
+    def __post_init__(self) -> None:
+        DecoderConfig.__post_init__(self)
+        if self.num_experts_per_tok > self.num_experts or self.num_experts % self.n_group:
+            raise ValueError(f"{self.num_experts} experts, {self.num_experts_per_tok} a token, in {self.n_group} groups")
+        group_len = self.num_experts // self.n_group
+        if self.topk_group > self.n_group or (self.n_group > 1 and group_len < 2):
+            raise ValueError(f"topk_group {self.topk_group} of {self.n_group} groups of {group_len} experts")
+        if self.topk_group * group_len < self.num_experts_per_tok:
+            raise ValueError(f"{self.topk_group} groups of {group_len} experts are too few for a token")
+
+
 def every(period: int, num_layers: int) -> list[str]:
     """Layer types where each `period`-th layer sees everything, the others a window."""
     return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)]
@@ -119,10 +150,13 @@ def _modern(config: Mapping[str, Any], kind: type[DecoderConfig], fields: Mappin
     for other, name in _SPELLINGS.items():
         if other not in fields and modern.get(name) is None and modern.get(other) is not None:
             modern[name] = modern[other]
-    for name in ("head_dim", "num_key_value_heads", "intermediate_size", "layer_types"):
+    for name in _DERIVED_WHERE_NULL:
         if modern.get(name) is None:
             modern.pop(name, None)
     kind.derive(modern)
+    if "moe_intermediate_size" in fields:
+        modern.setdefault("moe_intermediate_size", modern.get("intermediate_size"))
+        modern.setdefault("intermediate_size", modern["moe_intermediate_size"])
     heads, hidden = modern.get("num_attention_heads"), modern.get("hidden_size")
     modern.setdefault("num_key_value_heads", heads)
     if fields["head_dim"] and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:

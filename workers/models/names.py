@@ -63,6 +63,41 @@ def transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     return concatenated(stored.changed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)
 
 
+def stacked(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """Expert after expert [X, out, in], or [X * out, in], each with its parts one after another."""
+    return _stacked(stored, parts, concatenated)
+
+
+def stacked_transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """[X, in, out], expert after expert, each with its parts side by side."""
+    return _stacked(stored, parts, transposed)
+
+
+def stacked_in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """[X, in, out], a column of each part in turn."""
+
+    def across(one: Stored, of_one: Mapping[str, Axis]) -> dict[str, Stored]:
+        return in_turns(one.changed(one.shape[::-1], Tensor.t) if len(one.shape) == 2 else one, of_one)
+
+    return _stacked(stored, parts, across)
+
+
+def _stacked(stored: Stored, parts: Mapping[str, Axis], layout: Layout) -> dict[str, Stored]:
+    """Cut a tensor of all experts into those of each, and these by `layout`."""
+    experts: dict[str, dict[str, Axis]] = {}
+    for part, axis in parts.items():
+        experts.setdefault(part.partition(".")[0], {})[part] = axis
+    if stored.shape[0] != len(experts):
+        rows = stored.shape[0] // len(experts)
+        if stored.shape[0] != len(experts) * rows:
+            raise ValueError
+        stored = stored.changed((len(experts), rows, *stored.shape[1:]), lambda t: t.unflatten(0, (-1, rows)))
+    cut = {}
+    for number, of_one in enumerate(experts.values()):
+        cut |= layout(stored.changed(stored.shape[1:], lambda t, i=number: t[i]), of_one)
+    return cut
+
+
 def flat(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """A row of numbers saved as a table, such as one of heads."""
     return concatenated(stored.changed((math.prod(stored.shape),), Tensor.flatten), parts)
@@ -174,6 +209,13 @@ SANDWICH_NORMS = names(
     prefix="model.layers.{}.",
     to="layers.{}.",
 )
+
+def experts(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Names:
+    """Experts one by one, `prefix.{}.gate`, which follows `model.layers.{}.`."""
+    table = {f"{prefix}.{{}}.{gate}": "gate_up.{}.gate", f"{prefix}.{{}}.{up}": "gate_up.{}.up"}
+    table[f"{prefix}.{{}}.{down}"] = "down.{}"
+    return names(table, prefix="model.layers.{}.", to="layers.{}.mlp.")
+
 
 HF = EMBEDDINGS | ATTENTION | GATED_MLP | PRE_NORMS
 """Names of Llama, which most families took over."""
