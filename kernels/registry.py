@@ -50,6 +50,7 @@ class Kernel:
     """One entry of the registry. `ref`, `launch` and `function` take the same arguments and return the same values.
 
     `updates` names the tensors (positions in `args`) that are written in place; they are compared like returned ones.
+    `spoils` names those that hold nothing of use afterwards.
     `bench_cases` are large cases to be timed; `num_bytes` and `num_flops` of a call give the bound.
     """
 
@@ -63,6 +64,7 @@ class Kernel:
     num_bytes: Callable[[Call], int]
     num_flops: Callable[[Call], int] | None
     updates: tuple[int, ...]
+    spoils: tuple[int, ...]
     tolerances: dict[torch.dtype, float]
 
     def run(self, form: Callable, made: Call) -> tuple[Tensor, ...]:
@@ -77,7 +79,9 @@ _kernels: dict[str, Kernel] = {}
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-def kernel(*, ref, launch, make, cases, bench_cases, num_bytes, num_flops=None, updates=(), tolerances=TOLERANCES):
+def kernel(
+    *, ref, launch, make, cases, bench_cases, num_bytes, num_flops=None, updates=(), spoils=(), tolerances=TOLERANCES
+):  # fmt: skip
     """Register the decorated public launcher; it is returned as it is, so a call costs nothing more."""
 
     def register(function: Callable) -> Callable:
@@ -92,6 +96,7 @@ def kernel(*, ref, launch, make, cases, bench_cases, num_bytes, num_flops=None, 
             num_bytes=num_bytes,
             num_flops=num_flops,
             updates=tuple(updates),
+            spoils=tuple(spoils),
             tolerances=tolerances,
         )
         return function

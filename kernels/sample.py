@@ -12,16 +12,15 @@ Ties with the last one kept are kept, so no form has to sort. temperature 0 take
 among equals. A row with a NaN or +inf, or with nothing to draw, gives -1: the caller fails that request alone.
 
 logits       [num_rows, vocab]  f32, contiguous rows
-temperature  [num_rows]  f32   0 = greedy
-top_k        [num_rows]  i32   0 = off
-top_p        [num_rows]  f32   1 = off
-min_p        [num_rows]  f32   0 = off
-seeds        [num_rows]  i64   0 … 2**63 - 1
-choices      [num_rows]  i32   which of a request's n continuations
-positions    [num_rows]  i32   of the token to be drawn, in prompt and output
+rows         [num_rows]  i32    the row of the three tables below that each row of logits belongs to
+fractions    [3, n]      f32    temperature (0 = greedy), top_p (1 = off), min_p (0 = off)
+integers     [2, n]      i32    top_k (0 = off), choice: which of a request's n continuations
+seeds        [n]         i64    0 … 2**63 - 1
+positions    [num_rows]  i32    of the token to be drawn, in prompt and output
 returns      [num_rows]  i32
 
-Bound: bytes; reads logits once (Triton: again from cache for every bisection step of top-k and top-p).
+Bound: bytes; reads logits twice, or once where all rows are greedy (and from cache for every bisection step of top-k
+and top-p, where one program does a whole row).
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.kernels.lang import jit, loops, tl
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, loops, overlapping, tl, triton
 from cableway.kernels.philox import gumbels, gumbels_triton
 from cableway.kernels.registry import are_contiguous, call, check, grid, kernel, nbytes
 
 GROUP = 64
 GROUPS_STREAM, TOKENS_STREAM = 0, 1
 _FIRST_CANDIDATES = 512
-_OPTION_DTYPES = torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int32, torch.int32
 
 
-def ref(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> Tensor:
+def ref(logits, rows, fractions, integers, seeds, positions) -> Tensor:
+    (temperature, top_p, min_p), (top_k, choices), seeds = _of_rows(rows, fractions, integers, seeds)
     drawn = []
     for row in range(logits.shape[0]):
         x = logits[row].float()
@@ -63,6 +62,11 @@ def ref(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> 
         scores = kept[index] + gumbels(*counters, TOKENS_STREAM, index[None])[0]
         drawn.append(int(index[scores.argmax()]))
     return torch.tensor(drawn, dtype=torch.int32, device=logits.device)
+
+
+def _of_rows(rows: Tensor, fractions: Tensor, integers: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The options of each row of logits: [3, R], [2, R], [R]."""
+    return fractions.index_select(1, rows), integers.index_select(1, rows), seeds.index_select(0, rows)
 
 
 @jit
@@ -110,84 +114,173 @@ def _threshold(row_ptr, vocab, temperature, top, k, p, BLOCK: tl.constexpr):
     return key
 
 
-@jit
-def _sample(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, choices_ptr, positions_ptr, out_ptr,
-    stride, vocab, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
-    temperature = tl.load(temperature_ptr + row)
-    greedy = temperature == 0
-    temperature = tl.where(greedy, 1.0, temperature)
+_VARYING = ("arrivals_ptr", "scores_ptr", "groups_ptr")  # whose alignment depends on the number of rows
 
+
+@jit(do_not_specialize=_VARYING)
+def _likeliest(
+    logits_ptr, stride, tops_ptr, tokens_ptr, arrivals_ptr, vocab, stretch, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """The largest logit of one stretch of a row, its first token, and inf where any is NaN."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row_ptr = logits_ptr + row * stride
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_token = tl.zeros((BLOCK,), tl.int32)
     nans = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, vocab, BLOCK):
+    for first in range(part * stretch, tl.minimum((part + 1) * stretch, vocab), BLOCK):
         token = first + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf"))
         nans += (x != x).to(tl.int32)
         best_token = tl.where(x > best, token, best_token)
         best = tl.where(x > best, x, best)
     top = tl.max(best, 0)
-    likeliest = tl.min(tl.where(best == top, best_token, 0x7FFFFFFF), 0)
-    bad = (tl.sum(nans, 0) > 0) | (top == float("-inf")) | (top == float("inf"))
-    drawn = likeliest
-    if (greedy | bad) == 0:
-        top = top / temperature
-        k, p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-        key = _threshold(row_ptr, vocab, temperature, top, k, p, BLOCK)
-        least = top + tl.log(tl.load(min_p_ptr + row))
-        seed, choice = tl.load(seeds_ptr + row), tl.load(choices_ptr + row)
-        position = tl.load(positions_ptr + row)
-        best_score = tl.full((), float("-inf"), tl.float32)
-        best_group = tl.full((), 0, tl.int32)
-        for first in range(0, vocab, BLOCK):
-            token = first + tl.arange(0, BLOCK)
-            x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
-            kept = (_ordered(x) >= key) & (x >= least) & (token < vocab)
-            mass = tl.sum(tl.reshape(tl.where(kept, tl.exp(x - top), 0.0), (BLOCK // GROUP, GROUP)), 1)
-            score = tl.log(mass) + gumbels_triton(seed, choice, position, 0, first // GROUP, BLOCK // GROUP)
-            score_here = tl.max(score, 0)
-            group_here = first // GROUP + tl.argmax(score, 0)
-            best_group = tl.where(score_here > best_score, group_here, best_group)
-            best_score = tl.maximum(score_here, best_score)
-        token = best_group * GROUP + tl.arange(0, GROUP)
+    place = row * tl.num_programs(1) + part
+    tl.store(tops_ptr + place, tl.where(tl.sum(nans, 0) > 0, float("inf"), top))
+    tl.store(tokens_ptr + place, tl.min(tl.where(best == top, best_token, 0x7FFFFFFF), 0))
+    if part == 0:
+        tl.store(arrivals_ptr + row, 0)
+
+
+@jit
+def _best_group(
+    row_ptr, begin, end, vocab, temperature, top, key, least, seed, choice, position,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of the groups of tokens begin … end - 1, the first with the largest score, and that score."""
+    best_score = tl.full((), float("-inf"), tl.float32)
+    best_group = tl.full((), 0, tl.int32)
+    for first in range(begin, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
         kept = (_ordered(x) >= key) & (x >= least) & (token < vocab)
-        score = x + gumbels_triton(seed, choice, position, 1, best_group * GROUP, GROUP)
-        drawn = best_group * GROUP + tl.argmax(tl.where(kept, score, float("-inf")), 0)
-    tl.store(out_ptr + row, tl.where(bad, -1, drawn))
+        mass = tl.sum(tl.reshape(tl.where(kept, tl.exp(x - top), 0.0), (BLOCK // GROUP, GROUP)), 1)
+        score = tl.log(mass) + gumbels_triton(seed, choice, position, 0, first // GROUP, BLOCK // GROUP)
+        score_here = tl.max(score, 0)
+        group_here = first // GROUP + tl.argmax(score, 0)
+        best_group = tl.where(score_here > best_score, group_here, best_group)
+        best_score = tl.maximum(score_here, best_score)
+    return best_score, best_group
 
 
-def launch(logits, temperature, top_k, top_p, min_p, seeds, choices, positions) -> Tensor:
-    options = (temperature, top_k, top_p, min_p, seeds, choices, positions)
-    check(are_contiguous(*options), "an option is strided")
+@jit
+def _draw_token(
+    row_ptr, group, vocab, temperature, key, least, seed, choice, position, GROUP: tl.constexpr
+):  # fmt: skip
+    token = group * GROUP + tl.arange(0, GROUP)
+    x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
+    kept = (_ordered(x) >= key) & (x >= least) & (token < vocab)
+    score = x + gumbels_triton(seed, choice, position, 1, group * GROUP, GROUP)
+    return group * GROUP + tl.argmax(tl.where(kept, score, float("-inf")), 0)
+
+
+@jit(do_not_specialize=_VARYING)
+def _sample(
+    logits_ptr, stride, rows_ptr, fractions_ptr, integers_ptr, seeds_ptr, positions_ptr, out_ptr,
+    tops_ptr, tokens_ptr, scores_ptr, groups_ptr, arrivals_ptr, num_table_rows, vocab, stretch,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One stretch of a row: the first does all where the row is greedy, or where its threshold must be found first."""
+    row, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    option_row = tl.load(rows_ptr + row)
+    temperature = tl.load(fractions_ptr + option_row)
+    p = tl.load(fractions_ptr + num_table_rows + option_row)
+    min_p = tl.load(fractions_ptr + 2 * num_table_rows + option_row)
+    k, choice = tl.load(integers_ptr + option_row), tl.load(integers_ptr + num_table_rows + option_row)
+    seed, position = tl.load(seeds_ptr + option_row), tl.load(positions_ptr + row)
+    parts = tl.arange(0, BLOCK_PARTS)
+    place = row * num_parts + parts
+    tops = tl.load(tops_ptr + place, mask=parts < num_parts, other=float("-inf"))
+    tokens = tl.load(tokens_ptr + place, mask=parts < num_parts, other=0x7FFFFFFF)
+    top = tl.max(tops, 0)
+    is_bad = (top == float("-inf")) | (top == float("inf"))
+    if is_bad | (temperature == 0):
+        if part == 0:
+            likeliest = tl.min(tl.where(tops == top, tokens, 0x7FFFFFFF), 0)
+            tl.store(out_ptr + row, tl.where(is_bad, -1, likeliest))
+    else:
+        row_ptr = logits_ptr + row * stride
+        has_threshold = (k > 0) | (p < 1)
+        top = top / temperature
+        least = top + tl.log(min_p)
+        if has_threshold:
+            if part == 0:
+                key = _threshold(row_ptr, vocab, temperature, top, k, p, BLOCK)
+                _, group = _best_group(
+                    row_ptr, 0, vocab, vocab, temperature, top, key, least, seed, choice, position, BLOCK, GROUP
+                )
+                token = _draw_token(row_ptr, group, vocab, temperature, key, least, seed, choice, position, GROUP)
+                tl.store(out_ptr + row, token)
+        else:
+            key = tl.full((), -0x80000000, tl.int64)
+            end = tl.minimum((part + 1) * stretch, vocab)
+            score, group = _best_group(
+                row_ptr, part * stretch, end, vocab, temperature, top, key, least, seed, choice, position, BLOCK, GROUP
+            )
+            tl.store(scores_ptr + row * num_parts + part, score)
+            tl.store(groups_ptr + row * num_parts + part, group)
+            tl.debug_barrier()  # every thread has stored before one of them tells
+            if tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+                # Other programs wrote these: not to be looked for in this processor's own cache.
+                inside = parts < num_parts
+                scores = tl.load(scores_ptr + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
+                groups = tl.load(groups_ptr + place, mask=inside, other=0x7FFFFFFF, cache_modifier=".cg")
+                group = tl.min(tl.where(scores == tl.max(scores, 0), groups, 0x7FFFFFFF), 0)
+                token = _draw_token(row_ptr, group, vocab, temperature, key, least, seed, choice, position, GROUP)
+                tl.store(out_ptr + row, token)
+
+
+_BLOCK = 4096
+_MOST_PARTS = 64
+_PROGRAMS = 512
+"""About as many as keep a large GPU busy."""
+
+
+def launch(logits, rows, fractions, integers, seeds, positions) -> Tensor:
+    check(are_contiguous(rows, fractions, integers, seeds, positions), "an option is strided")
     num_rows, vocab = logits.shape
-    out = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    _sample[(num_rows,)](logits, *options, out, logits.stride(0), vocab, BLOCK=4096, GROUP=GROUP, num_warps=16)
+    num_blocks = triton.cdiv(vocab, _BLOCK)
+    num_parts = min(num_blocks, _MOST_PARTS, max(_PROGRAMS // num_rows, 1))
+    stretch = triton.cdiv(num_blocks, num_parts) * _BLOCK
+    num_parts = triton.cdiv(vocab, stretch)
+    out, arrivals = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
+    values = torch.empty(2, num_rows, num_parts, device=logits.device)
+    (tops, scores), (tokens, groups) = values, torch.empty_like(values, dtype=torch.int32)
+    options = overlapping(logits.is_cuda)
+    _likeliest[(num_rows, num_parts)](
+        logits, logits.stride(0), tops, tokens, arrivals, vocab, stretch, BLOCK=_BLOCK, num_warps=8, **options
+    )
+    _sample[(num_rows, num_parts)](
+        logits, logits.stride(0), rows, fractions, integers, seeds, positions, out, tops, tokens, scores, groups,
+        arrivals, seeds.shape[0], vocab, stretch,
+        BLOCK=_BLOCK, GROUP=GROUP, BLOCK_PARTS=_MOST_PARTS, num_warps=8, **options,
+    )  # fmt: skip
     return out
 
 
 def make(num_rows: int, vocab: int, rules: str, device="cpu"):
     """`rules` names those that are on, in the first row and most others: any of "greedy top_k top_p min_p"."""
+    num = num_rows + 2  # of the tables
 
     def mixed(name: str, off: float, values: Tensor) -> Tensor:
-        on = torch.rand(num_rows) < 0.75
+        on = torch.rand(num) < 0.75
         on[0] = True
-        return torch.where(on & (name in rules), values, torch.full_like(values, off)).to(device)
+        return torch.where(on & (name in rules), values, torch.full_like(values, off))
 
-    return call(
-        2 * torch.randn(num_rows, vocab, device=device),
-        mixed("greedy", 0.8, torch.zeros(num_rows)),
-        mixed("top_k", 0, torch.randint(1, 50, (num_rows,), dtype=torch.int32)),
-        mixed("top_p", 1, torch.rand(num_rows)),
-        mixed("min_p", 0, torch.rand(num_rows) / 4),
-        torch.randint(1 << 62, (num_rows,), device=device),
-        torch.randint(4, (num_rows,), dtype=torch.int32, device=device),
-        torch.randint(2048, (num_rows,), dtype=torch.int32, device=device),
-    )
+    temperature, top_k = mixed("greedy", 0.8, torch.zeros(num)), mixed("top_k", 0, torch.randint(1, 50, (num,)))
+    top_p, min_p = mixed("top_p", 1, torch.rand(num)), mixed("min_p", 0, torch.rand(num) / 4)
+    fractions = torch.stack((temperature, top_p, min_p)).to(device)
+    integers = torch.stack((top_k, torch.randint(4, (num,)))).int().to(device)
+    seeds = torch.randint(1 << 62, (num,), device=device)
+    rows = torch.randint(num, (num_rows,), dtype=torch.int32, device=device)
+    rows[0] = 0
+    positions = torch.randint(2048, (num_rows,), dtype=torch.int32, device=device)
+    return call(2 * torch.randn(num_rows, vocab, device=device), rows, fractions, integers, seeds, positions)
 
 
 @kernel(
@@ -201,29 +294,26 @@ def make(num_rows: int, vocab: int, rules: str, device="cpu"):
     num_bytes=lambda c: nbytes(c.args[0]),
 )
 def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    choices: Tensor,
-    positions: Tensor,
+    logits: Tensor, rows: Tensor, fractions: Tensor, integers: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:
     """Draw a token for each row of logits [R, V] -> [R] i32, -1 where it is broken; ValueError on what does not fit."""
     check(logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1, "logits are not float32 rows")
-    options = (temperature, top_k, top_p, min_p, seeds, choices, positions)
-    check(all(option.shape == logits.shape[:1] for option in options), "an option is not [num_rows]")
-    check(tuple(option.dtype for option in options) == _OPTION_DTYPES, "an option is of another dtype")
+    check(rows.shape == positions.shape == logits.shape[:1], "rows or positions are not [num_rows]")
+    check(rows.dtype == positions.dtype == integers.dtype == torch.int32, "rows, positions or integers are not i32")
+    check(fractions.dtype == torch.float32 and seeds.dtype == torch.int64, "fractions are not f32, or seeds not i64")
+    num = seeds.shape[:1]
+    check(seeds.dim() == 1 and fractions.shape == (3, *num) and integers.shape == (2, *num), "not tables of n rows")
     if logits.device.type != "cpu":
-        return launch(logits, *options)
+        return launch(logits, rows, fractions, integers, seeds, positions)
     token_ids = torch.empty(len(logits), dtype=torch.int32)
     loops.run(
         loops.likeliest, len(logits), logits.shape[1], logits.data_ptr(), logits.stride(0), logits.shape[1],
         token_ids.data_ptr(),
     )  # fmt: skip
+    (temperature, top_p, min_p), (top_k, choices), seeds = _of_rows(rows, fractions, integers, seeds)
     drawing = (temperature > 0) & (token_ids >= 0)
     if drawing.any():
+        options = temperature, top_k, top_p, min_p, seeds, choices, positions
         token_ids[drawing] = _draw(logits[drawing], *(option[drawing] for option in options)).int()
     return token_ids
 

@@ -25,20 +25,22 @@ class StateSpec:
 class Batch:
     """One step: T tokens of S sequences, row after row. All tensors are on the model's device.
 
-    A decode is a chunk of one token, so nothing here tells prefill from decode. `block_tables` and `slots` have one
-    entry a state group, in the order of `Decoder.state_groups()`.
+    A decode is a chunk of one token, so nothing here tells prefill from decode; a GPU is fastest where decodes come
+    first. `block_tables` and `slots` have one entry a state group, in the order of `Decoder.state_groups()`. A sequence
+    of length 0 is nobody's, as are its tokens, which pad a captured graph: their slots are -1.
     """
 
     token_ids: Tensor  # [T] i32
     positions: Tensor  # [T] i32
     query_start: Tensor  # [S + 1] i32; tokens query_start[i]:query_start[i + 1] belong to sequence i
-    seq_lens: Tensor  # [S] i32; tokens computed before, and this chunk
+    seq_lens: Tensor  # [S] i32; tokens computed before, and this chunk; 0: nobody's
     max_query_len: int
     max_seq_len: int
     block_tables: list[Tensor]  # a group: [S, max_blocks] i32; entries past a sequence's length are any valid block
     slots: list[Tensor]  # a group: [T] i64; block_id * block_size + offset where a token's state is written
     logits_at: Tensor  # [R] i64; tokens whose logits are wanted
     invariant: bool = False  # results of a sequence must not depend, to the bit, on the rest of the batch or on chunks
+    may_have_singles: bool = True  # whether the first sequence may bring one token
 
     @property
     def num_tokens(self) -> int:

@@ -1,11 +1,14 @@
-"""CUDA graphs of decode steps: from row numbers on the device to logits and drawn tokens, by two calls of the host.
+"""CUDA graphs of whole steps: from row numbers on the device to logits and drawn tokens, by two or three calls.
 
-A step of one token a row is hundreds of small kernels, which take the host longer to start than the GPU to run. They
-are captured for some numbers of rows, and run for the next larger of them: what is too much is rows of nobody.
+A step is hundreds of kernels, which take the host longer to start than the GPU to run. Steps of one token a row are
+captured for some numbers of rows, all others for some numbers of tokens, and each is run by the next larger graph: what
+is too much is nobody's. Graphs of one token a row, and the largest of all, are captured at the start; the others when
+they are first needed, by a step that is carried out without.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,82 +16,149 @@ import torch
 from torch import Tensor
 
 from cableway.workers.batch import Decoder
-from cableway.workers.rows import Rows, upload
+from cableway.workers.rows import NO_CHUNKS, Chunks, Rows, upload_into
 from cableway.workers.sampler import Sampler
 
 
-def sizes(most: int) -> list[int]:
+def row_sizes(most: int) -> list[int]:
     """Numbers of rows worth a graph of their own, up to `most`: at most 8 rows, or an eighth, are in vain."""
     steps = [1, 2, 4, *range(8, min(most, 256), 8), *range(256, most, 32)]
     return [*(size for size in steps if size < most), most]
 
 
-class DecodeGraphs:
+def token_sizes(most: int) -> list[int]:
+    """Numbers of tokens worth a graph of their own, up to `most`: at most 16 tokens, or an eighth, are in vain."""
+    sizes, size = [], 16
+    while size < most:
+        sizes.append(size)
+        size += max(16, 1 << size.bit_length() - 4)
+    return [*sizes, most]
+
+
+class Captured:
+    """A function of numbers on the device: carried out as it is the first time, by its graph from then on."""
+
+    def __init__(self, function: Callable[[Tensor], None], inputs: Tensor, pool: Any) -> None:
+        self.inputs = inputs
+        self._function, self._pool = function, pool
+        self._graph: Any = None
+
+    def run(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._function(self.inputs)  # what is compiled or set up at its first use cannot be while capturing
+        self._graph = _capture(self._function, self.inputs, self._pool)
+
+
+class StepGraphs:
     """Graphs of one model on one GPU; they share their memory, so one runs at a time.
 
     Args:
-        max_num_seqs: rows of the largest graph.
+        max_num_seqs: rows of the largest step.
+        max_num_tokens: tokens of the largest step.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        rows: Rows,
-        sampler: Sampler,
-        caches: Sequence[Tensor],
-        max_num_seqs: int,
-        *,
-        invariant: bool = False,
-    ) -> None:
+        self, decoder: Decoder, rows: Rows, sampler: Sampler, caches: Sequence[Tensor], *, max_num_seqs: int,
+        max_num_tokens: int, invariant: bool = False,
+    ) -> None:  # fmt: skip
         self._decoder, self._rows, self._sampler = decoder, rows, sampler
         self._caches, self._invariant, self._device = list(caches), invariant, caches[0].device
-        self._sizes = sizes(max_num_seqs)
+        self._max_num_seqs = max_num_seqs
         self._logits = torch.empty(max_num_seqs, decoder.vocab_size, device=self._device)
         self._token_ids = torch.empty(max_num_seqs, dtype=torch.int32, device=self._device)
-        self._inputs = [upload(rows.nobodies(size), self._device) for size in self._sizes]
-        pool = torch.cuda.graph_pool_handle()
-        # Largest first: the others fit into its memory.
-        captured = [(_capture(self._forward, i, pool), _capture(self._draw, i, pool)) for i in self._inputs[::-1]]
-        self._graphs = captured[::-1]
+        self._hidden: Tensor | None = None  # [max_num_tokens, E], once it is known what a hidden state is
+        self._pool = torch.cuda.graph_pool_handle()
+        self._row_sizes, self._token_sizes = row_sizes(max_num_seqs), token_sizes(max_num_tokens)
+        drawing = [self._nobodies(size) for size in self._row_sizes]
+        self._singles, self._heads, self._draws = (
+            [Captured(function, inputs, self._pool) for inputs in drawing]
+            for function in (self._single, self._head, self._draw)
+        )
+        self._bodies: dict[int, Captured] = {}
 
-    def forward(self, rows: np.ndarray, ends: np.ndarray) -> Tensor:
-        """Compute the last token of each row.
+    def capture(self) -> None:
+        """Make the graphs that are ready from the start: largest first, as the others fit into its memory."""
+        self._run_body(NO_CHUNKS)
+        for graphs in zip(*(graphs[::-1] for graphs in (self._singles, self._heads, self._draws)), strict=True):
+            for graph in graphs:
+                graph.run()
+
+    def forward(self, chunks: Chunks, drawing: np.ndarray) -> Tensor | None:
+        """Compute a step.
 
         Args:
-            rows: [S] i32.
-            ends: [S] i32, tokens of each row once this one is computed.
+            drawing: [R] indices of the sequences that draw a token.
 
         Returns:
-            Logits [S, vocab_size] f32, which the next call overwrites.
+            Logits [R, vocab_size] f32, which the next call overwrites; None where none are wanted.
         """
-        num = len(rows)
-        self._which = bisect_left(self._sizes, num)
-        packed = self._rows.nobodies(self._sizes[self._which])
-        packed[0, :num], packed[1, :num], packed[2, :num] = rows, ends - 1, ends
-        self._inputs[self._which].copy_(upload(packed, self._device))
-        self._graphs[self._which][0].replay()
-        return self._logits[:num]
+        num_rows = len(drawing)
+        is_of_singles = num_rows == len(chunks.rows) == chunks.num_tokens
+        if not is_of_singles:
+            self._run_body(chunks)
+            if not num_rows:
+                return None
+        self._which = bisect_left(self._row_sizes, num_rows)
+        graph = (self._singles if is_of_singles else self._heads)[self._which]
+        packed = np.zeros(graph.inputs.shape, np.int32)
+        packed[0, :num_rows], packed[0, num_rows:] = chunks.rows[drawing], self._max_num_seqs
+        packed[1, :num_rows], packed[2, :num_rows] = chunks.ends[drawing], chunks.query_start[1:][drawing] - 1
+        upload_into(graph.inputs, packed)
+        graph.run()
+        return self._logits[:num_rows]
 
     def draw(self, num_rows: int) -> Tensor:
-        """Draw from the logits that `forward` gave, and write the tokens into the rows: [S] i32, overwritten."""
-        self._graphs[self._which][1].replay()
+        """Draw from the logits that `forward` gave, and write the tokens into the rows: [R] i32, overwritten."""
+        self._draws[self._which].run()
         return self._token_ids[:num_rows]
 
-    def _forward(self, inputs: Tensor) -> None:
-        batch = self._rows.gather_decode(inputs, invariant=self._invariant)
+    def _nobodies(self, num_rows: int) -> Tensor:
+        """Rows that draw [3, R] i32: which, their lengths, and the tokens of the step whose logits they draw from."""
+        inputs = torch.zeros(3, num_rows, dtype=torch.int32, device=self._device)
+        inputs[0] = self._max_num_seqs
+        return inputs
+
+    def _run_body(self, chunks: Chunks) -> None:
+        """Hidden states of a step; one of no chunks is the largest."""
+        size = self._token_sizes[bisect_left(self._token_sizes, chunks.num_tokens) if len(chunks.rows) else -1]
+        packed = self._rows.padded(chunks, min(self._max_num_seqs, size) + 1, size)
+        if size not in self._bodies:
+            inputs = torch.empty(packed.shape, dtype=torch.int32, device=self._device)
+            self._bodies[size] = Captured(partial(self._body, size), inputs, self._pool)
+        upload_into(self._bodies[size].inputs, packed)
+        self._bodies[size].run()
+
+    def _body(self, num_tokens: int, packed: Tensor) -> None:
+        batch = self._rows.gather_padded(packed, num_tokens, invariant=self._invariant)
         hidden = self._decoder.forward(batch, self._caches)
-        self._decoder.logits(hidden, out=self._logits[: inputs.shape[1]])
+        if self._hidden is None:
+            self._hidden = hidden.new_zeros(self._token_sizes[-1], hidden.shape[1])
+        self._hidden[:num_tokens].copy_(hidden)
+
+    def _single(self, inputs: Tensor) -> None:
+        rows, seq_lens, _ = inputs
+        batch = self._rows.gather_singles(rows, seq_lens, invariant=self._invariant)
+        self._decoder.logits(self._decoder.forward(batch, self._caches), out=self._logits[: len(rows)])
+
+    def _head(self, inputs: Tensor) -> None:
+        tokens = inputs[2]
+        self._decoder.logits(self._hidden.index_select(0, tokens), out=self._logits[: len(tokens)])
 
     def _draw(self, inputs: Tensor) -> None:
-        rows, _, positions = inputs
-        num = inputs.shape[1]
+        rows, positions, _ = inputs
+        num = len(rows)
         token_ids = self._token_ids[:num].copy_(self._sampler.draw_plain(self._logits[:num], rows, positions))
         self._rows.write_at(rows, positions, token_ids)
 
 
 def _capture(function: Callable[[Tensor], None], inputs: Tensor, pool: Any) -> torch.cuda.CUDAGraph:
-    function(inputs)  # what is compiled or set up at its first use cannot be while capturing
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    """A graph of what `function` does, which it does not do now."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(inputs.device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         function(inputs)
+        graph.capture_end()
     return graph

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cableway.ipc.messages import Ints, NewRow, StepPlan
+from cableway.kernels.step_inputs import step_inputs
 from cableway.workers.batch import Batch
 
 
@@ -26,6 +27,13 @@ class Chunks:
     ends: np.ndarray  # [S] i32
     samples: np.ndarray  # [S] bool
     query_start: np.ndarray  # [S + 1] i32
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_start[-1])
+
+
+NO_CHUNKS = Chunks(*np.zeros((3, 0), np.int32), np.zeros(0, bool), np.zeros(1, np.int32))
 
 
 def unpack(packed: Ints) -> np.ndarray:
@@ -41,6 +49,12 @@ def upload(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def upload_into(target: Tensor, values: np.ndarray) -> None:
+    """Overwrite a tensor by an array of the host of its shape; on a GPU without waiting for it."""
+    tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    target.copy_(tensor.pin_memory() if target.is_cuda else tensor, non_blocking=True)
+
+
 class Rows:
     """Token ids and block tables of `max_num_seqs` rows."""
 
@@ -50,11 +64,8 @@ class Rows:
         # One row more, that of nobody: it has no blocks, so nothing is written for what is computed in it.
         self.tokens = torch.zeros(max_num_seqs + 1, max_model_len, dtype=torch.int32, device=device)
         max_blocks = -(-max_model_len // block_size)
-        self.block_tables = [
-            torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device) for _ in range(num_groups)
-        ]
-        for table in self.block_tables:
-            table[max_num_seqs] = -1
+        self.block_tables = torch.zeros(num_groups, max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
+        self.block_tables[:, max_num_seqs] = -1
         self.num_tokens = np.zeros(max_num_seqs, np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._num_computed = np.zeros(max_num_seqs, np.int32)
@@ -67,14 +78,15 @@ class Rows:
         tokens = unpack(new.tokens)
         if not 0 < len(tokens) <= self.tokens.shape[1]:
             raise ValueError(f"row {new.row} enters with {len(tokens)} tokens")
-        self.tokens[new.row, : len(tokens)] = upload(tokens, self._device)
+        upload_into(self.tokens[new.row, : len(tokens)], tokens)
         self.num_tokens[new.row] = len(tokens)
         self.num_prompt_tokens[new.row] = new.num_prompt_tokens
         self._num_computed[new.row] = new.num_computed
         for group, packed in enumerate(new.blocks):
             blocks = unpack(packed)
-            self.block_tables[group][new.row, : len(blocks)] = upload(blocks, self._device)
             self._num_blocks[new.row, group] = len(blocks)
+            if len(blocks):
+                upload_into(self.block_tables[group, new.row, : len(blocks)], blocks)
 
     def leave(self, row: int) -> None:
         """The request in `row` has left; what the device holds of it is never read again."""
@@ -99,10 +111,8 @@ class Rows:
         nth_of_owner = np.arange(len(blocks)) - np.repeat(np.cumsum(counts) - counts.ravel(), counts.ravel())
         row, group = rows[owner // counts.shape[1]], owner % counts.shape[1]
         column = self._num_blocks[row, group] + nth_of_owner
-        for index, table in enumerate(self.block_tables):
-            here = group == index
-            where = upload(np.stack((row[here], column[here])), self._device)
-            table[where[0], where[1]] = upload(blocks[here], self._device)
+        where = upload(np.stack((group, row, column, blocks)).astype(np.int64), self._device)
+        self.block_tables[where[0], where[1], where[2]] = where[3].int()
         self._num_blocks[rows] += counts
 
     def chunk(self, plan: StepPlan) -> Chunks:
@@ -127,58 +137,53 @@ class Rows:
 
     def gather(self, chunks: Chunks, logits_at: np.ndarray, *, invariant: bool) -> Batch:
         """Inputs of the forward pass: `logits_at` [R] are the tokens of the step whose logits are wanted."""
-        num_rows, lengths = len(chunks.rows), np.diff(chunks.query_start)
-        if chunks.query_start[-1] == num_rows:
-            token_rows, positions = chunks.rows, chunks.starts
-        else:
-            token_rows = np.repeat(chunks.rows, lengths)
-            positions = np.arange(len(token_rows), dtype=np.int32)
-            positions += np.repeat(chunks.starts - chunks.query_start[:-1], lengths)
-        parts = (chunks.rows, chunks.ends, chunks.query_start, token_rows, positions, logits_at)
-        rows, seq_lens, query_start, token_rows, positions, logits_at = upload(
-            np.concatenate(parts, dtype=np.int32), self._device
-        ).split([len(part) for part in parts])
-        max_seq_len = int(chunks.ends.max())
-        num_blocks = -(-max_seq_len // self._block_size)
-        block, offset = positions // self._block_size, positions % self._block_size
-        return Batch(
-            token_ids=self.tokens[token_rows, positions],
-            positions=positions,
-            query_start=query_start,
-            seq_lens=seq_lens,
-            max_query_len=int(lengths.max()),
-            max_seq_len=max_seq_len,
-            block_tables=[table[:, :num_blocks].index_select(0, rows) for table in self.block_tables],
-            slots=[(table[token_rows, block] * self._block_size + offset).long() for table in self.block_tables],
-            logits_at=logits_at.long(),
-            invariant=invariant,
-        )
+        lengths, parts = np.diff(chunks.query_start), (chunks.rows, chunks.ends, chunks.query_start, logits_at)
+        on_device = upload(np.concatenate(parts, dtype=np.int32), self._device)
+        rows, seq_lens, query_start, logits_at = on_device.split([len(part) for part in parts])
+        return self._batch(
+            rows, seq_lens, query_start, chunks.num_tokens, int(lengths.max()), int(chunks.ends.max()),
+            logits_at=logits_at.long(), may_have_singles=bool(lengths[0] == 1), invariant=invariant,
+        )  # fmt: skip
 
-    def nobodies(self, num: int) -> np.ndarray:
-        """What `gather_decode` takes for `num` rows of nobody: [3, num] i32."""
-        nobody = np.zeros((3, num), np.int32)
-        nobody[0] = len(self.num_tokens)
-        return nobody
+    def padded(self, chunks: Chunks, num_seqs: int, num_tokens: int) -> np.ndarray:
+        """What `gather_padded` takes for a step made larger by nobody's tokens: [3 * num_seqs + 1] i32."""
+        packed, used = np.zeros(3 * num_seqs + 1, np.int32), len(chunks.rows)
+        rows, seq_lens, query_start = np.split(packed, (num_seqs, 2 * num_seqs))
+        rows[:used], rows[used:], seq_lens[:used] = chunks.rows, len(self.num_tokens), chunks.ends
+        query_start[: used + 1], query_start[used + 1 :] = chunks.query_start, num_tokens
+        return packed
 
-    def gather_decode(self, packed: Tensor, *, invariant: bool) -> Batch:
-        """Inputs of a step of one token a row, from numbers on the device alone, so that it can be captured.
+    def gather_padded(self, packed: Tensor, num_tokens: int, *, invariant: bool) -> Batch:
+        """Inputs of a step of so many tokens, from numbers on the device alone, so that it can be captured.
 
         Args:
-            packed: [3, S] i32: rows, positions, and lengths, which are positions + 1, or 0 for rows of nobody.
+            packed: [3 * S + 1] i32: rows, lengths and query_start. Sequences of length 0 are nobody's.
         """
-        rows, positions, seq_lens = packed
-        num_rows = packed.shape[1]
-        index = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
-        block, offset = positions // self._block_size, positions % self._block_size
+        num_seqs = len(packed) // 3
+        rows, seq_lens, query_start = packed.split((num_seqs, num_seqs, num_seqs + 1))
+        return self._batch(
+            rows, seq_lens, query_start, num_tokens, num_tokens, self.tokens.shape[1],
+            logits_at=query_start[:0].long(), may_have_singles=True, invariant=invariant,
+        )  # fmt: skip
+
+    def gather_singles(self, rows: Tensor, seq_lens: Tensor, *, invariant: bool) -> Batch:
+        """Inputs of a step of one token a row, [S] i32 each, so that it can be captured. Length 0: nobody's."""
+        num_seqs = len(rows)
+        query_start = torch.arange(num_seqs + 1, dtype=torch.int32, device=self._device)
+        return self._batch(
+            rows, seq_lens, query_start, num_seqs, 1, self.tokens.shape[1],
+            logits_at=query_start[:num_seqs].long(), may_have_singles=True, invariant=invariant,
+        )  # fmt: skip
+
+    def _batch(
+        self, rows: Tensor, seq_lens: Tensor, query_start: Tensor, num_tokens: int, max_query_len: int,
+        max_seq_len: int, **rest,
+    ) -> Batch:  # fmt: skip
+        block_size, num_blocks = self._block_size, -(-max_seq_len // self._block_size)
+        token_ids, positions, slots = step_inputs(
+            self.tokens, self.block_tables, rows, query_start, seq_lens, num_tokens=num_tokens, block_size=block_size
+        )
+        tables = [table[:, :num_blocks].index_select(0, rows) for table in self.block_tables]
         return Batch(
-            token_ids=self.tokens[rows, positions],
-            positions=positions,
-            query_start=index,
-            seq_lens=seq_lens,
-            max_query_len=1,
-            max_seq_len=self.tokens.shape[1],
-            block_tables=[table.index_select(0, rows) for table in self.block_tables],
-            slots=[(table[rows, block] * self._block_size + offset).long() for table in self.block_tables],
-            logits_at=index[:num_rows].long(),
-            invariant=invariant,
+            token_ids, positions, query_start, seq_lens, max_query_len, max_seq_len, tables, list(slots), **rest
         )

@@ -11,7 +11,7 @@ from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Failed, Logprobs, NewRow, Sampling, StepPlan, StepResult
 from cableway.workers import memory, weights
 from cableway.workers.batch import Decoder, StateSpec
-from cableway.workers.graphs import DecodeGraphs
+from cableway.workers.graphs import StepGraphs
 from cableway.workers.logprobs import PromptLogprobs
 from cableway.workers.rows import Chunks, Rows, unpack, upload
 from cableway.workers.sampler import Drawn, Sampler
@@ -75,16 +75,18 @@ class Runner:
         self._sampler = Sampler(config.max_num_seqs, decoder.vocab_size, device)
         self._prompt_logprobs = PromptLogprobs(decoder.vocab_size)
         self._finished_ns = 0
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         if device.type == "cuda" and not config.enforce_eager:
-            self._graphs = DecodeGraphs(
+            self._graphs = StepGraphs(
                 decoder,
                 self._rows,
                 self._sampler,
                 self._cache.layers,
-                config.max_num_seqs,
+                max_num_seqs=config.max_num_seqs,
+                max_num_tokens=config.max_num_batched_tokens,
                 invariant=config.batch_invariant,
             )
+            self._graphs.capture()
 
     @property
     def num_ahead(self) -> int:
@@ -159,8 +161,9 @@ class Runner:
             self._leave(row)
         for new in plan.new:
             self._rows.enter(new)
-            self._sampler.enter(new)
             self._prompt_logprobs.enter(new)
+        if plan.new:
+            self._sampler.enter(plan.new)
         if plan.copies:
             pairs = unpack(plan.copies).reshape(-1, 2).astype(np.int64)
             self._cache.copy_blocks(upload(pairs, self._device))
@@ -176,9 +179,11 @@ class Runner:
         rows, decoder = self._rows, self._decoder
         stretches = self._prompt_logprobs.stretches(chunks, rows)
         judged: list[Logprobs] = []
-        if self._graphs and len(drawing) == len(chunks.rows) == chunks.query_start[-1] and not stretches:
-            logits = self._graphs.forward(chunks.rows, chunks.ends)
-            if self._sampler.is_plain(chunks.rows):
+        if self._graphs and not stretches:
+            logits = self._graphs.forward(chunks, drawing)
+            if logits is None:
+                return None, []
+            if self._sampler.is_plain(chunks.rows[drawing]):
                 return Drawn(self._graphs.draw(len(drawing)), drawing[:0], None), []
         else:
             last_tokens = chunks.query_start[1:][drawing] - 1

@@ -6,6 +6,7 @@ and one kernel draws. Rows that use none of this cost nothing for it.
 Key: R rows that draw in this step, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,19 +44,29 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         num_rows = max_num_seqs + 1  # the last is nobody's
-        self._fractions = torch.zeros(3, num_rows, device=device)  # temperature, top_p, min_p
-        self._integers = torch.zeros(2, num_rows, dtype=torch.int32, device=device)  # top_k, choice
+        self._columns = torch.zeros(5, num_rows, dtype=torch.int32, device=device)
+        self._fractions = self._columns[:3].view(torch.float32)  # temperature, top_p, min_p
+        self._integers = self._columns[3:]  # top_k, choice
         self._seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._num_logprobs = np.full(max_num_seqs, -1, np.int32)
         self._changes: list[_Changes | None] = [None] * max_num_seqs
         self._penalties = Penalties(max_num_seqs, vocab_size, device)
 
-    def enter(self, new: NewRow) -> None:
-        """Take over a row for a request."""
+    def enter(self, entering: Sequence[NewRow]) -> None:
+        """Take over rows for requests."""
+        fractions = [(s.temperature, s.top_p, s.min_p) for s in (new.sampling for new in entering)]
+        integers = [(new.sampling.top_k, new.choice) for new in entering]
+        bits = np.concatenate((np.array(fractions, np.float32).view(np.int32), np.array(integers, np.int32)), 1)
+        rows_and_seeds = np.array([(new.row, new.sampling.seed) for new in entering], np.int64)
+        rows, seeds = upload(np.ascontiguousarray(rows_and_seeds.T), self._device)
+        self._columns.index_copy_(1, rows, upload(np.ascontiguousarray(bits.T), self._device))
+        self._seeds.index_copy_(0, rows, seeds)
+        for new in entering:
+            self._note(new)
+
+    def _note(self, new: NewRow) -> None:
+        """What the host remembers of a request."""
         sampling = new.sampling
-        self._fractions[:, new.row] = torch.tensor((sampling.temperature, sampling.top_p, sampling.min_p))
-        self._integers[:, new.row] = torch.tensor((sampling.top_k, new.choice), dtype=torch.int32)
-        self._seeds[new.row] = sampling.seed
         self._num_logprobs[new.row] = min(sampling.logprobs, self._vocab_size)
         self._changes[new.row] = _Changes.of(sampling, self._vocab_size)
         self._penalties.leave(new.row)
@@ -98,10 +109,7 @@ class Sampler:
 
     def draw_plain(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Draw a token for each of `rows` [R], at `positions` [R] i32, from logits [R, V] as they are: [R] i32."""
-        temperature, top_p, min_p = self._fractions.index_select(1, rows)
-        top_k, choices = self._integers.index_select(1, rows)
-        seeds = self._seeds.index_select(0, rows)
-        return sample(logits, temperature, top_k, top_p, min_p, seeds, choices, positions)
+        return sample(logits, rows, self._fractions, self._integers, self._seeds, positions)
 
     def num_logprobs(self, row: int) -> int:
         """How many of the likeliest tokens the request in `row` wants to see; -1 = no log-probabilities at all."""

@@ -5,58 +5,105 @@ operation costs 3 to 6 us, most of it in fetching its own code anew, so a decode
 PERF: SmolLM2-135M, a token of one sequence, in place, torch / here: add_rms_norm 28 / 13 us, rope 29 / 10, kv_write
 17 / 9, silu_mul 17 / 10, paged_attention 86 / 33. The loops are 1 to 3 us of it (attention 17), the rest is launchers.
 
-A loop takes the rows to compute, `begin` to `end`, then addresses, sizes and strides (in elements), and dtypes as
-`KINDS` numbers them; its signature is declared, so a call looks at nothing. It computes in float32, each row alone: a
-row's result is the same to the bit in any batch. Compiled code is kept on disk beside this file, or where Numba keeps
-what it cannot keep there.
+A loop computes rows `begin` to `end` of its result. Its arguments are addresses, sizes, strides (in elements) and
+dtypes as `KINDS` numbers them, then float32 numbers. It computes in float32, each row alone: a row's result is the same
+to the bit in any batch. Compiled code is kept on disk beside this file, or where Numba keeps what it cannot keep there.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
+import ctypes
+import struct
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import float32, intp, njit, types, uint16, uint32
+from numba import cfunc, float32, intp, njit, types, uint16, uint32
+from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _F32, _BF16 = 0, 1
-_OPERATIONS_A_THREAD = 1 << 20
+_OPERATIONS_A_THREAD = 1 << 17
 """To wake a thread takes a good part of the time of this many multiplications."""
+_TURNS_A_THREAD = 2
+_INT, _FLOAT, _NOTHING = ir.IntType(64), ir.FloatType(), ir.VoidType()
 
 
-def run(loop, num_rows: int, operations: int, *arguments) -> None:
-    """Call loop(begin, end, *arguments) for all rows, on several threads where `operations` a row make that pay."""
-    num_parts = min(torch.get_num_threads(), num_rows, num_rows * operations // _OPERATIONS_A_THREAD)
-    if num_parts <= 1:
-        loop(0, num_rows, *arguments)
+class Loop:
+    """A compiled loop. `num_integers` and `num_floats` say how its arguments are packed."""
+
+    def __init__(self, function: Callable, num_integers: int, num_floats: int):
+        compiled = _compiled(types.void(intp, intp, intp), function)
+        self.address = compiled.address
+        self.call = ctypes.PYFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)(compiled.address)
+        self.pack = struct.Struct(f"={num_integers}q{num_floats}d").pack
+
+
+def run(loop: Loop, num_rows: int, operations: int, *arguments: float) -> None:
+    """Compute `num_rows` rows, on several threads where `operations` a row make that pay.
+
+    The threads are those of OpenMP that torch computes with, which are awake between its products. They take turns: one
+    that the system takes away from the work holds up the others for one turn only.
+    """
+    packed = loop.pack(*arguments)
+    num_threads = min(torch.get_num_threads(), num_rows, num_rows * operations // _OPERATIONS_A_THREAD)
+    if num_threads <= 1 or _parallel is None:
+        loop.call(0, num_rows, packed)
         return
-    borders = [num_rows * part // num_parts for part in range(num_parts + 1)]
-    others = [_threads().submit(loop, *part, *arguments) for part in pairwise(borders[1:])]
-    loop(0, borders[1], *arguments)
-    for other in others:
-        other.result()
+    work = struct.pack("=4q", 0, num_rows, _turn_len(num_rows, num_threads), loop.address) + packed
+    _parallel(_take_turns, ctypes.create_string_buffer(work, len(work)), num_threads, 0)
 
 
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(torch.get_num_threads() - 1, 1), thread_name_prefix="loops")
+class Prepared:
+    """A large loop whose last arguments, all integers, are always the same ones; one call at a time.
+
+    PERF: packing and deciding anew is 4 us of a product that takes 30.
+    """
+
+    def __init__(self, loop: Loop, num_rows: int, num_changing: int, *fixed: int):
+        self._loop, self._num_rows, self._end = loop, num_rows, 4 + num_changing
+        self._work = (ctypes.c_int64 * (self._end + len(fixed)))(0, num_rows, 0, loop.address)
+        self._work[self._end :] = fixed
+        self._arguments = ctypes.addressof(self._work) + 4 * ctypes.sizeof(ctypes.c_int64)
+
+    def __call__(self, *changing: int) -> None:
+        work, num_threads = self._work, torch.get_num_threads()
+        work[4 : self._end] = changing
+        if num_threads == 1 or _parallel is None:
+            self._loop.call(0, self._num_rows, self._arguments)
+            return
+        work[0], work[2] = 0, _turn_len(self._num_rows, num_threads)
+        _parallel(_take_turns, work, num_threads, 0)
 
 
-def _loop(num_integers: int, num_floats: int = 0):
-    """Compile for that many integers (addresses, sizes, strides) and then float32 numbers."""
-    signature = types.void(*[intp] * num_integers, *[float32] * num_floats)
-    options = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True}
+def _turn_len(num_rows: int, num_threads: int) -> int:
+    return max(num_rows // (num_threads * _TURNS_A_THREAD), 1)
 
-    def compiled(function):
-        try:
-            return njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # no folder can be written to: compile at every start
-            return njit(signature, **options)(function)
 
-    return compiled
+def _openmp() -> Callable | None:
+    """`GOMP_parallel(function, data, num_threads, flags)` of the OpenMP library that torch has loaded, if it has it."""
+    try:
+        parallel = ctypes.PyDLL(None).GOMP_parallel
+    except AttributeError:
+        return None
+    parallel.restype, parallel.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    return parallel
+
+
+_parallel = _openmp()
+
+
+def _compiled(signature: Signature, function: Callable):
+    options = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy"}
+    try:
+        return cfunc(signature, cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written to: compile at every start
+        return cfunc(signature, **options)(function)
+
+
+def _loop(num_integers: int, num_floats: int = 0) -> Callable[[Callable], Loop]:
+    """Compile a function of (begin, end, the address of so many i64 and then f64 arguments)."""
+    return lambda function: Loop(function, num_integers, num_floats)
 
 
 def _pointer(numba_type, llvm_type):
@@ -74,6 +121,66 @@ _f32_at = _pointer(float32, ir.FloatType())
 _u16_at = _pointer(uint16, ir.IntType(16))
 _i32_at = _pointer(types.int32, ir.IntType(32))
 _i64_at = _pointer(types.int64, ir.IntType(64))
+
+
+@intrinsic(prefer_literal=True)
+def _integers(context, address, number):
+    """That many i64 from an address on, as a tuple."""
+    kind = types.UniTuple(intp, number.literal_value)
+
+    def generate(context, builder, signature, arguments):
+        first = builder.inttoptr(arguments[0], _INT.as_pointer())
+        loaded = [builder.load(builder.gep(first, [_INT(i)])) for i in range(kind.count)]
+        return context.make_tuple(builder, kind, loaded)
+
+    return kind(intp, number), generate
+
+
+@intrinsic(prefer_literal=True)
+def _floats(context, address, number):
+    """That many f64 from an address on, as a tuple of f32."""
+    kind = types.UniTuple(float32, number.literal_value)
+
+    def generate(context, builder, signature, arguments):
+        first = builder.inttoptr(arguments[0], ir.DoubleType().as_pointer())
+        loaded = [builder.load(builder.gep(first, [_INT(i)])) for i in range(kind.count)]
+        return context.make_tuple(builder, kind, [builder.fptrunc(value, _FLOAT) for value in loaded])
+
+    return kind(intp, number), generate
+
+
+@intrinsic
+def _next_turn(context, address, turn):
+    """Add `turn` to the i64 at an address, for one thread at a time; what was there before."""
+
+    def generate(_, builder, signature, arguments):
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], _INT.as_pointer()), arguments[1], "monotonic")
+
+    return intp(intp, intp), generate
+
+
+@intrinsic
+def _call(context, function, begin, end, arguments):
+    """Call a loop by its address."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(_NOTHING, [_INT] * 3)
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(intp, intp, intp, intp), generate
+
+
+def _turns(work):
+    """What each thread does. `work` is the address of: rows given out, rows, rows a turn, the loop, its arguments."""
+    _, num_rows, turn, function = _integers(work, 4)
+    begin = _next_turn(work, turn)
+    while begin < num_rows:
+        _call(function, begin, min(begin + turn, num_rows), work + 32)
+        begin = _next_turn(work, turn)
+
+
+_take_turns = _compiled(types.void(intp), _turns).address
 
 
 @intrinsic
@@ -166,11 +273,11 @@ def _softmax(scores, size, sink):
         scores[i] /= total
 
 
-@_loop(13, 2)
-def normalise(
-    begin, end, x, x_outer, x_inner, num_inner, x_kind, sums, sums_stride, sums_kind, w, y, size, eps, offset
-):
+@_loop(11, 2)
+def normalise(begin, end, arguments):
     """y = RMS norm of the rows of x [.., num_inner, size]; of x + sums, which is kept, where `sums` is not 0."""
+    x, x_outer, x_inner, num_inner, x_kind, sums, sums_stride, sums_kind, w, y, size = _integers(arguments, 11)
+    eps, offset = _floats(arguments + 88, 2)
     weight = _f32_at(w)
     h, total = np.empty(size, np.float32), np.empty(size, np.float32)
     for row in range(begin, end):
@@ -190,11 +297,13 @@ def normalise(
         _write(y, row * size, size, x_kind, h)
 
 
-@_loop(15, 1)
-def centre(
-    begin, end, x, x_outer, x_inner, num_inner, x_kind, sums, sums_stride, sums_kind, w, w_inner, b, y, size, eps
-):
+@_loop(13, 1)
+def centre(begin, end, arguments):
     """y = layer norm of the rows of x [.., num_inner, size]; of x + sums, which is kept, where `sums` is not 0."""
+    x, x_outer, x_inner, num_inner, x_kind, sums, sums_stride, sums_kind, w, w_inner, b, y, size = _integers(
+        arguments, 13
+    )
+    (eps,) = _floats(arguments + 104, 1)
     weight, bias = _f32_at(w), _f32_at(b)
     h, total = np.empty(size, np.float32), np.empty(size, np.float32)
     for row in range(begin, end):
@@ -223,9 +332,10 @@ def centre(
         _write(y, row * size, size, x_kind, h)
 
 
-@_loop(10)
-def rotate(begin, end, x, x_token, x_head, kind, cos_sin, positions, num_heads, rotary):
+@_loop(8)
+def rotate(begin, end, arguments):
     """Rotate the first `rotary` numbers of the heads of x in place; see rope.py."""
+    x, x_token, x_head, kind, cos_sin, positions, num_heads, rotary = _integers(arguments, 8)
     angle, position, half = _f32_at(cos_sin), _i32_at(positions), rotary // 2
     h, turned = np.empty(rotary, np.float32), np.empty(rotary, np.float32)
     for token in range(begin, end):
@@ -240,9 +350,10 @@ def rotate(begin, end, x, x_token, x_head, kind, cos_sin, positions, num_heads, 
             _write(x, start, rotary, kind, turned)
 
 
-@_loop(10)
-def write_kv(begin, end, k, k_token, v, v_token, cache, value_offset, slots, width):
+@_loop(8)
+def write_kv(begin, end, arguments):
     """Copy rows of k and v, `width` elements of 2 bytes, to their slots in the cache; strides in such elements."""
+    k, k_token, v, v_token, cache, value_offset, slots, width = _integers(arguments, 8)
     keys, values, into, slot = _u16_at(k), _u16_at(v), _u16_at(cache), _i64_at(slots)
     for token in range(begin, end):
         start = slot[token] * width
@@ -252,9 +363,10 @@ def write_kv(begin, end, k, k_token, v, v_token, cache, value_offset, slots, wid
             into[value_offset + start + i] = values[token * v_token + i]
 
 
-@_loop(7)
-def silu_mul(begin, end, x, x_stride, y, kind, size):
+@_loop(5)
+def silu_mul(begin, end, arguments):
     """y [.., size] = silu(gate) * up of x [.., 2 * size]"""
+    x, x_stride, y, kind, size = _integers(arguments, 5)
     gate, up = np.empty(size, np.float32), np.empty(size, np.float32)
     for row in range(begin, end):
         _read(x, row * x_stride, size, kind, gate)
@@ -278,9 +390,11 @@ def _erf(x):
     return x * p / q
 
 
-@_loop(9, 2)
-def activate(begin, end, x, x_stride, y, dtype, size, kind, gated, a, c):
+@_loop(7, 2)
+def activate(begin, end, arguments):
     """y [.., size] = activation of x, times the `size` numbers that follow where gated; see activation.py."""
+    x, x_stride, y, dtype, size, kind, gated = _integers(arguments, 7)
+    a, c = _floats(arguments + 56, 2)
     h, up = np.empty(size, np.float32), np.empty(size, np.float32)
     one, half = float32(1), float32(0.5)
     for row in range(begin, end):
@@ -318,16 +432,19 @@ def activate(begin, end, x, x_stride, y, dtype, size, kind, gated, a, c):
         _write(y, row * size, size, dtype, h)
 
 
-@_loop(20, 2)
-def attend(
-    begin, end, q, q_token, y, kind, cache, cache_kind, value_offset, table, table_stride, singles, max_keys,
-    num_kv_heads, group, head_dim, block_size, window, slopes, sinks, scale, soft_cap,
-):  # fmt: skip
+@_loop(18, 2)
+def attend(begin, end, arguments):
     """Attention of sequences that bring one token each; see paged_attention.py.
 
-    `slopes` and `sinks` are 0 or addresses of a number a head. `singles` [n, 3] i64 are (row of the block table, token, length), `max_keys` the most keys that one of them sees. A
-    row is a sequence and a KV head, counted sequence by sequence.
+    `slopes` and `sinks` are 0 or addresses of a number a head. `singles` [n, 3] i64 are (row of the block table, token,
+    length), `max_keys` the most keys that one of them sees. A row is a sequence and a KV head, counted sequence by
+    sequence.
     """
+    (
+        q, q_token, y, kind, cache, cache_kind, value_offset, table, table_stride, singles, max_keys,
+        num_kv_heads, group, head_dim, block_size, window, slopes, sinks,
+    ) = _integers(arguments, 18)  # fmt: skip
+    scale, soft_cap = _floats(arguments + 144, 2)
     single, block, slope, sink = _i64_at(singles), _i32_at(table), _f32_at(slopes), _f32_at(sinks)
     query, mixed = np.empty((group, head_dim), np.float32), np.empty((group, head_dim), np.float32)
     row = np.empty(head_dim, np.float32)
@@ -371,9 +488,10 @@ def attend(
             _write(y, out + g * head_dim, head_dim, kind, mixed[g])
 
 
-@_loop(6)
-def likeliest(begin, end, logits, stride, vocab, token_ids):
+@_loop(4)
+def likeliest(begin, end, arguments):
     """Where each row of logits [.., vocab] f32 is largest, first among equals; -1 if any is NaN or that one is inf."""
+    logits, stride, vocab, token_ids = _integers(arguments, 4)
     value, chosen = _f32_at(logits), _i32_at(token_ids)
     highest = np.empty(64, np.float32)  # of every 64th: the compiler does not change the order of one maximum
     for row in range(begin, end):
@@ -398,91 +516,181 @@ def likeliest(begin, end, logits, stride, vocab, token_ids):
         chosen[row] = index
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Products with matrices of small integers, as files hold them. torch has none of 8 bits with a scale every 32 numbers,
+# and rounds the scales of its own of 4 bits.
+#
+# Activations become 16-bit integers with one scale a row, which is finer than bfloat16; integers are multiplied and
+# added exactly within a group, in float32 between groups.
+
 GROUP_LEN = 32
-"""Numbers of a row of weights that share a scale in `multiply_int8`."""
+"""Numbers of a row of weights that share a scale."""
 _LANES = GROUP_LEN // 2
-_ROWS_TOGETHER = 64
 _FINEST = 32767
-_INT, _FLOAT = ir.IntType(64), ir.FloatType()
+_NO_FRACTION = 1.5 * 2**23
 _SUMS = ir.VectorType(_FLOAT, _LANES)
-_WIDE = ir.VectorType(ir.IntType(32), GROUP_LEN)
+_NARROW, _WIDE = ir.VectorType(ir.IntType(16), GROUP_LEN), ir.VectorType(ir.IntType(32), GROUP_LEN)
+_INDEX = ir.IntType(32)
 
 
-@intrinsic
-def _dot(context, codes, scales, x, num_groups):
-    """sum over groups g of scales[g] * (codes[g] · x[g]); codes i8, scales f32, x i16, given by address.
+def _dot_of(bits: int, num_tokens: int):
+    """Make dot(codes, scales, x, num_groups): sums over groups g of scale[g] * (code[g] · x[g]) for each token.
 
-    Written for LLVM, as Numba turns loops over bytes into code that goes one by one: what stands here becomes four
-    instructions a group where there are vectors of 512 bits, and what fits elsewhere.
+    Codes are a row of i8, or of 4 bits each two rows in one of bytes (the first in the low bits); scales f32, of one
+    row after the other; x i16, one token after the other. All are given by address. The result is a tuple: for each
+    row, each token.
+
+    Written for LLVM, as Numba turns loops over bytes into code that goes one by one: a group becomes four instructions
+    where there are vectors of 512 bits, and what fits elsewhere.
     """
+    num_rows = 8 // bits
+    kind = types.UniTuple(float32, num_rows * num_tokens)
 
-    def generate(_, builder, signature, arguments):
+    def generate(context, builder, signature, arguments):
         codes, scales, x, num_groups = arguments
         before = builder.block
         group_block, after = builder.append_basic_block("group"), builder.append_basic_block("after")
         builder.branch(group_block)
         builder.position_at_end(group_block)
-        group, sums = builder.phi(_INT), builder.phi(_SUMS)
+        group = builder.phi(_INT)
         group.add_incoming(_INT(0), before)
-        sums.add_incoming(ir.Constant(_SUMS, [0.0] * _LANES), before)
+        sums = [builder.phi(_SUMS) for _ in range(kind.count)]
+        for total in sums:
+            total.add_incoming(ir.Constant(_SUMS, [0.0] * _LANES), before)
 
-        def load(base, kind, num_bytes, align):
-            address = builder.add(base, builder.mul(group, _INT(num_bytes)))
-            loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
-            loaded.align = align
+        def load(base, element, number, row):
+            """Group number `group` of a row of groups of `number` elements."""
+            loaded_type = element if number == 1 else ir.VectorType(element, number)
+            num_bytes = 4 if element is _FLOAT else element.width // 8
+            index = builder.add(group, builder.mul(num_groups, _INT(row)))
+            address = builder.add(base, builder.mul(index, _INT(number * num_bytes)))
+            loaded = builder.load(builder.inttoptr(address, loaded_type.as_pointer()))
+            loaded.align = num_bytes
             return loaded
 
-        def every_second(vector, first):
-            mask = [ir.IntType(32)(2 * lane + first) for lane in range(_LANES)]
-            return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), mask))
+        def pairs_added(products):
+            """Products [32] of i32, neighbours added: an instruction of its own on most processors."""
+            first, second = (
+                ir.Constant(ir.VectorType(_INDEX, _LANES), [_INDEX(2 * lane + odd) for lane in range(_LANES)])
+                for odd in (0, 1)
+            )
+            shuffle = builder.shuffle_vector
+            return builder.add(shuffle(products, products, first), shuffle(products, products, second))
 
-        def widened(base, bits):
-            narrow = load(base, ir.VectorType(ir.IntType(bits), GROUP_LEN), GROUP_LEN * bits // 8, bits // 8)
-            return builder.sext(narrow, _WIDE)
+        def everywhere(number):
+            one = builder.insert_element(ir.Constant(_SUMS, ir.Undefined), number, _INDEX(0))
+            return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_INDEX, _LANES), [0] * _LANES))
 
-        products = builder.mul(widened(codes, 8), widened(x, 16))
-        exact = builder.add(every_second(products, 0), every_second(products, 1))
-        scale = builder.insert_element(ir.Constant(_SUMS, ir.Undefined), load(scales, _FLOAT, 4, 4), ir.IntType(32)(0))
-        scale = builder.shuffle_vector(scale, scale, ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES))
-        scaled = builder.fmul(builder.sitofp(exact, _SUMS), scale, flags=("contract",))
-        new_sums, next_group = builder.fadd(scaled, sums, flags=("contract",)), builder.add(group, _INT(1))
+        stored = load(codes, ir.IntType(8), GROUP_LEN, 0)
+        if bits == 8:
+            rows = [builder.sext(stored, _WIDE)]
+        else:
+            both = builder.zext(stored, _NARROW)
+            low = builder.and_(both, ir.Constant(_NARROW, [15] * GROUP_LEN))
+            high = builder.lshr(both, ir.Constant(_NARROW, [4] * GROUP_LEN))
+            rows = [builder.zext(low, _WIDE), builder.zext(high, _WIDE)]
+        tokens = [builder.sext(load(x, ir.IntType(16), GROUP_LEN, token), _WIDE) for token in range(num_tokens)]
+        next_group = builder.add(group, _INT(1))
+        new_sums = []
+        for number, row in enumerate(rows):
+            scale = everywhere(load(scales, _FLOAT, 1, number))
+            for token in tokens:
+                exact = builder.sitofp(pairs_added(builder.mul(row, token)), _SUMS)
+                scaled = builder.fmul(exact, scale, flags=("contract",))
+                new_sums.append(builder.fadd(scaled, sums[len(new_sums)], flags=("contract",)))
+        for total, new in zip(sums, new_sums, strict=True):
+            total.add_incoming(new, group_block)
         group.add_incoming(next_group, group_block)
-        sums.add_incoming(new_sums, group_block)
         builder.cbranch(builder.icmp_signed("<", next_group, num_groups), group_block, after)
         builder.position_at_end(after)
         name = f"llvm.vector.reduce.fadd.v{_LANES}f32"
-        add_up = builder.module.globals.get(name) or ir.Function(
-            builder.module, ir.FunctionType(_FLOAT, [_FLOAT, _SUMS]), name
-        )
-        return builder.call(add_up, [_FLOAT(0.0), new_sums], fastmath=("reassoc",))
+        module = builder.module
+        add_up = module.globals.get(name) or ir.Function(module, ir.FunctionType(_FLOAT, [_FLOAT, _SUMS]), name)
+        totals = [builder.call(add_up, [_FLOAT(0.0), new], fastmath=("reassoc",)) for new in new_sums]
+        return context.make_tuple(builder, kind, totals)
 
-    return float32(intp, intp, intp, intp), generate
+    return intrinsic(lambda context, codes, scales, x, num_groups: (kind(intp, intp, intp, intp), generate))
 
 
-@_loop(11)
-def multiply_int8(begin, end, x, x_stride, kind, num_rows, codes, scales, y, num_in, num_out):
-    """y [num_rows, num_out] = x [num_rows, num_in] Wᵀ for rows `begin` … `end` of W, whose codes are [num_out, num_in].
+_dot_8_1, _dot_4_1, _dot_4_4 = _dot_of(8, 1), _dot_of(4, 1), _dot_of(4, 4)
+
+
+@njit(inline="always")
+def _integers_of(x, x_stride, kind, num_rows, num_in):
+    """Rows of x as integers [num_rows, num_in] times units, and per row that unit and then the sums of the groups.
+
+    Rows that hold a number that is not finite get a unit that is NaN.
+    """
+    num_groups = num_in // GROUP_LEN
+    fine = np.empty((num_rows, num_in), np.int16)
+    numbers = np.empty(num_in + num_rows * (1 + num_groups), np.float32)
+    row, sums = numbers[:num_in], numbers[num_in:].reshape(num_rows, 1 + num_groups)
+    for token in range(num_rows):
+        _read(x, token * x_stride, num_in, kind, row)
+        largest_bits = uint32(0)  # of a number without its sign; the order of bits is that of numbers
+        for i in range(num_in):
+            largest_bits = max(largest_bits, _bits_of_f32(row[i]) & uint32(0x7FFFFFFF))
+        largest = _f32_of_bits(largest_bits)
+        is_finite = largest_bits < uint32(0x7F800000)
+        sums[token, 0] = largest / float32(_FINEST) if is_finite else np.nan
+        per_unit = float32(_FINEST) / largest if is_finite and largest > 0 else float32(0)
+        for i in range(num_in):
+            # The sum has no room for a fraction: its low bits are the nearest integer.
+            fine[token, i] = np.int16(_bits_of_f32(row[i] * per_unit + float32(_NO_FRACTION)) & uint32(0xFFFF))
+        for group in range(num_groups):
+            total = np.int32(0)
+            for i in range(group * GROUP_LEN, (group + 1) * GROUP_LEN):
+                total += np.int32(fine[token, i])
+            sums[token, 1 + group] = total
+    return fine, sums
+
+
+@_loop(10)
+def multiply_int8(begin, end, arguments):
+    """y [num_rows, num_out] = x [num_rows, num_in] Wᵀ for rows `begin` … `end` of W: i8 codes, and their scales.
 
     A row's result does not depend on the others. Numbers that are not finite give results that are not.
     """
+    x, x_stride, num_rows, y, kind, codes, scales, scale_kind, num_in, num_out = _integers(arguments, 10)
     num_groups = num_in // GROUP_LEN
-    row, fine, units = np.empty(num_in, np.float32), np.empty((num_rows, num_in), np.int16), np.empty(num_rows)
-    for token in range(num_rows):
-        _read(x, token * x_stride, num_in, kind, row)
-        largest, nothing = float32(0), float32(0)
-        for i in range(num_in):
-            largest = max(largest, abs(row[i]))
-            nothing += row[i] * float32(0)  # NaN if a number is not finite
-        units[token] = largest / float32(_FINEST) + nothing
-        per_unit = float32(_FINEST) / largest if largest > 0 and nothing == 0 else float32(0)
-        for i in range(num_in):
-            fine[token, i] = np.int16(np.rint(row[i] * per_unit))
-    results = np.empty(_ROWS_TOGETHER, np.float32)
-    for first in range(begin, end, _ROWS_TOGETHER):
-        together = min(end - first, _ROWS_TOGETHER)
+    fine, sums = _integers_of(x, x_stride, kind, num_rows, num_in)
+    scale, result = np.empty(num_groups, np.float32), np.empty(1, np.float32)
+    for row in range(begin, end):
+        _read(scales, row * num_groups, num_groups, scale_kind, scale)
         for token in range(num_rows):
             integers = fine.ctypes.data + token * num_in * 2
+            result[0] = sums[token, 0] * _dot_8_1(codes + row * num_in, scale.ctypes.data, integers, num_groups)[0]
+            _write(y, token * num_out + row, 1, kind, result)
+
+
+@_loop(10)
+def multiply_int4(begin, end, arguments):
+    """The same where W is `codes * scale + offset`; rows are pairs of rows of W, one in the low bits, one in the high.
+
+    `scales` are [pairs, 2, 2, groups]: of each row of a pair its scales, then of each its offsets.
+    """
+    x, x_stride, num_rows, y, kind, codes, scales, scale_kind, num_in, num_out = _integers(arguments, 10)
+    num_groups = num_in // GROUP_LEN
+    fine, sums = _integers_of(x, x_stride, kind, num_rows, num_in)
+    scale, results = np.empty(4 * num_groups, np.float32), np.empty((4, 2), np.float32)
+    for pair in range(begin, end):
+        _read(scales, pair * 4 * num_groups, 4 * num_groups, scale_kind, scale)
+        token = 0
+        while token < num_rows:
+            integers = fine.ctypes.data + token * num_in * 2
+            if token + 4 <= num_rows:
+                together = 4
+                dots = _dot_4_4(codes + pair * num_in, scale.ctypes.data, integers, num_groups)
+                for i in range(4):
+                    results[i, 0], results[i, 1] = dots[i], dots[4 + i]
+            else:
+                together = 1
+                results[0, 0], results[0, 1] = _dot_4_1(codes + pair * num_in, scale.ctypes.data, integers, num_groups)
             for i in range(together):
-                place = (first + i) * num_groups
-                results[i] = units[token] * _dot(codes + place * GROUP_LEN, scales + place * 4, integers, num_groups)
-            _write(y, token * num_out + first, together, kind, results)
+                for row in range(2):
+                    first, offset = (2 + row) * num_groups, float32(0)
+                    for group in range(num_groups):
+                        offset += scale[first + group] * sums[token + i, 1 + group]
+                    results[i, row] = (results[i, row] + offset) * sums[token + i, 0]
+                _write(y, (token + i) * num_out + 2 * pair, 2, kind, results[i])
+            token += together

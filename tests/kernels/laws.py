@@ -19,6 +19,8 @@ from cableway.kernels.registry import Call, Case, Kernel, kernels
 
 UNSETTLED = {
     "paged_attention: argument 0 longer in dimension 0",  # tokens that belong to no sequence have no result
+    "prefill_work: argument 0 longer in dimension 0",  # a sequence cannot end before it begins
+    "step_inputs: argument 3 longer in dimension 0",  # the same
 }
 """Distorted arguments of which the contract says nothing."""
 
@@ -72,6 +74,7 @@ def assert_equals_ref(kernel: Kernel, made: Call) -> None:
     arguments = list(_tensors((made.args, made.kwargs)))
     before = [_whole(argument).clone() for argument in arguments]
     updated = {made.args[i].untyped_storage().data_ptr(): expected_call.args[i] for i in kernel.updates}
+    spoiled = {made.args[i].untyped_storage().data_ptr() for i in kernel.spoils}
 
     expected = kernel.run(kernel.ref, expected_call)
     actual = kernel.run(form(kernel), made)
@@ -79,7 +82,10 @@ def assert_equals_ref(kernel: Kernel, made: Call) -> None:
     for one, other in zip(actual, expected, strict=True):
         assert_close(one, other, kernel)
     for argument, was in zip(arguments, before, strict=True):
-        reference = updated.get(argument.untyped_storage().data_ptr())
+        address = argument.untyped_storage().data_ptr()
+        reference = updated.get(address)
+        if address in spoiled:
+            continue
         if reference is None:
             torch.testing.assert_close(_whole(argument), was, rtol=0, atol=0, equal_nan=True)
         else:

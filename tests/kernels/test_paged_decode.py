@@ -72,7 +72,8 @@ def test_a_captured_graph_takes_any_lengths(device: str):
 )
 def test_work_is_every_visible_key_once(lengths: list[int], num_shares: int, tile: int, least_tiles: int, window: int):
     options = {"num_shares": num_shares, "tile": tile, "least_tiles": least_tiles, "window": window}
-    work, arrivals = decode_work.ref(torch.tensor(lengths, dtype=torch.int32), **options, num_kv_heads=2)
+    query_start = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    work, arrivals = decode_work.ref(query_start, torch.tensor(lengths, dtype=torch.int32), **options, num_kv_heads=2)
     assert work.shape == (len(lengths) + num_shares - 1, 5)
     assert arrivals.shape == (len(lengths), 2)
     items = work.tolist()

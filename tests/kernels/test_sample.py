@@ -18,9 +18,10 @@ def draw(logits: Tensor, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed
         return torch.as_tensor(value, dtype=dtype, device=logits.device).expand(len(logits)).contiguous()
 
     fractions = (each(value, torch.float32) for value in (temperature, top_p, min_p))
-    temperature, top_p, min_p = fractions
-    counters = each(seeds, torch.int64), each(choices, torch.int32), each(positions, torch.int32)
-    return laws.form(SAMPLE)(logits, temperature, each(top_k, torch.int32), top_p, min_p, *counters)
+    integers = torch.stack((each(top_k, torch.int32), each(choices, torch.int32)))
+    rows = torch.arange(len(logits), dtype=torch.int32, device=logits.device)
+    tables = torch.stack(tuple(fractions)), integers, each(seeds, torch.int64)
+    return laws.form(SAMPLE)(logits, rows, *tables, each(positions, torch.int32))
 
 
 def one_row() -> Tensor:
@@ -96,7 +97,7 @@ def test_every_form_draws_the_token_of_seed_choice_and_position(device: str):
     """Large vocabularies, both ends of every counter, all rules: the form at hand gives the reference's tokens."""
     num_rows = 12
     made = laws.make(SAMPLE, {"num_rows": num_rows, "vocab": 9000, "rules": "greedy top_k top_p min_p"}, device)
-    seeds, choices, positions = made.args[5:]
+    _, _, _, (_, choices), seeds, positions = made.args
     seeds[:3] = torch.tensor([0, 1 << 32, (1 << 63) - 1])
     choices[3], positions[4:6] = 127, torch.tensor([0, 1 << 20])
     laws.assert_equals_ref(SAMPLE, made)

@@ -60,8 +60,8 @@ def test_a_piece_holds_its_rows_and_columns_and_zeros_after(kind: Kind, columns:
 def test_integers_and_scales_are_the_values(kind: Kind) -> None:
     tensor, values = stored(kind)
     ints = tensor.encoding.group_ints(tensor.read())
-    scale, zero = (part.repeat_interleave(GROUP_LEN, 1).double() for part in ints[1:])
-    got = (ints.codes.double() - 8) * scale + zero
+    scale, offset = (part.repeat_interleave(GROUP_LEN, 1).double() for part in ints[1:])
+    got = ints.codes.double() * scale + offset
     assert ints.codes.max() == 15
     np.testing.assert_allclose(got.numpy(), values, atol=1e-6)
 

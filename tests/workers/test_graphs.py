@@ -1,4 +1,4 @@
-"""Decode steps by graphs are those without. On a CPU a graph is played by the function that it was captured from."""
+"""Steps by graphs are those without. On a CPU a graph is played by the function that it was captured from."""
 
 from collections.abc import Callable
 
@@ -51,23 +51,28 @@ def test_tokens_are_the_same(
 ):
     expected = outputs(drive(decoder, config), samplings)
     monkeypatch.setattr(graphs, "_capture", PlayedGraph)
-    monkeypatch.setattr(graphs, "sizes", lambda most: list(range(1, most + 1)))  # a CPU writes no rows of nobody
+    for sizes in ("row_sizes", "token_sizes"):
+        monkeypatch.setattr(graphs, sizes, lambda most: list(range(1, most + 1)))  # a CPU writes no rows of nobody
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    runner = Runner(decoder, config)
-    made = graphs.DecodeGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, config.max_num_seqs)
-    runner._graphs, used = made, []
-    monkeypatch.setattr(made, "draw", lambda num: used.append(num) or graphs.DecodeGraphs.draw(made, num))
+    runner, most = Runner(decoder, config), {"max_num_seqs": config.max_num_seqs, "max_num_tokens": 512}
+    made = graphs.StepGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, **most)
+    runner._graphs, drawn, computed = made, [], []
+    monkeypatch.setattr(made, "draw", lambda num: drawn.append(num) or graphs.StepGraphs.draw(made, num))
+    monkeypatch.setattr(
+        made, "forward", lambda *step: computed.append(step[0].num_tokens) or graphs.StepGraphs.forward(made, *step)
+    )
     assert outputs(Driver(runner, config.block_size, config.max_num_seqs), samplings) == expected
-    assert max(used) == 3  # those that are not plain draw without
+    assert max(drawn) == 3  # those that are not plain draw without
+    assert {len(samplings), 9, 9 + 5 * (len(samplings) - 1) + len(samplings) - 1} <= set(computed)
 
 
-@pytest.mark.parametrize("most", [1, 3, 8, 64, 100, 256, 1000])
+@pytest.mark.parametrize("most", [1, 3, 8, 64, 100, 256, 1000, 8192])
 def test_little_is_computed_for_nobody(most: int):
-    sizes = graphs.sizes(most)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == most
-    for num in range(1, most + 1):
-        assert next(size for size in sizes if size >= num) - num <= max(8, num // 8)
+    for sizes, few in ((graphs.row_sizes(most), 8), (graphs.token_sizes(most), 16)):
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == most
+        for num in range(1, most + 1):
+            assert next(size for size in sizes if size >= num) - num <= max(few, num // 8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

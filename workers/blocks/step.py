@@ -26,7 +26,13 @@ class Step:
         self._angles = {rope: Angles(table, batch.positions) for rope, table in tables.items()}
         self._plans = [
             AttentionPlan(
-                batch.query_start, batch.seq_lens, table, batch.max_query_len, batch.max_seq_len, batch.invariant
+                batch.query_start,
+                batch.seq_lens,
+                table,
+                batch.max_query_len,
+                batch.max_seq_len,
+                batch.invariant,
+                may_have_singles=batch.may_have_singles,
             )
             for table in batch.block_tables
         ]

@@ -60,8 +60,7 @@ class Q4(Blocks):
         packed = encoded[..., head_bytes:]
         codes = torch.cat((packed & 15, packed >> 4), -1).flatten(1)
         scale = head[..., 0]
-        zero = head[..., 1] + 8 * scale if head_bytes == 4 else torch.zeros_like(scale)
-        return GroupInts(codes, scale, zero)
+        return GroupInts(codes, scale, head[..., 1] if head_bytes == 4 else -8 * scale)
 
 
 class Q4K(Blocks):
@@ -77,7 +76,7 @@ class Q4K(Blocks):
         minimum = e * torch.cat((m & 63, (low >> 4) | (m >> 6 << 4)), -1)
         pairs = pairs.unflatten(-1, (4, 1, 32))
         codes = torch.cat((pairs & 15, pairs >> 4), -2).flatten(1)
-        return GroupInts(codes, scale.flatten(1), (8 * scale - minimum).flatten(1))
+        return GroupInts(codes, scale.flatten(1), -minimum.flatten(1))
 
 
 def _halves(encoded: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ GROUP_LEN = 32
 
 
 class GroupInts(NamedTuple):
-    """A matrix of 4-bit integers: `(codes - 8) * scale + zero`, exactly."""
+    """A matrix of 4-bit integers: `codes * scale + offset`, exactly."""
 
     codes: Tensor  # [out, in] u8, 0 … 15
     scale: Tensor  # [out, in / GROUP_LEN] f32
-    zero: Tensor  # [out, in / GROUP_LEN] f32
+    offset: Tensor  # [out, in / GROUP_LEN] f32
 
 
 class GroupBytes(NamedTuple):
@@ -30,6 +30,12 @@ class GroupBytes(NamedTuple):
 
     codes: Tensor  # [out, in] i8
     scale: Tensor  # [out, in / GROUP_LEN] f32
+
+
+def narrowed(scales: Tensor) -> Tensor:
+    """Scales [..] f32 in float16, if that holds them exactly."""
+    halves = scales.half()
+    return halves if torch.equal(halves.float(), scales) else scales
 
 
 class Encoding(Protocol):
@@ -70,7 +76,7 @@ class Piece(NamedTuple):
         return self.pad(self.encoding.decode(self.encoded).to(dtype))
 
     def pad(self, rows: Tensor) -> Tensor:
-        """Append the rows of zeros: where integers have a scale and a zero of 0, any code is a zero."""
+        """Append the rows of zeros: integers with a scale and an offset of 0 are zeros."""
         if not self.num_padding:
             return rows
         return torch.cat((rows, rows.new_zeros(self.num_padding, *rows.shape[1:])))

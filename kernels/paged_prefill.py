@@ -1,0 +1,111 @@
+"""Attention of tiles of query tokens over a paged KV cache: on any GPU, in any dtype, invariant where that is asked.
+
+Formula and arguments: attention_plan.py; items: prefill_work.py. A program takes the query heads of one KV head for one
+tile. A tile of an invariant plan has the same rows for a chunk of any length.
+
+Bound: FLOPs, 4 * head_dim a head and visible key.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cableway.kernels.lang import jit, tl, triton
+
+if TYPE_CHECKING:
+    from cableway.kernels.attention_plan import AttentionPlan
+
+
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
+def _paged_prefill(
+    q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, slopes_ptr, sinks_ptr, scale, soft_cap,
+    window, q_stride, value_offset, table_stride, block_size, num_kv_heads,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """One item of the work, TILE query tokens of one sequence, for the query heads of one KV head."""
+    kv_head, item = tl.program_id(0), tl.program_id(1)
+    sequence, first_query = tl.load(work_ptr + item * 2).to(tl.int64), tl.load(work_ptr + item * 2 + 1)
+    if sequence >= 0:
+        start = tl.load(query_start_ptr + sequence)
+        num_queries = tl.load(query_start_ptr + sequence + 1) - start
+        length = tl.load(seq_lens_ptr + sequence)
+        row = tl.arange(0, TILE * BLOCK_GROUP)
+        query, head = first_query + row // BLOCK_GROUP, row % BLOCK_GROUP
+        position = length - num_queries + query
+        dim = tl.arange(0, BLOCK_DIM)
+        row_inside = (query < num_queries) & (head < GROUP)
+        inside = row_inside[:, None] & (dim[None, :] < HEAD_DIM)
+        element = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
+        token = (start + query).to(tl.int64)[:, None]
+        q = tl.load(q_ptr + token * q_stride + element, mask=inside, other=0.0)
+
+        top = tl.full((TILE * BLOCK_GROUP,), float("-inf"), tl.float32)
+        mass = tl.zeros((TILE * BLOCK_GROUP,), tl.float32)
+        slope = 0.0
+        if HAS_SINKS:  # a score that was seen first
+            top = tl.load(sinks_ptr + kv_head * GROUP + head, mask=head < GROUP, other=0.0)
+            mass += 1.0
+        if HAS_SLOPES:
+            slope = tl.load(slopes_ptr + kv_head * GROUP + head, mask=head < GROUP, other=0.0)[:, None]
+        sums = tl.zeros((TILE * BLOCK_GROUP, BLOCK_DIM), tl.float32)
+        last_key = tl.minimum(length, length - num_queries + first_query + TILE)
+        first_key = 0
+        if HAS_WINDOW:
+            first_key = tl.maximum(length - num_queries + first_query - window + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
+        for keys_from in range(first_key, last_key, BLOCK_KEYS):
+            key = keys_from + tl.arange(0, BLOCK_KEYS)
+            key_inside = key < last_key
+            block = tl.load(table_ptr + sequence * table_stride + key // block_size, mask=key_inside, other=0)
+            slot = block.to(tl.int64) * block_size + key % block_size
+            place = (slot * num_kv_heads + kv_head)[:, None] * HEAD_DIM + dim[None, :]
+            kv_inside = key_inside[:, None] & (dim[None, :] < HEAD_DIM)
+            k = tl.load(cache_ptr + place, mask=kv_inside, other=0.0)
+            v = tl.load(cache_ptr + value_offset + place, mask=kv_inside, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if HAS_CAP:
+                scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
+            if HAS_SLOPES:
+                scores += slope * (key[None, :] - position[:, None]).to(tl.float32)
+            seen = key_inside[None, :] & (key[None, :] <= position[:, None])
+            if HAS_WINDOW:
+                seen = seen & (key[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            # A row that has seen nothing yet has no maximum: keep its differences finite.
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp(scores - shift[:, None])
+            decay = tl.exp(top - shift)
+            mass = mass * decay + tl.sum(weights, 1)
+            sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            top = new_top
+        y = sums / tl.where(mass == 0, 1.0, mass)[:, None]  # nobody's rows see nothing
+        tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(q.dtype), mask=inside)
+
+
+def launch(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, *, scale: float, window: int, soft_cap: float,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write `out` [T, H, D] for all sequences of an invariant plan, else for those that paged_decode leaves."""
+    (num_tokens, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    group = num_heads // num_kv_heads
+    block_group = triton.next_power_of_2(group)
+    tile = max((16 if plan.invariant else 64) // block_group, 1)
+    block_group = max(block_group, 16 // tile)  # tl.dot wants 16 rows
+    block_dim = max(triton.next_power_of_2(head_dim), 16)
+    # Two stages of keys and values fit the 99 KiB of a block on smaller GPUs: heads of 128 in float32, of 256 else.
+    block_keys = min(max((1 << 14) // (block_dim * q.element_size()), 16), 64)
+    work = plan.prefill_work(num_tokens=num_tokens, tile=tile, skips_singles=not plan.invariant)
+    _paged_prefill[(num_kv_heads, len(work))](
+        q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work,
+        q if slopes is None else slopes, q if sinks is None else sinks, scale, soft_cap, window,
+        q.stride(0), cache.stride(0), plan.block_table.stride(0), block_size, num_kv_heads,
+        GROUP=group, HEAD_DIM=head_dim, HAS_CAP=soft_cap > 0, HAS_WINDOW=window > 0,
+        HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
+        TILE=tile, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim, BLOCK_KEYS=block_keys,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
