@@ -10,11 +10,12 @@ from torch import Tensor
 class StateSpec:
     """A group of layers whose state is paged alike: one block table serves them all."""
 
-    kind: str  # paged | sliding
+    kind: str  # paged | sliding | latent
     layers: tuple[int, ...]  # numbers of the model's mixers, ascending
     num_kv_heads: int
     head_dim: int
     window: int = 0  # tokens a sliding layer sees, itself included; 0 = all
+    num_planes: int = 2  # rows a token keeps: its keys and its values, or one of both
 
     @property
     def num_layers(self) -> int:

@@ -47,7 +47,7 @@ def allocate(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dty
     places = _places(groups, config.block_size)
     elements_per_block = sum(torch.Size(shape).numel() for shape, _ in dict.fromkeys(places.values()))
     num_blocks = num_blocks_for(config, len(groups), elements_per_block * dtype.itemsize, device)
-    tensors = {place: _zeros((2, num_blocks, *place[0][2:]), dtype, device) for place in dict.fromkeys(places.values())}
+    tensors = {place: _zeros((place[0][0], num_blocks, *place[0][2:]), dtype, device) for place in dict.fromkeys(places.values())}
     layers = [tensors[places[layer]] for layer in sorted(places)]
     return KVCache(layers, list(tensors.values()), num_blocks)
 
@@ -87,7 +87,7 @@ def num_blocks_for(config: WorkerConfig, num_groups: int, block_bytes: int, devi
 def _places(groups: Sequence[StateSpec], block_size: int) -> dict[int, tuple[tuple[int, ...], int]]:
     """layer -> (shape of one block's memory, which of the tensors of that shape)."""
     return {
-        layer: (kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim), index)
+        layer: (kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim, group.num_planes), index)
         for group in groups
         for index, layer in enumerate(group.layers)
     }

@@ -21,7 +21,7 @@ class Group(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """Full attention: every token is read for ever."""
+    """Full attention, to keys and values or to latents of them: every token is read for ever."""
 
     keeps_all: ClassVar[bool] = True
 
@@ -49,7 +49,7 @@ class Sliding:
 def group_of(described: StateGroup) -> Group:
     """The group a worker describes; ValueError when this core does not know its kind."""
     match described.kind:
-        case "paged":
+        case "paged" | "latent":
             return Paged()
         case "sliding" if described.window > 0:
             return Sliding(described.window)

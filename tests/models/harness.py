@@ -31,7 +31,8 @@ class Session:
         self.max_blocks = MAX_MODEL_LEN // BLOCK_SIZE
         self.caches: list[Tensor] = []
         for spec in model.state_groups():
-            shape = kv_cache_shape(self.max_blocks * num_seqs, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
+            heads = (spec.num_kv_heads, spec.head_dim, spec.num_planes)
+            shape = kv_cache_shape(self.max_blocks * num_seqs, BLOCK_SIZE, *heads)
             self.caches += [torch.zeros(shape, dtype=dtype) for _ in spec.layers]
 
     def step(self, chunks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cableway.ipc.modelfiles import ModelError
@@ -105,6 +106,16 @@ def test_two_ranks_compute_what_one_does(folders: Any, name: str, index: int) ->
         pytest.skip("sizes that cannot be dealt out")
     for logits in ranks:
         close(logits, expected, name)
+
+
+def test_layers_that_predict_further_tokens_are_skipped(tmp_path: Path) -> None:
+    model = oracle("DeepseekV3ForCausalLM", ZOO["DeepseekV3ForCausalLM"][0])
+    folder = save(model, tmp_path)
+    before = logits_of(load(folder), prompt())
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.layers.3.eh_proj.weight": torch.zeros(3)}, folder / "model.safetensors")
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert torch.equal(logits_of(load(folder), prompt()), before)
 
 
 def numbers(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

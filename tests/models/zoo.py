@@ -48,6 +48,15 @@ EXPERTS = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2}
 FEW = {"num_experts": 8, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 SPARSE = {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 56}
+LATENT = {
+    "q_lora_rank": 28,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+}
 DEEPSEEK = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -182,6 +191,30 @@ ZOO: dict[str, list[Fields]] = {
     "GptOssForCausalLM": [
         {**EXPERTS, "swiglu_limit": 1.0, **SOME_NEAR, "rope_parameters": {**YARN, "truncate": False, "original_max_position_embeddings": 256}},
     ],
+    "DeepseekV3ForCausalLM": [
+        {**LATENT, **DEEPSEEK, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
+        {**LATENT, **DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False},
+    ],
+    "Glm4MoeLiteForCausalLM": [{**LATENT, **DEEPSEEK, "mlp_layer_types": ["dense", "sparse", "sparse"]}],
+    "DeepseekV2ForCausalLM": [
+        {**LATENT, **DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
+        {**LATENT, **DEEPSEEK, "topk_method": "greedy", "q_lora_rank": None, "norm_topk_prob": False},
+    ],
+    "MiniCPM3ForCausalLM": [{**LATENT, "scale_emb": 3.0, "scale_depth": 0.8, "dim_model_base": 40}],
+    "LongcatFlashForCausalLM": [
+        {
+            **LATENT,
+            "head_dim": 8,
+            "qk_head_dim": 20,
+            "num_layers": 2,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 40,
+            "moe_topk": 3,
+            "n_routed_experts": 6,
+            "zero_expert_num": 3,
+            "routed_scaling_factor": 1.7,
+        },
+    ],
 }
 """architecture -> configs"""
 
@@ -211,6 +244,11 @@ UNUSED: dict[str, set[str]] = {
     "Ernie4_5_MoeForCausalLM": {"moe_norm_min"},
     **dict.fromkeys(("MixtralForCausalLM", "MiniMaxM2ForCausalLM"), {"router_jitter_noise"}),
     "DbrxForCausalLM": {"hidden_size", "num_key_value_heads", "moe_jitter_eps"},
+    **dict.fromkeys(
+        ("DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM", "Glm4MoeLiteForCausalLM", "MiniCPM3ForCausalLM"),
+        {"head_dim", "qk_head_dim"},
+    ),
+    "LongcatFlashForCausalLM": {"head_dim", "qk_head_dim"},
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},
 }

@@ -49,6 +49,24 @@ class ParallelLayer(Block):
         return y.add_(self.mlp(x if self.norm_mlp is None else self.norm_mlp(residual.to(x.dtype))))
 
 
+class ShortcutLayer(Block):
+    """Two layers, and a mixture of experts that starts from the first one's MLP input and ends with the second's."""
+
+    def __init__(self, *, mixes: list[Mixer], mlps: list[Any], moe: Any, norms_in: list[Norm], norms_mlp: list[Norm]):
+        self.norms_in, self.mixes = norms_in, mixes
+        self.norms_mlp, self.mlps = norms_mlp, mlps
+        self.moe = moe
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        for i in range(2):
+            delta = self.mixes[i](add(delta, residual, self.norms_in[i]), step)
+            x = add(delta, residual, self.norms_mlp[i])
+            if i == 0:
+                bridge = self.moe(x)
+            delta = self.mlps[i](x)
+        return delta.add_(bridge)
+
+
 class PostNormLayer(Block):
     """Norms stand on the stream itself, after each sum: h = norm_in(h + mix(h)), norm_mlp(h + mlp(h))."""
 

@@ -24,6 +24,7 @@ from cableway.workers.models.names import (
     stacked,
     stacked_in_turns,
     stacked_transposed,
+    without_predictors,
 )
 from cableway.workers.models.olmo import joint_norms
 from cableway.workers.models.registry import arch, relative
@@ -165,6 +166,7 @@ class DeepseekMoEConfig(MoEConfig, frozen=True, kw_only=True):
     moe_layer_freq: Size = 1
     attention_bias: bool = False
     use_qk_norm: bool = False
+    num_nextn_predict_layers: Count = 0
 
     def is_sparse(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
@@ -363,7 +365,12 @@ def bailing(c: BailingConfig) -> Decoder:
     return on_frame(c, mixes, some_sparse(c, mixture(c, shared=shared_experts(c)), MLP.of(c)))
 
 
-@arch("Glm4MoeForCausalLM", "SolarOpenForCausalLM", config=Glm4MoEConfig, hf=DEEPSEEK_MOE)
+@arch(
+    "Glm4MoeForCausalLM",
+    "SolarOpenForCausalLM",
+    config=Glm4MoEConfig,
+    hf=lambda c: DEEPSEEK_MOE | without_predictors(c),
+)
 def glm4_moe(c: Glm4MoEConfig) -> Decoder:
     head_norm = RMSNorm(c.head_dim, c.norm_eps) if c.use_qk_norm else None
     mixes = [Attention.of(c, bias=c.attention_bias, qk_norm=head_norm)] * c.num_hidden_layers

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,13 +122,14 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Names:
-    """Stem or name -> target, and the stems that hold nothing we need."""
+    """Stem or name -> target; the stems that hold nothing we need, and beginnings of names that do not."""
 
     targets: Mapping[str, Target] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    beyond: tuple[str, ...] = ()
 
     def __or__(self, other: "Names") -> "Names":
-        return Names({**self.targets, **other.targets}, self.ignored | other.ignored)
+        return Names({**self.targets, **other.targets}, self.ignored | other.ignored, self.beyond + other.beyond)
 
     def find(self, name: str) -> Target | None:
         """The target of one tensor, with its leaf, or None when the scheme does not know it."""
@@ -141,7 +142,8 @@ class Names:
 
     def ignores(self, name: str) -> bool:
         general = _NUMBER.sub("{}", name)
-        return general in self.ignored or general.rpartition(".")[0] in self.ignored
+        is_known = general in self.ignored or general.rpartition(".")[0] in self.ignored
+        return is_known or name.startswith(self.beyond)
 
 
 def names(table: Mapping[str, str | Target], *, ignored: tuple[str, ...] = (), prefix: str = "", to: str = "") -> Names:
@@ -153,16 +155,18 @@ def names(table: Mapping[str, str | Target], *, ignored: tuple[str, ...] = (), p
     return Names(targets, frozenset(prefix + name for name in ignored))
 
 
-def neighbours_to_halves(part: str, axis: Axis, rotary_dim: int = 0) -> Tensor | None:
+def neighbours_to_halves(part: str, axis: Axis, rotary_dim: int = 0, first: int = 0) -> Tensor | None:
     """Rows whose rotated pairs are neighbours (0 1, 2 3, …), in the order that has them half a head apart.
 
     Args:
-        rotary_dim: how many of a head's rows are rotated, the first; 0 = all.
+        rotary_dim: how many of a head's rows are rotated, from row `first` on; 0 = all.
     """
     if part == "v":
         return None
-    rotated = torch.arange(rotary_dim or axis.unit)
-    return torch.cat((rotated.view(-1, 2).t().flatten(), torch.arange(len(rotated), axis.unit)))
+    order = torch.arange(axis.unit)
+    rotated = order[first : first + (rotary_dim or axis.unit)]
+    rotated.copy_(rotated.view(-1, 2).t().flatten())
+    return order
 
 
 def interleaved(scheme: Names, rotary_dim: int) -> Names:
@@ -171,6 +175,12 @@ def interleaved(scheme: Names, rotary_dim: int) -> Names:
     turned = (".qkv", ".qkv.q", ".qkv.k", ".q_norm", ".k_norm")
     changed = {name: t._replace(row_order=order) for name, t in scheme.targets.items() if t.path.endswith(turned)}
     return scheme | Names(changed)
+
+
+def without_predictors(c: Any) -> Names:
+    """Layers past the last, which predict further tokens (MTP): not used."""
+    last = c.num_hidden_layers
+    return Names(beyond=tuple(f"model.layers.{last + i}." for i in range(c.num_nextn_predict_layers)))
 
 
 EMBEDDINGS = names(
