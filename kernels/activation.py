@@ -50,9 +50,7 @@ def ref(x: Tensor, *, kind: str, gated: bool = False, a: float = 0.0, c: float =
 
 
 @jit
-def _activation(
-    x_ptr, y_ptr, x_stride, ffn, a, c, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
-):
+def _activation(x_ptr, y_ptr, x_stride, ffn, a, c, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn

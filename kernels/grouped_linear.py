@@ -12,6 +12,8 @@ Bound: bytes for few rows (the matrices of groups that have any), FLOPs for many
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ from cableway.kernels.registry import FLOATS, are_contiguous, call, check, grid,
 
 def ref(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     ends = offsets.tolist()
-    rows = [x[start:end].float() @ w[g].float().T for g, (start, end) in enumerate(zip(ends, ends[1:], strict=False))]
+    rows = [x[start:end].float() @ w[g].float().T for g, (start, end) in enumerate(pairwise(ends))]
     return torch.cat(rows).to(x.dtype)
 
 
@@ -89,7 +91,9 @@ def make(sizes: tuple[int, ...], num_out: int, num_in: int, dtype: torch.dtype, 
         *grid(sizes=((0, 200, 0, 0, 5),), num_out=(30,), num_in=(130,), dtype=FLOATS),
         *grid(sizes=((1, 0, 0, 1, 0, 0, 0, 0, 0),), num_out=(64,), num_in=(64,), dtype=FLOATS),
     ],
-    bench_cases=grid(sizes=((1,) * 8 + (0,) * 120, (128,) * 128), num_out=(1536,), num_in=(2048,), dtype=(torch.bfloat16,)),
+    bench_cases=grid(
+        sizes=((1,) * 8 + (0,) * 120, (128,) * 128), num_out=(1536,), num_in=(2048,), dtype=(torch.bfloat16,)
+    ),
     num_bytes=lambda c: nbytes(c.args[0]) + nbytes(c.args[1][0]) * int((c.args[2].diff() > 0).sum()),
     num_flops=lambda c: 2 * c.args[0].numel() * c.args[1].shape[1],
 )
@@ -102,4 +106,4 @@ def grouped_linear(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         return launch(x, w, offsets)
     ends = offsets.tolist()
     check(ends[-1] == len(x), "offsets do not end with the rows of x")
-    return torch.cat([F.linear(x[start:end], w[g]) for g, (start, end) in enumerate(zip(ends, ends[1:], strict=False))])
+    return torch.cat([F.linear(x[start:end], w[g]) for g, (start, end) in enumerate(pairwise(ends))])

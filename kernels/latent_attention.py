@@ -63,7 +63,9 @@ def _latent_attention(
             key_inside = key < last_key
             block = tl.load(table_ptr + sequence * table_stride + key // BLOCK_SIZE, mask=key_inside, other=0)
             slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE)[:, None] * WIDTH
-            c_latent = tl.load(cache_ptr + slot + latent, mask=key_inside[:, None] & (latent < RANK)[None, :], other=0.0)
+            c_latent = tl.load(
+                cache_ptr + slot + latent, mask=key_inside[:, None] & (latent < RANK)[None, :], other=0.0
+            )
             c_rest = tl.load(cache_ptr + slot + rest, mask=key_inside[:, None] & (rest < WIDTH)[None, :], other=0.0)
             scores = tl.dot(q_latent, tl.trans(c_latent), input_precision="ieee")
             scores = (scores + tl.dot(q_rest, tl.trans(c_rest), input_precision="ieee")) * scale

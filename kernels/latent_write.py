@@ -57,7 +57,9 @@ def latent_write(x: Tensor, cache: Tensor, slots: Tensor) -> None:
 
     On a CPU no slot may be negative: there are no captured graphs to pad.
     """
-    check(x.dim() == 2 and cache.dim() == 5 and cache.shape[0] == cache.shape[3] == 1, "x or cache has other dimensions")
+    check(
+        x.dim() == 2 and cache.dim() == 5 and cache.shape[0] == cache.shape[3] == 1, "x or cache has other dimensions"
+    )
     check(x.shape[1] == cache.shape[4] and x.dtype == cache.dtype and x.dtype in FLOATS, "x does not fit the cache")
     check(slots.shape == x.shape[:1] and slots.dtype == torch.int64, "slots are not [T] i64")
     check(x.is_contiguous() and cache.is_contiguous() and slots.is_contiguous(), "x, cache or slots are strided")

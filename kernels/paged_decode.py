@@ -267,7 +267,8 @@ def launch_tuned(
     sums, tops, masses = parts.split((num_parts * head_dim, num_parts, num_parts))
     _paged_decode[(num_kv_heads, len(work))](
         q, cache, out, plan.block_table, work, arrivals, tops, masses, sums,
-        plan.seq_lens, q if slopes is None else slopes, q if sinks is None else sinks, scale, soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
+        plan.seq_lens, q if slopes is None else slopes, q if sinks is None else sinks,
+        scale, soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=soft_cap > 0,
         HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,

@@ -47,7 +47,10 @@ def allocate(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dty
     places = _places(groups, config.block_size)
     elements_per_block = sum(torch.Size(shape).numel() for shape, _ in dict.fromkeys(places.values()))
     num_blocks = num_blocks_for(config, len(groups), elements_per_block * dtype.itemsize, device)
-    tensors = {place: _zeros((place[0][0], num_blocks, *place[0][2:]), dtype, device) for place in dict.fromkeys(places.values())}
+    tensors = {
+        place: _zeros((place[0][0], num_blocks, *place[0][2:]), dtype, device)
+        for place in dict.fromkeys(places.values())
+    }
     layers = [tensors[places[layer]] for layer in sorted(places)]
     return KVCache(layers, list(tensors.values()), num_blocks)
 

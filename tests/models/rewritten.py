@@ -1,8 +1,9 @@
 """Families that transformers does not know: a checkpoint of the nearest relative, in the family's published names."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +28,11 @@ class Rewritten(NamedTuple):
     """
 
     kin: str
-    fields: Config = {}
-    names: dict[str, str] = {}
+    fields: Mapping[str, Any] = MappingProxyType({})
+    names: Mapping[str, str] = MappingProxyType({})
     config: Callable[[Config], Any] = lambda config: None
     tensors: Callable[[Tensors, Config], Any] = lambda tensors, config: None
-    call: dict[str, Any] = {}
+    call: Mapping[str, Any] = MappingProxyType({})
     prepare: Callable[[Any], Any] = lambda model: None
 
     @property
@@ -285,18 +286,23 @@ REWRITTEN: dict[str, Rewritten] = {
             without("use_qkv_bias", "qk_layernorm", "use_parallel_residual"),
         ),
     ),
-    "BaiChuanForCausalLM": Rewritten("Llama", config=both(old_rope, without("num_key_value_heads", "attention_bias", "mlp_bias")), fields={"num_key_value_heads": 4}, tensors=fuse("self_attn.W_pack", *QKV)),
+    "BaiChuanForCausalLM": Rewritten(
+        "Llama",
+        config=both(old_rope, without("num_key_value_heads", "attention_bias", "mlp_bias")),
+        fields={"num_key_value_heads": 4},
+        tensors=fuse("self_attn.W_pack", *QKV),
+    ),
     "BaichuanForCausalLM": Rewritten(
         "Llama",
         {"num_key_value_heads": 4, "vocab_size": 125_696, "num_hidden_layers": 1},
-        config=without("max_position_embeddings", "num_key_value_heads", "rope_parameters", "attention_bias", "mlp_bias"),
+        config=without(
+            "max_position_embeddings", "num_key_value_heads", "rope_parameters", "attention_bias", "mlp_bias"
+        ),
         tensors=both_tensors(fuse("self_attn.W_pack", *QKV), longer_head),
         call=alibi(),
         prepare=normed_head,
     ),
-    "QWenLMHeadModel": Rewritten(
-        "Qwen2", {"num_key_value_heads": 4}, QWEN, qwen_config, fuse("attn.c_attn", *QKV)
-    ),
+    "QWenLMHeadModel": Rewritten("Qwen2", {"num_key_value_heads": 4}, QWEN, qwen_config, fuse("attn.c_attn", *QKV)),
     "TeleChat2ForCausalLM": Rewritten(
         "Llama",
         ODD_BIASES,
@@ -357,7 +363,9 @@ REWRITTEN: dict[str, Rewritten] = {
         ),
     ),
     "InternLMForCausalLM": Rewritten(
-        "Llama", {"attention_bias": True}, config=both(old_rope, lambda c: c.update(bias=c.pop("attention_bias"), mlp_bias=False))
+        "Llama",
+        {"attention_bias": True},
+        config=both(old_rope, lambda c: c.update(bias=c.pop("attention_bias"), mlp_bias=False)),
     ),
     "InternLM3ForCausalLM": Rewritten(
         "SeedOss",

@@ -134,7 +134,10 @@ ZOO: dict[str, list[Fields]] = {
     "OlmoForCausalLM": [{"clip_qkv": 0.8}, {}],
     "Olmo2ForCausalLM": [{}, {"attention_bias": True, "num_key_value_heads": 1}],
     "Olmo3ForCausalLM": [{**SOME_NEAR, "rope_parameters": BY_TYPE}],
-    "Exaone4ForCausalLM": [{**SOME_NEAR, "sliding_window_pattern": 3}, {"sliding_window": None, "layer_types": ["full_attention"] * 3}],
+    "Exaone4ForCausalLM": [
+        {**SOME_NEAR, "sliding_window_pattern": 3},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ],
     "SeedOssForCausalLM": [{"attention_bias": True}, {"attention_out_bias": True, "mlp_bias": True}],
     "HeliumForCausalLM": [{}, {"attention_bias": True, "mlp_bias": True}],
     "Ernie4_5ForCausalLM": [{}, {"use_bias": True, "tie_word_embeddings": False}],
@@ -160,11 +163,24 @@ ZOO: dict[str, list[Fields]] = {
     ],
     "OlmoeForCausalLM": [{**EXPERTS, "clip_qkv": 0.7}, {**EXPERTS, "norm_topk_prob": True}],
     "Qwen2MoeForCausalLM": [
-        {**FEW, "decoder_sparse_step": 2, **SPARSE, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+        {
+            **FEW,
+            "decoder_sparse_step": 2,
+            **SPARSE,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+        },
         {**FEW, **SPARSE, "mlp_only_layers": [1], "norm_topk_prob": True, "qkv_bias": False},
     ],
     "Qwen3MoeForCausalLM": [
-        {**EXPERTS, "moe_intermediate_size": 40, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 9},
+        {
+            **EXPERTS,
+            "moe_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
         {**EXPERTS, "moe_intermediate_size": 40, "norm_topk_prob": True, "attention_bias": True},
     ],
     "Glm4MoeForCausalLM": [
@@ -172,10 +188,19 @@ ZOO: dict[str, list[Fields]] = {
         {**DEEPSEEK, "rope_parameters": HALF, "use_qk_norm": True, "attention_bias": True, "norm_topk_prob": False},
     ],
     "SolarOpenForCausalLM": [{key: value for key, value in DEEPSEEK.items() if key != "first_k_dense_replace"}],
-    "Dots1ForCausalLM": [{**DEEPSEEK, "sliding_window": 9, "max_window_layers": 1}, {**DEEPSEEK, "norm_topk_prob": True, "attention_bias": True}],
+    "Dots1ForCausalLM": [
+        {**DEEPSEEK, "sliding_window": 9, "max_window_layers": 1},
+        {**DEEPSEEK, "norm_topk_prob": True, "attention_bias": True},
+    ],
     "Ernie4_5_MoeForCausalLM": [
         {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 40, "moe_layer_end_index": 1},
-        {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 40, "moe_layer_interval": 2, "moe_layer_start_index": 0},
+        {
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 40,
+            "moe_layer_interval": 2,
+            "moe_layer_start_index": 0,
+        },
     ],
     "HunYuanMoEV1ForCausalLM": [{"num_experts": 4, "moe_topk": 2}, {"num_experts": 4, "attention_bias": True}],
     "MiniMaxM2ForCausalLM": [{**EXPERTS, "rope_parameters": HALF}],
@@ -189,7 +214,12 @@ ZOO: dict[str, list[Fields]] = {
         },
     ],
     "GptOssForCausalLM": [
-        {**EXPERTS, "swiglu_limit": 1.0, **SOME_NEAR, "rope_parameters": {**YARN, "truncate": False, "original_max_position_embeddings": 256}},
+        {
+            **EXPERTS,
+            "swiglu_limit": 1.0,
+            **SOME_NEAR,
+            "rope_parameters": {**YARN, "truncate": False, "original_max_position_embeddings": 256},
+        },
     ],
     "DeepseekV3ForCausalLM": [
         {**LATENT, **DEEPSEEK, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
@@ -240,22 +270,32 @@ UNUSED: dict[str, set[str]] = {
     "GPT2LMHeadModel": {"reorder_and_upcast_attn"},
     "GPTBigCodeForCausalLM": {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "num_key_value_heads"},
     "BloomForCausalLM": {"slow_but_exact"},
-    "MptForCausalLM": {"attn_uses_sequence_id", "prefix_lm", "qk_ln", "learned_pos_emb", "no_bias", "embedding_fraction"},
+    "MptForCausalLM": {
+        "attn_uses_sequence_id",
+        "prefix_lm",
+        "qk_ln",
+        "learned_pos_emb",
+        "no_bias",
+        "embedding_fraction",
+    },
     "Ernie4_5_MoeForCausalLM": {"moe_norm_min"},
-    **dict.fromkeys(("MixtralForCausalLM", "MiniMaxM2ForCausalLM"), {"router_jitter_noise"}),
+    "MixtralForCausalLM": {"router_jitter_noise"},
+    "MiniMaxM2ForCausalLM": {"router_jitter_noise"},
     "DbrxForCausalLM": {"hidden_size", "num_key_value_heads", "moe_jitter_eps"},
-    **dict.fromkeys(
-        ("DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM", "Glm4MoeLiteForCausalLM", "MiniCPM3ForCausalLM"),
-        {"head_dim", "qk_head_dim"},
-    ),
-    "LongcatFlashForCausalLM": {"head_dim", "qk_head_dim"},
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},
 }
+UNUSED |= {name: {"head_dim", "qk_head_dim"} for name, variants in ZOO.items() if "qk_rope_head_dim" in variants[0]}
 UNUSED["MPTForCausalLM"] = UNUSED["MptForCausalLM"]
 """Keys that change no number, or that an older spelling has beside another."""
 
-WITHOUT_TYPES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Exaone4ForCausalLM", "Qwen2MoeForCausalLM", "Dots1ForCausalLM")
+WITHOUT_TYPES = (
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Exaone4ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Dots1ForCausalLM",
+)
 OLDER = {
     **dict.fromkeys(WITHOUT_TYPES, ("layer_types",)),
     "SmolLM3ForCausalLM": ("no_rope_layers",),

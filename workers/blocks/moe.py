@@ -100,7 +100,7 @@ class SparseMixer(Block):
 
 
 class Experts(Slot):
-    """A matrix [out, in] of one or several parts for each expert: parts `0.gate`, `0.up`, `1.gate`, … or `0`, `1`, …."""
+    """A matrix [out, in] of one or several parts for each expert: `0.gate`, `0.up`, `1.gate`, … or `0`, `1`, …."""
 
     def __init__(self, num_experts: int, out: Mapping[str, Axis], in_: Axis, *, bias: bool = False):
         self.parts = {

@@ -1,4 +1,4 @@
-"""Normalisation. A norm is called on rows, or added to: `add` fuses the sum of a residual stream with the norm of it."""
+"""Normalisation. A norm is called on rows; `add` fuses the sum of a residual stream with the norm of it."""
 
 from collections.abc import Mapping
 

@@ -8,8 +8,8 @@ dtype gives.
 from collections.abc import Sequence
 
 from cableway.workers.formats.base import Format, Place
-from cableway.workers.formats.experts import OneByOne, Together
 from cableway.workers.formats.dense import Dense, Packed, Tiled
+from cableway.workers.formats.experts import OneByOne, Together
 from cableway.workers.formats.int4 import Int4
 from cableway.workers.formats.int8 import Int8
 from cableway.workers.formats.stored import Encoding
@@ -29,8 +29,6 @@ def choose(encodings: Sequence[Encoding], num_out: int, num_in: int, place: Plac
     return Tiled(form) if place.invariant else form
 
 
-def choose_for_experts(
-    encodings: Sequence[Encoding], num_out: int, num_in: int, place: Place
-) -> OneByOne | Together:
+def choose_for_experts(encodings: Sequence[Encoding], num_out: int, num_in: int, place: Place) -> OneByOne | Together:
     """The same for many matrices of that shape, of which a row is multiplied by one."""
     return OneByOne(choose(encodings, num_out, num_in, place)) if place.device.type == "cpu" else Together(place)

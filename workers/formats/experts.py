@@ -1,6 +1,7 @@
 """Matrices of many experts, of which each row is multiplied by its own."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class OneByOne:
 
     def apply(self, x: Tensor, params: list[Any], offsets: Tensor) -> Tensor:
         ends = offsets.tolist()
-        spans = [(e, start, end) for e, (start, end) in enumerate(zip(ends, ends[1:], strict=False)) if end > start]
+        spans = [(e, start, end) for e, (start, end) in enumerate(pairwise(ends)) if end > start]
         return torch.cat([self._form.apply(x[start:end], params[e]) for e, start, end in spans])
 
 

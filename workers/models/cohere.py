@@ -6,14 +6,13 @@ from typing import Any
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import ParallelLayer
+from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
 from cableway.workers.models.glm import halves
 from cableway.workers.models.names import HF, Target, flat, names
 from cableway.workers.models.registry import arch
-from cableway.workers.blocks.linear import Axis
-
 
 COHERE = HF | names(
     {"q_norm": Target("q_norm", layout=flat), "k_norm": Target("k_norm", layout=flat)},
@@ -40,7 +39,7 @@ class Cohere2Config(CohereConfig, frozen=True, kw_only=True):
         config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
 
 
-def parallel(c: CohereConfig, mixes: list[Attention]) -> Decoder:
+def side_by_side(c: CohereConfig, mixes: list[Attention]) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps, bias=False)
     layers = [ParallelLayer(norm_in=norm, mix=mix, mlp=MLP.of(c)) for mix in mixes]
     return Decoder(c, layers, norm_out=norm, on_logits=Scale(c.logit_scale))
@@ -54,7 +53,7 @@ def cohere(c: CohereConfig) -> Decoder:
     )
     norms = tuple(LayerNorm(c.head_dim, c.norm_eps, bias=False, heads=axis) for axis in (heads, kv_heads))
     bias, qk_norm = c.attention_bias, norms if c.use_qk_norm else None
-    return parallel(c, [Attention.of(c, bias=bias, out_bias=bias, qk_norm=qk_norm)] * c.num_hidden_layers)
+    return side_by_side(c, [Attention.of(c, bias=bias, out_bias=bias, qk_norm=qk_norm)] * c.num_hidden_layers)
 
 
 @arch("Cohere2ForCausalLM", config=Cohere2Config, hf=halves(HF))
@@ -62,4 +61,4 @@ def cohere2(c: Cohere2Config) -> Decoder:
     bias = c.attention_bias
     near = Attention.of(c, bias=bias, out_bias=bias, window=c.sliding_window)
     far = Attention.of(c, bias=bias, out_bias=bias, rope=None)
-    return parallel(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))
+    return side_by_side(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))

@@ -24,7 +24,14 @@ _SPELLINGS = {
     **dict.fromkeys(("num_kv_heads", "n_head_kv"), "num_key_value_heads"),
     **dict.fromkeys(("n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim"), "intermediate_size"),
     **dict.fromkeys(
-        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon", "rms_norm_epsilon"),
+        (
+            "rms_norm_eps",
+            "layer_norm_eps",
+            "layer_norm_epsilon",
+            "layernorm_epsilon",
+            "norm_epsilon",
+            "rms_norm_epsilon",
+        ),
         "norm_eps",
     ),
     **dict.fromkeys(("activation_function", "hidden_activation", "activation"), "hidden_act"),
@@ -116,7 +123,9 @@ class MoEConfig(DecoderConfig, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         DecoderConfig.__post_init__(self)
         if self.num_experts_per_tok > self.num_experts or self.num_experts % self.n_group:
-            raise ValueError(f"{self.num_experts} experts, {self.num_experts_per_tok} a token, in {self.n_group} groups")
+            raise ValueError(
+                f"{self.num_experts} experts, {self.num_experts_per_tok} a token, in {self.n_group} groups"
+            )
         group_len = self.num_experts // self.n_group
         if self.topk_group > self.n_group or (self.n_group > 1 and group_len < 2):
             raise ValueError(f"topk_group {self.topk_group} of {self.n_group} groups of {group_len} experts")

@@ -22,7 +22,16 @@ from cableway.workers.models.moe import (
     sigmoid_mixture,
     some_sparse,
 )
-from cableway.workers.models.names import HF, Names, Target, by_group, experts, names, neighbours_to_halves, without_predictors
+from cableway.workers.models.names import (
+    HF,
+    Names,
+    Target,
+    by_group,
+    experts,
+    names,
+    neighbours_to_halves,
+    without_predictors,
+)
 from cableway.workers.models.registry import arch
 
 

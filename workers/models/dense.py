@@ -14,7 +14,6 @@ from cableway.workers.models.llama import LlamaConfig, pre_norm
 from cableway.workers.models.names import (
     ATTENTION,
     EMBEDDINGS,
-    GATED_MLP,
     HF,
     PLAIN_MLP,
     PRE_NORMS,
@@ -36,18 +35,23 @@ APERTUS = PLAIN | names(
     ignored=("mlp.act_fn.beta", "mlp.act_fn.eps"),
     **LAYER,
 )
-PERSIMMON = EMBEDDINGS | PRE_NORMS | names(
-    {
-        "self_attn.query_key_value": Target("mix.qkv", layout=by_group),
-        "self_attn.dense": "mix.out",
-        "self_attn.q_layernorm": "mix.q_norm",
-        "self_attn.k_layernorm": "mix.k_norm",
-        "mlp.dense_h_to_4h": "mlp.up",
-        "mlp.dense_4h_to_h": "mlp.down",
-    },
-    ignored=("self_attn.rotary_emb",),
-    **LAYER,
-) | names({"model.final_layernorm": "norm_out"})
+PERSIMMON = (
+    EMBEDDINGS
+    | PRE_NORMS
+    | names(
+        {
+            "self_attn.query_key_value": Target("mix.qkv", layout=by_group),
+            "self_attn.dense": "mix.out",
+            "self_attn.q_layernorm": "mix.q_norm",
+            "self_attn.k_layernorm": "mix.k_norm",
+            "mlp.dense_h_to_4h": "mlp.up",
+            "mlp.dense_4h_to_h": "mlp.down",
+        },
+        ignored=("self_attn.rotary_emb",),
+        **LAYER,
+    )
+    | names({"model.final_layernorm": "norm_out"})
+)
 STABLELM = HF | names(
     {"self_attn.q_layernorm.norms.{}": "mix.q_norm.{}", "self_attn.k_layernorm.norms.{}": "mix.k_norm.{}"}, **LAYER
 )

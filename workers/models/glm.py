@@ -10,7 +10,7 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size
 from cableway.workers.models.llama import pre_norm
-from cableway.workers.models.names import HF, Names, Target, interleaved, names
+from cableway.workers.models.names import HF, Names, interleaved, names
 from cableway.workers.models.registry import arch, relative
 
 GLM4 = HF | names(
@@ -79,7 +79,13 @@ def glm4(c: GlmConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("ChatGLMModel", "ChatGLMForConditionalGeneration", config=ChatGLMConfig, hf=halves(CHATGLM), verified=relative("Glm"))
+@arch(
+    "ChatGLMModel",
+    "ChatGLMForConditionalGeneration",
+    config=ChatGLMConfig,
+    hf=halves(CHATGLM),
+    verified=relative("Glm"),
+)
 def chatglm(c: ChatGLMConfig) -> Decoder:
     bias = c.add_bias_linear
     mixes = [Attention.of(c, bias=bias or c.add_qkv_bias, out_bias=bias)] * c.num_hidden_layers

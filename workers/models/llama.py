@@ -25,7 +25,9 @@ class MinistralConfig(MistralConfig, frozen=True, kw_only=True):
     layer_types: list[str] | None = None
 
 
-def pre_norm(c: DecoderConfig, mixes: list[Attention], mlp: Any = None, norm: Norm | None = None, **out: Any) -> Decoder:
+def pre_norm(
+    c: DecoderConfig, mixes: list[Attention], mlp: Any = None, norm: Norm | None = None, **out: Any
+) -> Decoder:
     """A norm before each mixer and each MLP (RMS and gated unless they are given), and one at the end."""
     norm, mlp = norm or RMSNorm(c.hidden_size, c.norm_eps), mlp or MLP.of(c)
     layers = [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp) for mix in mixes]

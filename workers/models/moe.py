@@ -1,5 +1,5 @@
 """Mixtures of experts on Llama's frame: Mixtral, PhiMoE, OLMoE, Qwen 2 and 3, GLM 4.5, Dots, Ernie 4.5, Hunyuan, Solar
-Open, MiniMax M2, Granite, DBRX, GPT-OSS, DeepSeek V1, Bailing. What differs is the router, and which layers are dense."""
+Open, MiniMax M2, Granite, DBRX, GPT-OSS, DeepSeek V1, Bailing. Routers differ, and which layers are dense."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ from cableway.workers.models.names import (
     EMBEDDINGS,
     HF,
     PRE_NORMS,
+    Names,
     Target,
     experts,
     flat,
@@ -144,7 +145,7 @@ class QwenMoEConfig(MoEConfig, frozen=True, kw_only=True):
 
     shared_expert_intermediate_size: Count = 0
     decoder_sparse_step: Size = 1
-    mlp_only_layers: list[int] = []
+    mlp_only_layers: tuple[int, ...] = ()
     qkv_bias: bool = True
     attention_bias: bool = False
     use_sliding_window: bool = False
@@ -178,9 +179,11 @@ class BailingConfig(DeepseekMoEConfig, frozen=True, kw_only=True):
     norm_topk_prob: bool = True
 
 
-class Glm4MoEConfig(DeepseekMoEConfig, frozen=True, kw_only=True):
+class SolarOpenConfig(DeepseekMoEConfig, frozen=True, kw_only=True):
     norm_topk_prob: bool = True
 
+
+class Glm4MoEConfig(SolarOpenConfig, frozen=True, kw_only=True):
     @staticmethod
     def derive(config: dict[str, Any]) -> None:
         if not config.get("rope_parameters"):
@@ -346,7 +349,11 @@ def qwen2_moe(c: QwenMoEConfig) -> Decoder:
 
 @arch("Qwen3MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE)
 def qwen3_moe(c: QwenMoEConfig) -> Decoder:
-    norm, bias, window = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias, (c.use_sliding_window and c.sliding_window) or 0
+    norm, bias, window = (
+        RMSNorm(c.head_dim, c.norm_eps),
+        c.attention_bias,
+        (c.use_sliding_window and c.sliding_window) or 0,
+    )
     mixes = [Attention.of(c, window=window, qk_norm=norm, bias=bias, out_bias=bias)] * c.num_hidden_layers
     return on_frame(c, mixes, some_sparse(c, mixture(c), MLP.of(c)))
 
@@ -365,13 +372,13 @@ def bailing(c: BailingConfig) -> Decoder:
     return on_frame(c, mixes, some_sparse(c, mixture(c, shared=shared_experts(c)), MLP.of(c)))
 
 
-@arch(
-    "Glm4MoeForCausalLM",
-    "SolarOpenForCausalLM",
-    config=Glm4MoEConfig,
-    hf=lambda c: DEEPSEEK_MOE | without_predictors(c),
-)
-def glm4_moe(c: Glm4MoEConfig) -> Decoder:
+def _with_predictors(c: DeepseekMoEConfig) -> Names:
+    return DEEPSEEK_MOE | without_predictors(c)
+
+
+@arch("Glm4MoeForCausalLM", config=Glm4MoEConfig, hf=_with_predictors)
+@arch("SolarOpenForCausalLM", config=SolarOpenConfig, hf=_with_predictors)
+def glm4_moe(c: SolarOpenConfig) -> Decoder:
     head_norm = RMSNorm(c.head_dim, c.norm_eps) if c.use_qk_norm else None
     mixes = [Attention.of(c, bias=c.attention_bias, qk_norm=head_norm)] * c.num_hidden_layers
     return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))

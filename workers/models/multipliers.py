@@ -46,7 +46,9 @@ class TeleFLMConfig(GraniteConfig, frozen=True, kw_only=True):
 def granite(c: GraniteConfig) -> Decoder:
     norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
     mix = Attention.of(c, bias=bias, out_bias=bias, scale=c.attention_multiplier)
-    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=MLP.of(c, bias=c.mlp_bias), norm_mlp_out=less)
+    layer = Layer(
+        norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=MLP.of(c, bias=c.mlp_bias), norm_mlp_out=less
+    )
     return Decoder(
         c,
         [layer] * c.num_hidden_layers,

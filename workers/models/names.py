@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.workers.formats.stored import Stored
@@ -61,6 +62,11 @@ def in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
 def transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """Parts side by side in the columns of a matrix [in, out]."""
     return concatenated(stored.changed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)
+
+
+def normalised_rows(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """Rows that are brought to length 1 before they are used."""
+    return concatenated(stored.changed(stored.shape, F.normalize), parts)
 
 
 def stacked(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
@@ -219,6 +225,7 @@ SANDWICH_NORMS = names(
     prefix="model.layers.{}.",
     to="layers.{}.",
 )
+
 
 def experts(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Names:
     """Experts one by one, `prefix.{}.gate`, which follows `model.layers.{}.`."""

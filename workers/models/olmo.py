@@ -99,7 +99,12 @@ def olmo2(c: Olmo2Config) -> Decoder:
 def olmo3(c: Olmo3Config) -> Decoder:
     kinds = {
         kind: Attention.of(
-            c, rope=c.rope(kind), window=window, qk_norm=joint_norms(c), bias=c.attention_bias, out_bias=c.attention_bias
+            c,
+            rope=c.rope(kind),
+            window=window,
+            qk_norm=joint_norms(c),
+            bias=c.attention_bias,
+            out_bias=c.attention_bias,
         )
         for kind, window in (("full_attention", 0), ("sliding_attention", c.sliding_window))
     }

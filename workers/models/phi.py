@@ -1,4 +1,4 @@
-"""Phi 1 and 2: attention and MLP side by side after one LayerNorm. Phi 3 and 4: Llama with fused matrices and longrope."""
+"""Phi 1 and 2: attention and MLP side by side after one LayerNorm. Phi 3 and 4: Llama, fused matrices, longrope."""
 
 from typing import Any
 

@@ -3,8 +3,6 @@ of Llama or GPT-2 under other names; none of their code is run."""
 
 from typing import Any
 
-import torch.nn.functional as F
-
 from cableway.workers.blocks.attention import ALiBi, Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import Layer
@@ -12,16 +10,15 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor
 from cableway.workers.models.llama import pre_norm
-from cableway.workers.models.names import HF, Names, Target, by_group, concatenated, names, transposed
+from cableway.workers.models.names import HF, Names, Target, by_group, names, normalised_rows, transposed
 from cableway.workers.models.registry import arch, relative
 
 _NORMED_HEAD_VOCAB_SIZE = 125_696
 """Of Baichuan 2, whose rows of the head are normalised before they are used."""
 
 BAICHUAN = HF | names({"model.layers.{}.self_attn.W_pack": "layers.{}.mix.qkv"})
-NORMED_HEAD = names(
-    {"lm_head": Target("head", layout=lambda stored, parts: concatenated(stored.changed(stored.shape, F.normalize), parts))}
-)
+
+NORMED_HEAD = names({"lm_head": Target("head", layout=normalised_rows)})
 QWEN = names(
     {
         "wte": "embed",
@@ -104,7 +101,9 @@ def _baichuan_names(c: BaichuanConfig) -> Names:
     return BAICHUAN | NORMED_HEAD if c.vocab_size == _NORMED_HEAD_VOCAB_SIZE else BAICHUAN
 
 
-@arch("BaiChuanForCausalLM", "BaichuanForCausalLM", config=BaichuanConfig, hf=_baichuan_names, verified=relative("Llama"))
+@arch(
+    "BaiChuanForCausalLM", "BaichuanForCausalLM", config=BaichuanConfig, hf=_baichuan_names, verified=relative("Llama")
+)
 def baichuan(c: BaichuanConfig) -> Decoder:
     position = {} if c.has_rope else {"rope": None, "scores": ALiBi(c.num_attention_heads)}
     return pre_norm(c, [Attention.of(c, **position)] * c.num_hidden_layers)
