@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import rms_norm
-from cableway.kernels.lang import jit, loops, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, loops, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 
@@ -25,16 +25,22 @@ def ref(x: Tensor, r: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> 
 
 
 @jit
-def _add_rms_norm(x_ptr, r_ptr, w_ptr, y_ptr, x_stride, r_stride, hidden, eps, offset, BLOCK: tl.constexpr):
+def _add_rms_norm(
+    x_ptr, r_ptr, w_ptr, y_ptr, x_stride, r_stride, hidden, eps, offset, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < hidden
+    w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32) + offset
+    if PDL:
+        gdc_wait()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(r_ptr + row * r_stride + column, mask=inside, other=0.0).to(tl.float32)
     rounded = (x + r).to(r_ptr.dtype.element_ty)
     tl.store(r_ptr + row * r_stride + column, rounded, mask=inside)
     h = rounded.to(tl.float32)
-    w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32) + offset
     y = h * tl.rsqrt(tl.sum(h * h, 0) / hidden + eps) * w
     tl.store(y_ptr + row * hidden + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -44,8 +50,9 @@ def launch(x: Tensor, r: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(hidden)
     _add_rms_norm[(num_tokens,)](
-        x, r, w, y, x.stride(0), r.stride(0), hidden, eps, offset, BLOCK=block, num_warps=min(max(block // 512, 1), 16)
-    )
+        x, r, w, y, x.stride(0), r.stride(0), hidden, eps, offset,
+        BLOCK=block, num_warps=min(max(block // 512, 1), 16), **overlapping(),
+    )  # fmt: skip
     return y
 
 

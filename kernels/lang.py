@@ -64,17 +64,18 @@ def ask_for(ptr):
     )
 
 
-def overlapping(is_cuda: bool) -> dict[str, Any]:
+def overlapping() -> dict[str, Any]:
     """Launch options of a kernel with a constexpr PDL, whose programs may start while the kernel before still runs.
 
     Where PDL is set each program says `gdc_launch_dependents()`, and `gdc_wait()` before it reads what the step
     computes or writes anything: until then it sees only weights, and what an ordinary kernel made before the last one.
-    Every program waits, so that a kernel that is complete leaves none before it incomplete.
+    At least one program waits in any case, so that a kernel that is complete leaves none before it incomplete.
     """
-    driver = triton.runtime.driver
-    if is_cuda and _generation(driver.active, driver.active.get_current_device()) >= 90:
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
+    if triton.knobs.runtime.interpret:
+        return {"PDL": False}
+    driver = triton.runtime.driver.active
+    is_hopper = _generation(driver, driver.get_current_device()) >= 90
+    return {"PDL": True, "launch_pdl": True} if is_hopper else {"PDL": False}
 
 
 @cache

@@ -274,7 +274,7 @@ def launch_tuned(
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
         BLOCK_PARTS=max((1 << 13) // (block_group * block_dim), 1), BLOCK_GROUP=block_group, EARLY=tuning.early,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
-        IS_FIRST=len(plan._decode_works) > num_works, **overlapping(q.is_cuda),
+        IS_FIRST=len(plan._decode_works) > num_works, **overlapping(),
     )  # fmt: skip
     return out
 

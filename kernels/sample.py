@@ -251,7 +251,7 @@ def launch(logits, rows, fractions, integers, seeds, positions) -> Tensor:
     out, arrivals = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
     values = torch.empty(2, num_rows, num_parts, device=logits.device)
     (tops, scores), (tokens, groups) = values, torch.empty_like(values, dtype=torch.int32)
-    options = overlapping(logits.is_cuda)
+    options = overlapping()
     _likeliest[(num_rows, num_parts)](
         logits, logits.stride(0), tops, tokens, arrivals, vocab, stretch, BLOCK=_BLOCK, num_warps=8, **options
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, loops, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, loops, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 
@@ -21,7 +21,10 @@ def ref(gate_up: Tensor) -> Tensor:
 
 
 @jit
-def _silu_mul(x_ptr, y_ptr, x_stride, ffn, BLOCK: tl.constexpr):
+def _silu_mul(x_ptr, y_ptr, x_stride, ffn, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ffn
@@ -35,7 +38,9 @@ def launch(gate_up: Tensor) -> Tensor:
     num_tokens, ffn = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty(num_tokens, ffn, dtype=gate_up.dtype, device=gate_up.device)
     block = min(triton.next_power_of_2(ffn), 1024)
-    _silu_mul[(num_tokens, triton.cdiv(ffn, block))](gate_up, y, gate_up.stride(0), ffn, BLOCK=block, num_warps=4)
+    _silu_mul[(num_tokens, triton.cdiv(ffn, block))](
+        gate_up, y, gate_up.stride(0), ffn, BLOCK=block, num_warps=4, **overlapping()
+    )
     return y
 
 

@@ -1,4 +1,4 @@
-"""README's table of models is what `cableway models --markdown` prints; an unknown architecture is told what is near."""
+"""README's table is what `cableway models --markdown` prints; an unknown architecture is told what is near."""
 
 from pathlib import Path
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from cableway.kernels.kv_write import kv_write
 from cableway.kernels.paged_attention import paged_attention
 from cableway.kernels.rope import rope as rotate
+from cableway.kernels.rope_and_write import rope_and_write
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Mixer
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.norm import Clip, JointNorm, LayerNorm, RMSNorm, RMSScale
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
-from cableway.workers.formats.base import Place
+from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis, Mesh
 
 HeadNorm = RMSNorm | RMSScale | LayerNorm | JointNorm
@@ -36,6 +37,8 @@ class Attention(Mixer):
         scores: what is done to scores besides.
         norm_y: norm of what goes into the output projection.
     """
+
+    takes_sum = True
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *, rope: Rope | None,
@@ -79,11 +82,18 @@ class Attention(Mixer):
         self._options = {"scale": self.scale, "window": self.window, "soft_cap": self.soft_cap}
         if self.scores is not None:
             self._options |= self.scores.options
+        self._norms, self._eps = None, 0.0
+        if self.is_fused and self.q_norm is not None:
+            self._norms, self._eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
 
-    def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def is_fused(self) -> bool:
+        """Whether one kernel does all between the projection and attention."""
+        return self.rope is not None and self.clip is None and type(self.q_norm) in (type(None), RMSNorm)
+
+    def project(self, x: Tensor | Sum, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, E] -> q [T, H, D], k and v [T, KV, D], normed and rotated."""
-        num_q, num_kv = self._num_heads, self._num_kv_heads
-        q, k, v = self.qkv(x).view(-1, num_q + 2 * num_kv, self.head_dim).split((num_q, num_kv, num_kv), 1)
+        q, k, v = self.split(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
@@ -92,24 +102,31 @@ class Attention(Mixer):
             rotate(q, k, step.angles(self.rope))
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        """Attention [T, H * D] of q to what the cache holds, k and v included."""
-        cache, plan, slots = step.state(self.number)
-        kv_write(k, v, cache, slots)
-        return paged_attention(q, cache, plan, **self._options).flatten(1)
+    def split(self, x: Tensor | Sum) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, E] -> q [T, H, D], k and v [T, KV, D], as they are projected."""
+        num_q, num_kv = self._num_heads, self._num_kv_heads
+        return self.qkv(x).view(-1, num_q + 2 * num_kv, self.head_dim).split((num_q, num_kv, num_kv), 1)
 
-    def __call__(self, x: Tensor, step: Step) -> Tensor:
+    def __call__(self, x: Tensor | Sum, step: Step) -> Tensor:
         """x [T, E] -> [T, E], and this layer's cache takes the keys and values of the T tokens."""
-        y = self.attend(*self.project(x, step), step)
+        cache, plan, slots = step.state(self.number)
+        if self.is_fused:
+            angles = step.angles(self.rope)
+            q = rope_and_write(*self.split(x), angles, cache, slots, self._norms, eps=self._eps)
+        else:
+            q, k, v = self.project(x, step)
+            kv_write(k, v, cache, slots)
+        y = paged_attention(q, cache, plan, **self._options).flatten(1)
         return self.out(y if self.norm_y is None else self.norm_y(y))
 
 
 class LateNormAttention(Attention):
     """Norms q and k after they are rotated."""
 
-    def project(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        num_q, num_kv = self._num_heads, self._num_kv_heads
-        q, k, v = self.qkv(x).view(-1, num_q + 2 * num_kv, self.head_dim).split((num_q, num_kv, num_kv), 1)
+    is_fused = False
+
+    def project(self, x: Tensor | Sum, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.split(x)
         if self.rope is not None:
             rotate(q, k, step.angles(self.rope))
         return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)

@@ -17,7 +17,13 @@ from cableway.workers.parallel import Axis, Mesh
 
 
 class Block:
-    """A node of the tree; attributes that are blocks, or lists of blocks, are its children."""
+    """A node of the tree; attributes that are blocks, or lists of blocks, are its children.
+
+    Attributes:
+        takes_sum: its input goes into one product and nowhere else, and may be a Sum.
+    """
+
+    takes_sum = False
 
     def children(self) -> Iterator[tuple[str, "Block"]]:
         """(name, block) of each child, in the order the spec made them; the i-th of a list is `name.i`."""

@@ -85,9 +85,13 @@ class Decoder(Block):
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, E] -> [R, vocab_size] f32, written to `out` if there is one"""
-        logits = self._place.mesh.all_gather(self.head(hidden))[:, : self.vocab_size]
-        logits = logits.float() if out is None else out.copy_(logits)
-        return logits if self.on_logits is None else self.on_logits(logits)
+        if out is None:
+            out = torch.empty(len(hidden), self.vocab_size, device=hidden.device)
+        if self.head.local_sizes == [self.vocab_size]:
+            self.head.write(hidden, out)
+        else:
+            out.copy_(self._place.mesh.all_gather(self.head(hidden))[:, : self.vocab_size])
+        return out if self.on_logits is None else self.on_logits(out)
 
 
 class Positions(Block):

@@ -7,6 +7,7 @@ from torch import Tensor
 from cableway.workers.blocks.block import Block, Mixer
 from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.blocks.step import Step
+from cableway.workers.formats.base import Sum
 
 Norm = RMSNorm | LayerNorm | PlainLayerNorm
 
@@ -29,10 +30,10 @@ class Layer(Block):
 
     def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
         """Add `delta` [T, E], what the layer before made, to `residual` [T, E] f32; what this layer makes [T, E]."""
-        delta = self.mix(add(delta, residual, self.norm_in), step)
+        delta = self.mix(add(delta, residual, self.norm_in, self.mix), step)
         if self.norm_mix_out is not None:
             delta = self.norm_mix_out(delta)
-        delta = self.mlp(add(delta, residual, self.norm_mlp))
+        delta = self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
         return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
 
 
@@ -83,6 +84,13 @@ class PostNormLayer(Block):
         return x
 
 
-def add(delta: Tensor, residual: Tensor, norm: Norm | None) -> Tensor:
-    """Add in place, and normalise the sum in the same pass where there is a norm; the result in the dtype of delta."""
-    return residual.add_(delta).to(delta.dtype, copy=True) if norm is None else norm.add(delta, residual)
+def add(delta: Tensor, residual: Tensor, norm: Norm | None, block: Block | None = None) -> Any:
+    """Add in place, and normalise the sum in the same pass where there is a norm; the result in the dtype of delta.
+
+    For a `block` that takes sums it is a Sum where it can be.
+    """
+    if norm is None:
+        return residual.add_(delta).to(delta.dtype, copy=True)
+    if isinstance(norm, RMSNorm) and block is not None and block.takes_sum:
+        return Sum(delta, residual, norm)
+    return norm.add(delta, residual)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cableway.kernels.silu_mul import silu_mul
 from cableway.workers import formats
 from cableway.workers.blocks.block import Slot
-from cableway.workers.formats.base import Place
+from cableway.workers.formats.base import Place, Sum
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
 
@@ -30,6 +31,8 @@ class Linear(Slot):
         self.local_sizes: list[int] = []
         self._in = in_
         self._apply: Callable[[Tensor, Any], Tensor]
+        self._fused: Callable[..., Tensor] | None = None
+        self._write: Callable[[Tensor, Any, Tensor], None] | None = None
         self._params: Any
         self._bias: Tensor | None = None
         self._reduce: Callable[[Tensor], Tensor] | None = None
@@ -41,6 +44,7 @@ class Linear(Slot):
         pieces = [parts[part]["weight"].piece(span, columns) for part, span in spans.items()]
         form = formats.choose([piece.encoding for piece in pieces], sum(self.local_sizes), columns.size, place)
         self._params, self._apply = form.finish(pieces), form.apply
+        self._fused, self._write = getattr(form, "fused", None), getattr(form, "write", None)
         if any("bias" in leaves for leaves in parts.values()):
             biases = [parts[part]["bias"].piece(span).decode(place.dtype) for part, span in spans.items()]
             self._bias = torch.cat(biases).to(place.device)
@@ -49,12 +53,29 @@ class Linear(Slot):
             if mesh.tp_rank > 0:
                 self._bias = None  # it is added once, by rank 0
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, in] -> [T, out], in the dtype of x; sizes are this rank's."""
-        y = self._apply(x, self._params)
+        y = self._fused(x, self._params, self._bias, gated=False) if self._fused else self._multiply(x)
+        return y if self._reduce is None else self._reduce(y)
+
+    def gated(self, x: Tensor | Sum) -> Tensor:
+        """silu(first half) * second half of what `__call__` gives, for outputs that are not summed over ranks."""
+        return self._fused(x, self._params, self._bias, gated=True) if self._fused else silu_mul(self._multiply(x))
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """What `__call__` gives, in float32 into `out` [T, out]: not rounded before, where the format can."""
+        if self._write is None or self._reduce is not None:
+            out.copy_(self(x))
+            return
+        self._write(x, self._params, out)
+        if self._bias is not None:
+            out += self._bias
+
+    def _multiply(self, x: Tensor | Sum) -> Tensor:
+        y = self._apply(x.tensor() if isinstance(x, Sum) else x, self._params)
         if self._bias is not None:
             y += self._bias
-        return y if self._reduce is None else self._reduce(y)
+        return y
 
 
 class Embedding(Slot):

@@ -10,7 +10,7 @@ from cableway.kernels.activation import activation
 from cableway.kernels.silu_mul import silu_mul
 from cableway.workers.blocks.block import Block
 from cableway.workers.blocks.linear import Linear, Vector
-from cableway.workers.formats.base import Place
+from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis
 
 _ACTIVATIONS = {
@@ -73,6 +73,8 @@ class MLP(Block):
         norm: of what goes into `down`.
     """
 
+    takes_sum = True
+
     def __init__(
         self,
         hidden_size: int,
@@ -86,6 +88,7 @@ class MLP(Block):
         hidden, ffn = Axis("embed", hidden_size), Axis("ffn", ffn_size)
         self.gate_up = Linear({"gate": ffn, "up": ffn}, hidden, bias=bias)
         self.act = act or Activation("silu")
+        self._is_silu = isinstance(self.act, Activation) and self.act.kind == "silu"
         self.norm = norm
         self.down = Linear(hidden, ffn, bias=bias if out_bias is None else out_bias)
 
@@ -95,14 +98,16 @@ class MLP(Block):
             options["act"] = Activation(c.hidden_act)
         return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, **options})
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, E] -> [T, E]"""
-        y = self.act.gate(self.gate_up(x))
+        y = self.gate_up.gated(x) if self._is_silu else self.act.gate(self.gate_up(x))
         return self.down(y if self.norm is None else self.norm(y))
 
 
 class PlainMLP(Block):
     """y = down(act(up(x)))"""
+
+    takes_sum = True
 
     def __init__(self, hidden_size: int, ffn_size: int, *, act: Activation | XIELU, bias: bool | None = False):
         hidden, ffn = Axis("embed", hidden_size), Axis("ffn", ffn_size)
@@ -116,6 +121,6 @@ class PlainMLP(Block):
             options["act"] = Activation(c.hidden_act)
         return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, **options})
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, E] -> [T, E]"""
         return self.down(self.act(self.up(x)))

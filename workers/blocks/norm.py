@@ -28,13 +28,17 @@ class RMSNorm(Vector):
         self.eps = eps
         self.offset = offset
 
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        super().load(parts, place)
+        self.weight += self.offset
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., size] -> the same shape, contiguous"""
-        return rms_norm(x, self.weight, eps=self.eps, offset=self.offset)
+        return rms_norm(x, self.weight, eps=self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual [T, size] f32 += x [T, size], in place; the normalised sum, in the dtype of x."""
-        return add_rms_norm(x, residual, self.weight, eps=self.eps, offset=self.offset)
+        return add_rms_norm(x, residual, self.weight, eps=self.eps)
 
 
 class RMSScale(Block):

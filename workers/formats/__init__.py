@@ -7,20 +7,21 @@ dtype gives.
 
 from collections.abc import Sequence
 
-from cableway.workers.formats.base import Format, Place
+from cableway.workers.formats.base import Format, Place, Sum
 from cableway.workers.formats.dense import Dense, Packed, Tiled
 from cableway.workers.formats.experts import OneByOne, Together
+from cableway.workers.formats.gpu import Invariant, OnGpu
 from cableway.workers.formats.int4 import Int4
 from cableway.workers.formats.int8 import Int8
 from cableway.workers.formats.stored import Encoding
 
-__all__ = ["Format", "Place", "choose", "choose_for_experts"]
+__all__ = ["Format", "Place", "Sum", "choose", "choose_for_experts"]
 
 
 def choose(encodings: Sequence[Encoding], num_out: int, num_in: int, place: Place) -> Format:
     """The fastest format that keeps all that these encodings hold of a matrix [num_out, num_in]."""
     if place.device.type != "cpu":
-        return Dense(place)
+        return Invariant(place) if place.invariant else OnGpu(place)
     if Int4.fits(encodings, num_out, num_in, place):
         return Int4(place)
     if Int8.fits(encodings, num_in, place):

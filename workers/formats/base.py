@@ -22,6 +22,24 @@ class Place:
     mesh: Mesh = field(default_factory=Mesh)
 
 
+@dataclass(slots=True)
+class Sum:
+    """What goes into a product, not computed yet: `norm` of `residual` [T, E] f32 + `delta` [T, E].
+
+    The sum is written to `residual`, so a Sum is used once: by a product that takes it along, or by `tensor()`.
+    """
+
+    delta: Tensor
+    residual: Tensor
+    norm: Any  # an RMSNorm
+
+    def __len__(self) -> int:
+        return len(self.delta)
+
+    def tensor(self) -> Tensor:
+        return self.norm.add(self.delta, self.residual)
+
+
 class Format(Protocol):
     """A way to hold a matrix [out, in] and to multiply by it."""
 
