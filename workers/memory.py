@@ -44,12 +44,13 @@ def allocate(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dty
     Raises:
         ModelError: not even one sequence of `max_model_len` tokens fits.
     """
-    places = _places(groups, config.block_size)
-    elements_per_block = sum(torch.Size(shape).numel() for shape, _ in dict.fromkeys(places.values()))
-    num_blocks = num_blocks_for(config, len(groups), elements_per_block * dtype.itemsize, device)
+    places = _places(groups, config.block_size, dtype)
+    distinct = list(dict.fromkeys(places.values()))
+    block_bytes = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind, _ in distinct)
+    num_blocks = num_blocks_for(config, len(groups), block_bytes, device)
     tensors = {
-        place: _zeros((place[0][0], num_blocks, *place[0][2:]), dtype, device)
-        for place in dict.fromkeys(places.values())
+        (shape, kind, index): _zeros((shape[0], num_blocks, *shape[2:]), kind, device)
+        for shape, kind, index in distinct
     }
     layers = [tensors[places[layer]] for layer in sorted(places)]
     return KVCache(layers, list(tensors.values()), num_blocks)
@@ -87,10 +88,19 @@ def num_blocks_for(config: WorkerConfig, num_groups: int, block_bytes: int, devi
     return num_blocks
 
 
-def _places(groups: Sequence[StateSpec], block_size: int) -> dict[int, tuple[tuple[int, ...], int]]:
-    """layer -> (shape of one block's memory, which of the tensors of that shape)."""
+def block_memory(group: StateSpec, block_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of one block of one layer."""
+    if group.state_len:
+        return (1, 1, 1, 1, group.state_len), torch.float32
+    return kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim, group.num_planes), dtype
+
+
+def _places(
+    groups: Sequence[StateSpec], block_size: int, dtype: torch.dtype
+) -> dict[int, tuple[tuple[int, ...], torch.dtype, int]]:
+    """layer -> (shape and dtype of one block's memory, which of the tensors of that shape)."""
     return {
-        layer: (kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim, group.num_planes), index)
+        layer: (*block_memory(group, block_size, dtype), index)
         for group in groups
         for index, layer in enumerate(group.layers)
     }

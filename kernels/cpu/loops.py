@@ -432,6 +432,94 @@ def activate(begin, end, arguments):
         _write(y, row * size, size, dtype, h)
 
 
+@_loop(17)
+def convolve(begin, end, arguments):
+    """Causal convolution of some channels of a sequence, a row of so many; see causal_conv.py."""
+    (
+        x, x_stride, kind, w, b, states, state_stride, y, query_start, seq_lens, table, table_stride, block_size,
+        channels, width, silu, part_len,
+    ) = _integers(arguments, 17)  # fmt: skip
+    weight, bias, state = _f32_at(w), _f32_at(b), _f32_at(states)
+    starts, lengths, block = _i32_at(query_start), _i32_at(seq_lens), _i32_at(table)
+    last = np.empty((width, part_len), np.float32)  # the inputs that a token sees, its own last
+    out = np.empty(part_len, np.float32)
+    num_parts = (channels + part_len - 1) // part_len
+    for item in range(begin, end):
+        sequence, first = item // num_parts, item % num_parts * part_len
+        size = min(part_len, channels - first)
+        start, length = intp(starts[sequence]), intp(lengths[sequence])
+        before = length - (intp(starts[sequence + 1]) - start)
+        last[:, :] = 0
+        if before > 0:
+            row = intp(block[sequence * table_stride + (before - 1) // block_size]) * state_stride
+            for j in range(width - 1):
+                for i in range(size):
+                    last[j + 1, i] = state[row + (first + i) * (width - 1) + j]
+        for position in range(before, length):
+            token = start + position - before
+            for j in range(width - 1):
+                for i in range(size):
+                    last[j, i] = last[j + 1, i]
+            _read(x, token * x_stride + first, size, kind, last[width - 1])
+            for i in range(size):
+                out[i] = bias[first + i] if b else float32(0)
+            for j in range(width):
+                for i in range(size):
+                    out[i] += weight[(first + i) * width + j] * last[j, i]
+            if silu:
+                for i in range(size):
+                    out[i] = out[i] / (float32(1) + _exp(-out[i]))
+            _write(y, token * channels + first, size, kind, out)
+            if (position + 1) % block_size == 0 or position + 1 == length:
+                row = intp(block[sequence * table_stride + position // block_size]) * state_stride
+                for j in range(width - 1):
+                    for i in range(size):
+                        state[row + (first + i) * (width - 1) + j] = last[j + 1, i]
+
+
+@_loop(18)
+def scan(begin, end, arguments):
+    """Selective state space of a head of a sequence, which is a row; see state_scan.py."""
+    (
+        x, dt, a, b, c, d, states, state_stride, y, query_start, seq_lens, table, table_stride, block_size, num_heads,
+        num_groups, head_dim, size,
+    ) = _integers(arguments, 18)  # fmt: skip
+    x_at, dt_at, a_at, b_at, c_at, d_at = _f32_at(x), _f32_at(dt), _f32_at(a), _f32_at(b), _f32_at(c), _f32_at(d)
+    state, into = _f32_at(states), _f32_at(y)
+    starts, lengths, block = _i32_at(query_start), _i32_at(seq_lens), _i32_at(table)
+    h, decay = np.empty((head_dim, size), np.float32), np.empty(size, np.float32)
+    taken, read = np.empty(size, np.float32), np.empty(size, np.float32)
+    for item in range(begin, end):
+        sequence, head = item // num_heads, item % num_heads
+        start, length = intp(starts[sequence]), intp(lengths[sequence])
+        before = length - (intp(starts[sequence + 1]) - start)
+        group, offset = head // (num_heads // num_groups), head * head_dim * size
+        h[:, :] = 0
+        if before > 0:
+            row = intp(block[sequence * table_stride + (before - 1) // block_size]) * state_stride + offset
+            for p in range(head_dim):
+                for n in range(size):
+                    h[p, n] = state[row + p * size + n]
+        for position in range(before, length):
+            token = start + position - before
+            step, first = dt_at[token * num_heads + head], (token * num_groups + group) * size
+            for n in range(size):
+                decay[n] = _exp(step * a_at[head * size + n])
+                taken[n], read[n] = step * b_at[first + n], c_at[first + n]
+            for p in range(head_dim):
+                place = (token * num_heads + head) * head_dim + p
+                value, total = x_at[place], float32(0)
+                for n in range(size):
+                    h[p, n] = decay[n] * h[p, n] + taken[n] * value
+                    total += h[p, n] * read[n]
+                into[place] = total + d_at[head] * value
+            if (position + 1) % block_size == 0 or position + 1 == length:
+                row = intp(block[sequence * table_stride + position // block_size]) * state_stride + offset
+                for p in range(head_dim):
+                    for n in range(size):
+                        state[row + p * size + n] = h[p, n]
+
+
 @_loop(18, 2)
 def attend(begin, end, arguments):
     """Attention of sequences that bring one token each; see paged_attention.py.

@@ -48,6 +48,8 @@ EXPERTS = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2}
 FEW = {"num_experts": 8, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 SPARSE = {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 56}
+MAMBA2 = {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 10, "expand": 2, "chunk_size": 16}
+HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 16}
 LATENT = {
     "q_lora_rank": 28,
     "kv_lora_rank": 24,
@@ -245,6 +247,72 @@ ZOO: dict[str, list[Fields]] = {
             "routed_scaling_factor": 1.7,
         },
     ],
+    "MambaForCausalLM": [
+        {"state_size": 6, "time_step_rank": 5, "conv_kernel": 3, "intermediate_size": 96},
+        {"state_size": 4, "time_step_rank": 4, "use_bias": True, "use_conv_bias": False, "intermediate_size": 128},
+    ],
+    "FalconMambaForCausalLM": [
+        {"state_size": 6, "time_step_rank": 5, "mixer_rms_eps": 0.1, "conv_kernel": 3, "intermediate_size": 96},
+    ],
+    "Mamba2ForCausalLM": [
+        {**MAMBA2, "time_step_limit": [0.4, 0.9], "conv_kernel": 3},
+        {**MAMBA2, "n_groups": 1, "use_bias": True, "use_conv_bias": False},
+    ],
+    "JambaForCausalLM": [
+        {
+            **LOCAL,
+            "mamba_d_state": 6,
+            "mamba_dt_rank": 5,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_hidden_layers": 4,
+            "use_mamba_kernels": False,
+        },
+    ],
+    "BambaForCausalLM": [
+        {**HYBRID, "attn_layer_indices": [1], "rope_parameters": HALF},
+        {**HYBRID, "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
+    ],
+    "GraniteMoeHybridForCausalLM": [
+        {
+            **HYBRID,
+            **LOCAL,
+            **MULTIPLIERS,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_intermediate_size": 56,
+            "position_embedding_type": "rope",
+        },
+        {
+            **HYBRID,
+            "num_local_experts": 0,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_intermediate_size": 56,
+        },
+    ],
+    "NemotronHForCausalLM": [
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "ssm_state_size": 10,
+            "time_step_min": 0.3,
+        },
+    ],
+    "Lfm2ForCausalLM": [
+        {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16, "intermediate_size": 100},
+        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False, "conv_bias": True},
+    ],
+    "Lfm2MoeForCausalLM": [
+        {
+            **FEW,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "moe_intermediate_size": 40,
+            "routed_scaling_factor": 1.7,
+        },
+    ],
 }
 """architecture -> configs"""
 
@@ -255,7 +323,9 @@ IGNORED = {
     *("n_positions", "max_seq_len", "dropout", "layerdrop", "init_std", "emb_pdrop", "eod_token_id"),
     *("router_aux_loss_coef",),
     *("output_router_logits", "input_jitter_noise", "moe_loss_weight", "sep_token_id"),
-    *("num_nextn_predict_layers",),
+    *("num_nextn_predict_layers", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_max"),
+    *("use_associative_scan", "use_mamba_kernels", "use_mambapy", "chunk_size", "mamba_chunk_size", "time_step_scale"),
+    *("num_logits_to_keep", "z_loss_coefficient"),
     *("is_decoder", "pretraining_tp", "n_ctx"),
     *("transformers_version", "add_cross_attention", "initializer_cutoff_factor", "torch_dtype", "activation_dropout"),
     *("chunk_size_feed_forward", "is_encoder_decoder", "LABEL_0", "LABEL_1", "output_attentions", "return_dict"),
@@ -282,6 +352,13 @@ UNUSED: dict[str, set[str]] = {
     "MixtralForCausalLM": {"router_jitter_noise"},
     "MiniMaxM2ForCausalLM": {"router_jitter_noise"},
     "DbrxForCausalLM": {"hidden_size", "num_key_value_heads", "moe_jitter_eps"},
+    **{name: {"expand", "time_step_min"} for name in ("MambaForCausalLM", "FalconMambaForCausalLM")},
+    "Mamba2ForCausalLM": {"time_step_min", "time_step_rank"},
+    "NemotronHForCausalLM": {  # without layers of experts
+        *("expand", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap"),
+        *("n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "use_bias"),
+        *("routed_scaling_factor", "topk_group"),
+    },
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},
 }

@@ -50,6 +50,26 @@ class ParallelLayer(Block):
         return y.add_(self.mlp(x if self.norm_mlp is None else self.norm_mlp(residual.to(x.dtype))))
 
 
+class MixerLayer(Block):
+    """A mixer alone."""
+
+    def __init__(self, *, norm_in: Norm, mix: Mixer):
+        self.norm_in, self.mix = norm_in, mix
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        return self.mix(add(delta, residual, self.norm_in, self.mix), step)
+
+
+class MLPLayer(Block):
+    """An MLP alone."""
+
+    def __init__(self, *, norm_in: Norm, mlp: Any):
+        self.norm_in, self.mlp = norm_in, mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        return self.mlp(add(delta, residual, self.norm_in, self.mlp))
+
+
 class ShortcutLayer(Block):
     """Two layers, and a mixture of experts that starts from the first one's MLP input and ends with the second's."""
 

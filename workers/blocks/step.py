@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan
+from cableway.kernels.recurrence import RecurrentPlan
 from cableway.kernels.rope import Angles
 from cableway.workers.batch import Batch
 from cableway.workers.blocks.rope import Rope
@@ -36,6 +37,14 @@ class Step:
             )
             for table in batch.block_tables
         ]
+
+        self._recurrent = [
+            RecurrentPlan(batch.query_start, batch.seq_lens, table, batch.block_size) for table in batch.block_tables
+        ]
+
+    def recurrent(self, mixer: int) -> tuple[Tensor, RecurrentPlan]:
+        """A mixer's states [num_blocks, state_len] f32, and which of them the batch's sequences have."""
+        return self._caches[mixer][0].flatten(1), self._recurrent[self._group_of[mixer]]
 
     def angles(self, rope: Rope) -> Angles:
         """By how much the batch's tokens are rotated."""

@@ -155,7 +155,7 @@ def read(config: Mapping[str, Any], kind: type[Config]) -> Config:
 
 def _modern(config: Mapping[str, Any], kind: type[DecoderConfig], fields: Mapping[str, bool]) -> dict[str, Any]:
     """The same config in one spelling, with what older files leave to be derived. `fields`: name -> is it required."""
-    modern = dict(config)
+    modern = {key: _number(value) for key, value in config.items()}
     for other, name in _SPELLINGS.items():
         if other not in fields and modern.get(name) is None and modern.get(other) is not None:
             modern[name] = modern[other]
@@ -178,6 +178,13 @@ def _modern(config: Mapping[str, Any], kind: type[DecoderConfig], fields: Mappin
         {name: _rope(value, modern) for name, value in rope.items()} if by_type else _rope(rope, modern)
     )
     return modern
+
+
+def _number(value: Any) -> Any:
+    """Infinities, which JSON has no word for, are objects in newer files."""
+    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return [_number(item) for item in value] if isinstance(value, list) else value
 
 
 def _rope(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
