@@ -17,15 +17,19 @@ from cableway.ipc.lifeline import Lifeline
 from cableway.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
+    Compiled,
     FromWorker,
     Generate,
     Hello,
     Ping,
     Ready,
     Refused,
+    Sleep,
     Status,
+    StepPlan,
     StepResult,
     ToCore,
+    Wake,
     Welcome,
     unpack_ints,
 )
@@ -63,6 +67,8 @@ class EngineCore:
         self._workers = Workers(settings.num_workers)
         self._workers_epoch = self.epoch
         self._progress_s = clock()  # when the last step finished, or the first one in flight began
+        self._wants_sleep = False  # as frontends said last; workers that sleep say so to a core that has not heard
+        self._num_compilations = 0
         self._asked_status: list[bytes] = []  # frontends to answer at the end of the turn
         self._drain_until_s: float | None = None
         self._to_frontends = Endpoint(
@@ -90,6 +96,7 @@ class EngineCore:
         for arrival in self._to_frontends.receive():
             self._from_frontend(arrival)
         self._lapse()
+        self._fall_asleep()
         self._submit_steps()
         self._send_to_frontends()
 
@@ -113,12 +120,25 @@ class EngineCore:
             self._scheduler.refuses_new = True
             self._log.info("draining", num_requests=self._scheduler.num_live)
 
+    def _fall_asleep(self) -> None:
+        """When no step is in flight any more: what runs goes back to the queue, where nothing is held against it."""
+        if self._wants_sleep and self._scheduler.kv is not None and not self._scheduler.num_in_flight:
+            self._log.info("falling_asleep", num_requeued=len(self._scheduler.running))
+            self._scheduler.stop()
+            self._workers.begin_anew()
+            self._tell_workers(Sleep())
+
     def _submit_steps(self) -> None:
+        if self._wants_sleep:
+            return
         while self._scheduler.num_in_flight <= self._depth and (plan := self._scheduler.plan(self._clock())):
             if self._scheduler.num_in_flight == 1:
                 self._progress_s = self._clock()
-            for peer in self._workers.peers:
-                self._to_workers.send(plan, to=peer)
+            self._tell_workers(plan)
+
+    def _tell_workers(self, message: StepPlan | Sleep | Wake) -> None:
+        for peer in self._workers.peers:
+            self._to_workers.send(message, to=peer)
 
     def _send_to_frontends(self) -> None:
         for frontend, message in self._scheduler.take_messages():
@@ -179,6 +199,9 @@ class EngineCore:
         match message:
             case Ping():
                 self._asked_status.append(peer)
+            case Sleep() | Wake():
+                self._want_sleep(isinstance(message, Sleep))
+                self._asked_status.append(peer)
             case Generate():
                 duplicates = self._scheduler.submit(peer, message, self._clock())
                 if duplicates:
@@ -189,6 +212,15 @@ class EngineCore:
                 self._scheduler.abort(peer, unpack_ints(keys))
             case _:
                 self._log.error("message_ignored", peer=_name(peer), message=_describe(message))
+
+    def _want_sleep(self, wanted: bool) -> None:
+        if wanted == self._wants_sleep:
+            return
+        self._log.info("sleep_asked" if wanted else "wake_asked")
+        self._wants_sleep = wanted
+        if not wanted and self._scheduler.kv is None:  # else they have not been told of sleep yet
+            self._workers.begin_anew()
+            self._tell_workers(Wake())
 
     def _lapse(self) -> None:
         for peer in self._frontends.lapse(self._clock()):
@@ -212,6 +244,8 @@ class EngineCore:
             prefix_hits=scheduler.num_prefix_hits,
             preemptions=scheduler.num_preemptions,
             worker_step_ages_s=[step_age_s] * len(self._workers.peers),
+            asleep=self._wants_sleep and self._workers.all_asleep,
+            compilations=self._num_compilations,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -232,6 +266,8 @@ class EngineCore:
                 pass
             case Ready():
                 self._worker_ready(peer, rank, message)
+            case Compiled(num):
+                self._num_compilations += num
             case StepResult() if rank == 0:
                 self._take_result(peer, message)
             case Undecodable():
@@ -258,11 +294,23 @@ class EngineCore:
     def _worker_ready(self, peer: bytes, rank: int, ready: Ready) -> None:
         if self._workers.all_ready:
             return  # said once more by one that was told to begin anew
+        if self._workers.hears_first(rank) and ready.asleep:
+            self._wants_sleep = True  # as the core before this one had told it
+        if ready.asleep != self._wants_sleep:
+            if self._wants_sleep:
+                self._workers.wakes(rank)
+                self._to_workers.send(Sleep(), to=peer)
+            return  # else it has been told to wake
+        if ready.asleep:
+            self._workers.sleeps(rank)
+            self._asked_status = self._frontends.peers
+            return
         try:
             self._workers.ready(rank, ready)
             if self._workers.all_ready:
                 memory = self._workers.memory()
                 self._scheduler.start(memory, self._workers_epoch)
+                self._asked_status = self._frontends.peers
                 self._log.info("workers_ready", num_blocks=memory.num_blocks, max_len=self._scheduler.max_len)
         except (NotWelcome, ValueError) as error:
             self._refuse(self._to_workers, peer, str(error))

@@ -31,6 +31,10 @@ class Frontends:
     def __contains__(self, peer: bytes) -> bool:
         return peer in self._heard_s
 
+    @property
+    def peers(self) -> list[bytes]:
+        return list(self._heard_s)
+
     def join(self, peer: bytes, now_s: float) -> None:
         self._heard_s[peer] = now_s
         self._lapsed.discard(peer)
@@ -65,6 +69,8 @@ class Workers:
         self._num_workers = num_workers
         self._peers: dict[int, bytes] = {}
         self._ready: dict[int, Ready] = {}
+        self._sleeping: set[int] = set()
+        self._heard: set[int] = set()
 
     @property
     def peers(self) -> list[bytes]:
@@ -74,6 +80,10 @@ class Workers:
     @property
     def all_ready(self) -> bool:
         return len(self._ready) == self._num_workers
+
+    @property
+    def all_asleep(self) -> bool:
+        return len(self._sleeping) == self._num_workers
 
     def peer(self, rank: int) -> bytes | None:
         return self._peers.get(rank)
@@ -86,17 +96,37 @@ class Workers:
         if not 0 <= rank < self._num_workers:
             raise NotWelcome(f"rank {rank} of {self._num_workers} workers")
         self._peers[rank] = peer
-        self._ready.pop(rank, None)
+        self._forget(rank)
 
     def leave(self, peer: bytes) -> None:
         rank = self.rank(peer)
         if rank is not None:
             del self._peers[rank]
-            self._ready.pop(rank, None)
+            self._forget(rank)
+
+    def sleeps(self, rank: int) -> None:
+        """It has given its memory back."""
+        self._sleeping.add(rank)
+
+    def wakes(self, rank: int) -> None:
+        """It has its memory."""
+        self._sleeping.discard(rank)
+
+    def hears_first(self, rank: int) -> bool:
+        """Whether it says Ready for the first time since it joined."""
+        is_first = rank not in self._heard
+        self._heard.add(rank)
+        return is_first
+
+    def _forget(self, rank: int) -> None:
+        self._ready.pop(rank, None)
+        self._sleeping.discard(rank)
+        self._heard.discard(rank)
 
     def begin_anew(self) -> None:
         """Whoever is still here has to say Ready again."""
         self._ready.clear()
+        self._sleeping.clear()
 
     def ready(self, rank: int, ready: Ready) -> None:
         """NotWelcome when it does not fit the other ranks, or has state of a kind that this core does not know."""

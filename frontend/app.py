@@ -8,7 +8,7 @@ from aiohttp import web
 
 from cableway.frontend import guard, keys
 from cableway.frontend.admission import Admission
-from cableway.frontend.api import admin, chat, completions, models, tokenize
+from cableway.frontend.api import admin, chat, completions, models, sleep, tokenize
 from cableway.frontend.client import EngineClient
 from cableway.frontend.connection import OpenConnections, connection_factory
 from cableway.frontend.errors import RequestError
@@ -35,6 +35,8 @@ def make_app(
     app.on_response_prepare.append(guard.add_headers)
     for endpoint in ENDPOINTS:
         app.add_routes(endpoint.routes)
+    if config.enable_sleep_mode:
+        app.add_routes(sleep.routes)
     return app
 
 

@@ -5,6 +5,7 @@ so far, and goes to the next core as soon as that says Welcome. Only the reader 
 """
 
 import asyncio
+import contextlib
 import itertools
 import os
 import time
@@ -32,8 +33,10 @@ from cableway.ipc.messages import (
     Ping,
     Refused,
     Sampling,
+    Sleep,
     Status,
     Tokens,
+    Wake,
     Welcome,
     ints,
     unpack_ints,
@@ -111,6 +114,10 @@ class EngineClient:
         now_s = time.monotonic()
         return {engine: (link.status, now_s - link.status_at_s) for engine, link in self._links.items()}
 
+    async def set_asleep(self, asleep: bool) -> None:
+        """Have every engine give its memory back, or take it again; returns when all have. Requests wait meanwhile."""
+        await asyncio.gather(*(link.set_asleep(asleep) for link in self._links.values()))
+
     @property
     def num_live(self) -> int:
         """Choices that have not ended."""
@@ -154,6 +161,7 @@ class _Link:
         self._log = log
         self.status: Status | None = None
         self.status_at_s = time.monotonic()
+        self._told_status = asyncio.Event()
         self._address = frontends_address(config.runtime_dir, engine)
         self._engine = engine
         self._rank = rank
@@ -219,6 +227,15 @@ class _Link:
                 )
             )
 
+    async def set_asleep(self, asleep: bool) -> None:
+        """Say so until the core says that it is done: one that dies meanwhile has a successor that has not heard."""
+        while self.status is None or self.status.asleep != asleep or not (asleep or self.status.ready):
+            if self._epoch is not None:
+                self._send(Sleep() if asleep else Wake())
+            self._told_status.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._told_status.wait(), PING_INTERVAL_S)
+
     def fail_all(self, error: RequestError) -> None:
         if self._live and self._epoch is not None:
             self._send(Abort(ints(self._live)))
@@ -233,6 +250,7 @@ class _Link:
             case Status() as status:
                 if status.epoch == self._epoch:
                     self.status, self.status_at_s = status, time.monotonic()
+                    self._told_status.set()
             case Failed() as failed:
                 self._on_failed(failed)
             case IfLost(key=key, standing=standing):

@@ -147,6 +147,7 @@ class _CoreMetrics(Collector):
             ("num_running", "num_requests_running", "Requests in the batch"),
             ("num_waiting", "num_requests_waiting", "Requests in the queue"),
             ("kv_usage_frac", "kv_cache_usage_perc", "Part of the KV blocks in use; 1 = all"),
+            ("asleep", "engine_sleep_state", "1 while the engine has given its memory back"),
         ):
             yield self._fill(GaugeMetricFamily(f"{self._prefix}:{name}", text, labels=["model_name"]), field, known)
         for field, name, text in (
@@ -154,6 +155,7 @@ class _CoreMetrics(Collector):
             ("prefix_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache"),
             ("preemptions", "num_preemptions", "Requests put back into the queue for want of blocks"),
             ("steps", "engine_steps", "Steps finished"),
+            ("compilations", "kernel_compilations_after_ready", "Kernels that steps had to wait for"),
         ):
             yield self._fill(CounterMetricFamily(f"{self._prefix}:{name}", text, labels=["model_name"]), field, known)
 

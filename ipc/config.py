@@ -45,13 +45,21 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_num_seqs: Annotated[Positive, Meta(description="sequences in one step")] = 64
     max_num_batched_tokens: Annotated[Count, Meta(description="tokens in one step; 0 = auto")] = 0
     block_size: Annotated[int, Meta(ge=8, le=256, description="tokens a KV block holds")] = 16
-    kv_cache_memory_bytes: Annotated[Count, Meta(description="memory for the KV cache; 0 = auto")] = 0
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1, description="part of a GPU's memory for weights, steps and KV cache together")
+    ] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        Count, Meta(description="memory for the KV cache, whatever gpu_memory_utilization says; 0 = auto")
+    ] = 0
     num_kv_blocks: Annotated[Count, Meta(description="KV blocks, in place of a memory size; 0 = auto")] = 0
     prefix_cache: Annotated[bool, Meta(description="share the KV of common prefixes")] = True
     scheduling_policy: Annotated[str, Meta(pattern="^(fcfs|priority)$", description="who is served first")] = "fcfs"
     overlap: Annotated[int, Meta(ge=0, le=1, description="steps planned ahead of the one that runs")] = 1
     batch_invariant: Annotated[bool, Meta(description="bit-equal results in any batch, at some cost")] = False
     enforce_eager: Annotated[bool, Meta(description="no CUDA graphs: slower steps, a sooner start")] = False
+    max_seq_len_to_capture: Annotated[
+        Count, Meta(description="steps with longer sequences run without CUDA graphs; 0 = none do")
+    ] = 0
     num_threads: Annotated[Count, Meta(description="CPU threads of a worker; 0 = auto")] = 0
     seed: Annotated[Count, Meta(description="of dummy weights")] = 0
 
@@ -61,6 +69,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     uds: Annotated[str, Meta(description="Unix socket to listen on, in place of host and port")] = ""
     frontends: Annotated[Positive, Meta(description="frontend processes")] = 1
     api_key: Annotated[list[str], Meta(description="keys that open every route but /health")] = []
+    enable_sleep_mode: Annotated[
+        bool, Meta(description="POST /sleep and /wake_up: give the memory of weights and KV cache back for a while")
+    ] = False
     allowed_origins: Annotated[list[str], Meta(description="browser origins let in (CORS); none by default")] = []
     allowed_hosts: Annotated[list[str], Meta(description="Host headers accepted beside the bound address")] = []
     metrics_prefix: Annotated[str, Meta(pattern="^[a-z_]+$", description="prefix of the metric names")] = "cableway"
@@ -125,6 +136,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     access_log: bool
     log: LogConfig
     patience: Patience = Patience()
+    enable_sleep_mode: bool = False
 
 
 class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,7 +173,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
-    kv_cache_memory_bytes: int  # 0 = from the memory that is free
+    kv_cache_memory_bytes: int  # 0 = what memory allows
     num_kv_blocks: int  # 0 = from kv_cache_memory_bytes
     batch_invariant: bool
     enforce_eager: bool
@@ -169,6 +181,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     log: LogConfig
     patience: Patience = Patience()
+    gpu_memory_utilization: float = 0.9
+    max_seq_len_to_capture: int = 0  # 0 = any length
 
 
 class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):

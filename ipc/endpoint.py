@@ -21,7 +21,6 @@ _RECONNECT_MS = 20
 _RECONNECT_MAX_MS = 500
 _PROBE_TRIES = 5
 _PROBE_PAUSE_S = 0.001
-_INPUT = int(zmq.POLLIN)
 
 
 class PeerUp(NamedTuple):
@@ -76,6 +75,9 @@ class Endpoint:
         events = zmq.EVENT_DISCONNECTED if bind else zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
         self.monitor: Any = self.socket.get_monitor_socket(events)
         self.monitor.setsockopt(zmq.LINGER, 0)
+        self._poller = zmq.Poller()
+        for source in self.sockets:
+            self._poller.register(source, zmq.POLLIN)
         if bind:
             self.socket.bind(address)
         else:
@@ -99,20 +101,12 @@ class Endpoint:
     def receive(self) -> list[Arrival]:
         """Everything that has arrived, oldest first; never blocks. Use a `zmq.Poller` on `sockets` to wait."""
         arrivals: list[Arrival] = []
-        # PERF: asking first costs a third of an `Again` that is raised and caught.
-        while self.socket.getsockopt(zmq.EVENTS) & _INPUT:
-            parts = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            peer = parts.pop(0).bytes if self._is_router else b""
-            self._peers[peer] = None
-            arrivals.append(self._arrival(peer, [part.buffer for part in parts]))
-        while self.monitor.getsockopt(zmq.EVENTS) & _INPUT:
-            event = recv_monitor_message(self.monitor)["event"]
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                arrivals.append(Arrival(b"", PeerUp()))
-            elif self._is_router:
-                arrivals.extend(Arrival(peer, PeerDown()) for peer in self._unreachable())
+        # PERF: to ask both costs 1.9 us, an `Again` that is raised and caught 3.7, an option of a socket 1.5.
+        while ready := self._poller.poll(0):
+            if ready[0][0] is self.socket:  # what a peer said comes before that it left
+                arrivals.append(self._next_arrival())
             else:
-                arrivals.append(Arrival(b"", PeerDown()))
+                arrivals.extend(self._next_event())
         return arrivals
 
     @property
@@ -129,11 +123,20 @@ class Endpoint:
         self.monitor.close()
         self.socket.close()
 
-    def _arrival(self, peer: bytes, parts: list[memoryview]) -> Arrival:
+    def _next_arrival(self) -> Arrival:
+        parts = [part.buffer for part in self.socket.recv_multipart(zmq.DONTWAIT, copy=False)]
+        peer = bytes(parts.pop(0)) if self._is_router else b""
+        self._peers[peer] = None
         try:
             return Arrival(peer, self._decode(parts[0]), parts[1:])
         except (msgspec.DecodeError, IndexError) as error:
             return Arrival(peer, Undecodable(str(error)))
+
+    def _next_event(self) -> list[Arrival]:
+        event = recv_monitor_message(self.monitor)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            return [Arrival(b"", PeerUp())]
+        return [Arrival(peer, PeerDown()) for peer in (self._unreachable() if self._is_router else [b""])]
 
     def _unreachable(self) -> list[bytes]:
         """Peers that ROUTER_MANDATORY refuses to send a Ping to: the monitor says that someone left, not who.
@@ -181,6 +184,6 @@ class AsyncEndpoint:
         self._endpoint.close()
 
     def _drain(self) -> None:
-        while self._descriptors and (arrivals := self._endpoint.receive()):
-            for arrival in arrivals:
-                self._on_arrival(arrival)
+        # Once is enough: nothing was left when `receive` returned, and what a handler sends makes for another look.
+        for arrival in self._endpoint.receive() if self._descriptors else ():
+            self._on_arrival(arrival)

@@ -160,7 +160,18 @@ class Abort(Message, frozen=True, tag="abort"):
     keys: Ints
 
 
-ToCore = Hello | Ping | Generate | Abort
+class Sleep(Message, frozen=True, tag="sleep"):
+    """Give the memory of weights and KV cache back, until Wake. What runs goes back to the queue and waits there.
+
+    From a frontend to the core, which passes it on to its workers once no step is in flight.
+    """
+
+
+class Wake(Message, frozen=True, tag="wake"):
+    """Take the memory again, and go on. On the same ways as Sleep."""
+
+
+ToCore = Hello | Ping | Generate | Abort | Sleep | Wake
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,6 +253,8 @@ class Status(Message, frozen=True, tag="status"):
     prefix_hits: int  # tokens found
     preemptions: int
     worker_step_ages_s: list[float] = []
+    asleep: bool = False
+    compilations: int = 0  # kernels that workers compiled after they were ready
 
 
 ToFrontend = Welcome | Refused | Ping | Tokens | Failed | IfLost | Status
@@ -285,7 +298,7 @@ class Shutdown(Message, frozen=True, tag="shutdown"):
     """Finish what is under way and exit 0."""
 
 
-ToWorker = Welcome | Refused | StepPlan | Ping | Shutdown
+ToWorker = Welcome | Refused | StepPlan | Ping | Shutdown | Sleep | Wake
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,7 +314,10 @@ class StateGroup(Message, frozen=True):
 
 
 class Ready(Message, frozen=True, tag="ready"):
-    """A worker has its weights and memory. The core plans with the fewest blocks any rank has."""
+    """A worker has its weights and memory, or has given them back. The core plans with the fewest blocks any rank has.
+
+    Sent after Welcome, Sleep and Wake.
+    """
 
     rank: int
     num_blocks: int
@@ -309,6 +325,13 @@ class Ready(Message, frozen=True, tag="ready"):
     groups: list[StateGroup]
     max_num_seqs: int
     load_s: float
+    asleep: bool = False
+
+
+class Compiled(Message, frozen=True, tag="compiled"):
+    """So many kernels were compiled since this was last said: steps waited for what warming up should have done."""
+
+    num: int
 
 
 class StepResult(Message, frozen=True, tag="result"):
@@ -322,4 +345,4 @@ class StepResult(Message, frozen=True, tag="result"):
     failed: list[Failed] = []  # `key` is the row: this row alone could not be sampled (a NaN in its logits, say)
 
 
-FromWorker = Hello | Ping | Ready | StepResult
+FromWorker = Hello | Ping | Ready | StepResult | Compiled

@@ -24,7 +24,7 @@ def ref(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None
         logits[row, token_id] += value
 
 
-@jit
+@jit(do_not_specialize=("num",))
 def _add_at(logits_ptr, rows_ptr, token_ids_ptr, values_ptr, stride, num, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < num

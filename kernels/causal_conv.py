@@ -67,7 +67,7 @@ def _causal_conv(
     if HAS_BIAS:
         bias = tl.load(b_ptr + channel, mask=inside, other=0.0)
     if length > 0:
-        for token in range(0, num_new):
+        for token in range(num_new):
             x = tl.load(x_ptr + (start + token) * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
             y = bias + tl.sum(last * taps, 1) + newest * x
             if SILU:
@@ -124,7 +124,7 @@ MIXED = ((1, 20), (12, 12), (7, 30), (1, 1), (19, 24))
         dtype=(torch.bfloat16,),
         silu=(True,),
         bias=(True,),
-    ),  # fmt: skip
+    ),
     num_bytes=lambda c: 2 * nbytes(c.args[0]),
     updates=(3,),
 )

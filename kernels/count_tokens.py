@@ -21,7 +21,7 @@ def ref(counts: Tensor, rows: Tensor, token_ids: Tensor) -> None:
         counts[row, token_id] += 1
 
 
-@jit
+@jit(do_not_specialize=("token_ids_ptr", "num"))
 def _count_tokens(counts_ptr, rows_ptr, token_ids_ptr, vocab, num, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < num

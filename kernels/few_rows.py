@@ -6,9 +6,9 @@ bias    [rows]                 dtype of x, or None
 out     [num_tokens, num_out]  dtype of x, or f32, contiguous: where y is written, or None
 y       [num_tokens, num_out]  dtype of x, or of out
 
-The matrix lies on the side of a product that has many rows; tokens are columns. Its bytes are asked for, into the L2
-cache, before the kernel that makes x is done. On a GPU a row's result is the same whatever rows are beside
-it, where the tuning is the same.
+The matrix lies on the side of a product that has many rows; tokens are columns. Where a program can hold its rows
+whole, they are on their way before the kernel that makes x is done. On a GPU a row's result is the same whatever rows
+are beside it, where the tuning is the same.
 Bound: bytes of the matrix.
 """
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.kernels.lang import ask_for, gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 
@@ -39,22 +39,14 @@ def ref(
     return z.to(x.dtype) if out is None else out.copy_(z)
 
 
-@jit
-def _ask_for_rows(matrix_ptr, first_row, NUM_ROWS: tl.constexpr, NUM_IN: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    LINE: tl.constexpr = 64  # elements
-    row = tl.minimum(first_row + tl.arange(0, BLOCK_ROWS), NUM_ROWS - 1)
-    column = tl.arange(0, triton.next_power_of_2((NUM_IN + LINE - 1) // LINE)) * LINE
-    ask_for(matrix_ptr + row[:, None].to(tl.int64) * NUM_IN + tl.minimum(column, NUM_IN - 1)[None, :])
-
-
 @jit(do_not_specialize=("num_tokens",))
 def _few_rows(
     x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride, num_tokens,
     NUM_IN: tl.constexpr, NUM_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PARTS: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """PARTS: each warp sums over a part of `num_in`."""
+    """PARTS: each warp sums over a part of `num_in`. EARLY: tiles of the matrix are loaded one ahead, to registers."""
     PART_IN: tl.constexpr = (NUM_IN + PARTS * BLOCK_IN - 1) // (PARTS * BLOCK_IN) * BLOCK_IN
     first_out = tl.program_id(0) * BLOCK_OUT
     out = first_out + tl.arange(0, BLOCK_OUT)
@@ -82,10 +74,6 @@ def _few_rows(
         if GATED:
             next_up_w = tl.load(w_ptr + UP, mask=(w_k < NUM_IN) & out_inside, other=0.0)
     if PDL:
-        if PREFETCH:
-            _ask_for_rows(weight_ptr, first_out, NUM_OUT, NUM_IN, BLOCK_OUT)
-            if GATED:
-                _ask_for_rows(weight_ptr + UP, first_out, NUM_OUT, NUM_IN, BLOCK_OUT)
         gdc_wait()
     for first in range(0, PART_IN, BLOCK_IN):
         x = tl.load(x_ptr + first, mask=(first + x_k < NUM_IN) & token_inside, other=0.0)
@@ -126,13 +114,35 @@ class Tuning(NamedTuple):
     parts: int
     num_warps: int
     num_stages: int
-    prefetch: bool = True
     block_tokens: int = 16
     early: bool = False
 
 
-INVARIANT = Tuning(block_out=64, block_in=64, parts=1, num_warps=4, num_stages=3, prefetch=False, block_tokens=64)
+INVARIANT = Tuning(block_out=64, block_in=64, parts=1, num_warps=4, num_stages=3, block_tokens=64)
 """For any number of rows, so that it never decides how a row is summed up."""
+
+
+_WIDE = Tuning(block_out=16, block_in=256, parts=4, num_warps=4, num_stages=1, early=True)
+_WIDER = _WIDE._replace(parts=8, num_warps=8)
+_LONG = Tuning(block_out=16, block_in=128, parts=4, num_warps=4, num_stages=3)
+_MOST_TOKENS, _MOST_IN, _MOST_BYTES = 16, 3072, 1 << 24
+
+
+def pays(num_tokens: int, matrix: Tensor) -> bool:
+    """Whether this is faster than a library's product, as it is where matrices are small."""
+    is_small = matrix.shape[1] <= _MOST_IN and matrix.nbytes <= _MOST_BYTES and matrix.element_size() == 2
+    return is_small and num_tokens <= _MOST_TOKENS
+
+
+def tuning(num_in: int, itemsize: int) -> Tuning:
+    """Where a program can hold its rows whole it does; otherwise they go through shared memory.
+
+    PERF, H200, us for 4 / 16 tokens, and the library's: 4096 x 1024 4.5 / 5.0 (5.3 / 5.4), 1024 x 2048 3.4 / 3.8
+    (9.9 / 6.0), 1024 x 3072 6.5 / 6.4 (7.6 / 7.8), 2 x 3072 x 1024 gated 5.7 / 6.0 (7.8 / 7.9 with its gate).
+    """
+    if itemsize > 2:
+        return _LONG._replace(block_in=64)
+    return _WIDE if num_in <= 1024 else _WIDER if num_in <= 2048 else _LONG
 
 
 def launch(
@@ -140,13 +150,13 @@ def launch(
     out: Tensor | None = None, invariant: bool = False, tuned: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
-    t = tuned or (INVARIANT if invariant else Tuning(16, 64, 4, 4, 3))
+    t = tuned or (INVARIANT if invariant else tuning(num_in, x.element_size()))
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if out is None else out
     _few_rows[(triton.cdiv(num_out, t.block_out), triton.cdiv(num_tokens, t.block_tokens))](
         x, weight, bias, y, x.stride(0), num_tokens,
         NUM_IN=num_in, NUM_OUT=num_out, HAS_BIAS=bias is not None, GATED=gated,
         BLOCK_TOKENS=t.block_tokens, BLOCK_OUT=t.block_out, BLOCK_IN=t.block_in, PARTS=t.parts,
-        PREFETCH=t.prefetch, EARLY=t.early, num_warps=t.num_warps, num_stages=t.num_stages, **overlapping(),
+        EARLY=t.early, num_warps=t.num_warps, num_stages=t.num_stages, **overlapping(),
     )  # fmt: skip
     return y
 

@@ -7,10 +7,12 @@ The tensor cores multiply the values of one tile while the softmax of the next i
 
 Bound: FLOPs, 4 * head_dim a head and visible key.
 
-PERF (H200, 8 KV heads of 128, bf16; TFLOP/s at 8 x 1,024, 2 x 4,096, 1 x 8,192 tokens): 302, 408, 444; 128 rows in
-eight warps 270, 376, 408, and with 128 keys 249, 368, 409: two programs a processor hide each other's beginnings and
-ends. The wait for the values' products must follow a branch: within one block the assembler moves it before the softmax
-(264, 343, 365).
+PERF (H200, 8 KV heads of 128, bf16; TFLOP/s at 8 x 1,024, 2 x 4,096, 1 x 8,192 tokens and 8,192 of 32,000): 288, 415,
+454, 471. With two tiles of keys in shared memory the last is 7 % less; 128 rows in eight warps 278, 398, 429, 437, and
+with 128 keys 256, 375, 406, 375: two programs a processor hide each other's beginnings and ends. A tile takes 448
+instructions (484 before copies went without masks: 290, 402, 432, 448) where its products take 512 cycles. The wait for
+the values' products must follow a branch: within one block the assembler moves it before the softmax (264, 343, 365),
+and it serialises all products where warps are specialised.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ _LOG2_E = 1.4426950408889634
 
 @gluon_jit
 def _slots(table_ptr, first_key, end_key, BLOCK_SIZE: gl.constexpr, KEYS: gl.constexpr, COPY: gl.constexpr):
-    """Where the keys first_key … first_key + KEYS lie in the cache; -1 from end_key on."""
-    key = first_key + gl.arange(0, KEYS, gl.SliceLayout(1, COPY))
-    block = gl.load(table_ptr + key // BLOCK_SIZE, mask=key < end_key, other=-1)
-    return gl.where(block < 0, -1, block * BLOCK_SIZE + key % BLOCK_SIZE)
+    """Where the keys first_key … first_key + KEYS lie in the cache. From end_key on it is the last one over and over.
+
+    PERF: fewer instructions than to leave rows out, and nobody sees them. Nobody has no blocks, either.
+    """
+    key = gl.minimum(first_key + gl.arange(0, KEYS, gl.SliceLayout(1, COPY)), end_key - 1).to(gl.uint32)
+    block = gl.maximum(gl.load(table_ptr + key // BLOCK_SIZE), 0).to(gl.uint32)
+    return block * BLOCK_SIZE + key % BLOCK_SIZE
 
 
 @gluon_jit
@@ -42,10 +47,13 @@ def _start_copy(
     tile, head_ptr, slots, SLOT_STRIDE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_DIM: gl.constexpr,
     COPY: gl.constexpr,
 ):  # fmt: skip
-    """Keys or values of one head on their way to a tile [KEYS, BLOCK_DIM] in shared memory; zeros where no slot is."""
+    """Keys or values of one head on their way to a tile [KEYS, BLOCK_DIM] in shared memory, zeros behind HEAD_DIM."""
     dim = gl.expand_dims(gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, COPY)), 0)
-    inside = (gl.expand_dims(slots, 1) >= 0) & (dim < HEAD_DIM)
-    async_load(tile, head_ptr + gl.expand_dims(slots.to(gl.int64) * SLOT_STRIDE, 1) + dim, mask=inside)
+    places = (head_ptr + dim) + gl.expand_dims(slots.to(gl.int64) * SLOT_STRIDE, 1)
+    if HEAD_DIM == BLOCK_DIM:
+        async_load(tile, places)
+    else:
+        async_load(tile, places, mask=dim < HEAD_DIM)
     hopper.async_copy.commit_group()
 
 
@@ -65,7 +73,7 @@ def _softmax(
         factor = scale
     if IS_CUT:
         key = gl.expand_dims(first_key + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES)), 0)
-        seen = key <= gl.expand_dims(position, 1)
+        seen = key <= gl.expand_dims(position, 1)  # so it is before the sequence's end, too
         if HAS_WINDOW:
             seen = seen & (key > gl.expand_dims(position, 1) - window)
         scores = gl.where(seen, scores, float("-inf"))
@@ -87,7 +95,7 @@ def _scaled(sums, decay, SUMS: gl.constexpr):
 def _attend(
     q_tile, keys_ptr, values_ptr, table_ptr, first_key, end_key, first_position, scale, cap, window,
     SLOT_STRIDE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, HAS_CAP: gl.constexpr,
-    HAS_WINDOW: gl.constexpr, BLOCK_GROUP: gl.constexpr, KEYS: gl.constexpr, COPY: gl.constexpr,
+    HAS_WINDOW: gl.constexpr, BLOCK_GROUP: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, COPY: gl.constexpr,
 ):  # fmt: skip
     """Attention of a tile [ROWS, BLOCK_DIM] in shared memory to a sequence's keys: the same in float32."""
     ROWS: gl.constexpr = q_tile.shape[0]
@@ -97,8 +105,8 @@ def _attend(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, BLOCK_DIM], dtype)
-    keys = gl.allocate_shared_memory(dtype, [2, KEYS, BLOCK_DIM], TILE)
-    values = gl.allocate_shared_memory(dtype, [2, KEYS, BLOCK_DIM], TILE)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, BLOCK_DIM], TILE)
+    values = gl.allocate_shared_memory(dtype, [STAGES, KEYS, BLOCK_DIM], TILE)
     position = first_position + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)) // BLOCK_GROUP
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     mass = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
@@ -107,18 +115,19 @@ def _attend(
 
     slots = _slots(table_ptr, first_key, end_key, BLOCK_SIZE, KEYS, COPY)
     _start_copy(keys.index(0), keys_ptr, slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
-    _start_copy(values.index(0), values_ptr, slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
-    slots = _slots(table_ptr, first_key + KEYS, end_key, BLOCK_SIZE, KEYS, COPY)
-    _start_copy(keys.index(1), keys_ptr, slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
-    next_slots = _slots(table_ptr, first_key + 2 * KEYS, end_key, BLOCK_SIZE, KEYS, COPY)
-    hopper.async_copy.wait_group(2)
+    for tile in gl.static_range(STAGES - 1):
+        _start_copy(values.index(tile), values_ptr, slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
+        slots = _slots(table_ptr, first_key + (tile + 1) * KEYS, end_key, BLOCK_SIZE, KEYS, COPY)
+        _start_copy(keys.index(tile + 1), keys_ptr, slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
+    next_slots = _slots(table_ptr, first_key + STAGES * KEYS, end_key, BLOCK_SIZE, KEYS, COPY)
+    hopper.async_copy.wait_group(2 * STAGES - 2)
     hopper.fence_async_shared()
     scores = hopper.warpgroup_mma(q_tile, keys.index(0).permute((1, 0)), zero, use_acc=False)
     weights, top, mass, decay = _softmax(
         scores, top, mass, position, first_key, scale, cap, window, True, HAS_CAP, HAS_WINDOW, KEYS, SCORES
     )
     operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
-    which = 1
+    tile = 0
     # Tiles that all rows see whole, then those that some do not.
     uncut_end = first_key + KEYS
     if not HAS_WINDOW:
@@ -129,26 +138,28 @@ def _attend(
             sums = _scaled(sums, decay, SUMS)
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
             # Keys of this tile and values of the one before have come.
-            hopper.async_copy.wait_group(0)
+            hopper.async_copy.wait_group(2 * STAGES - 4)
             hopper.fence_async_shared()
-            scores = hopper.warpgroup_mma(q_tile, keys.index(which).permute((1, 0)), zero, use_acc=False, is_async=True)
-            sums = hopper.warpgroup_mma(operand, values.index(1 - which), sums, is_async=True)
-            _start_copy(values.index(which), values_ptr, slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
-            _start_copy(keys.index(1 - which), keys_ptr, next_slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
+            before, this = values.index(tile % STAGES), keys.index((tile + 1) % STAGES)
+            scores = hopper.warpgroup_mma(q_tile, this.permute((1, 0)), zero, use_acc=False, is_async=True)
+            sums = hopper.warpgroup_mma(operand, before, sums, is_async=True)
+            free_values, free_keys = values.index((tile + STAGES - 1) % STAGES), keys.index(tile % STAGES)
+            _start_copy(free_values, values_ptr, slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
+            _start_copy(free_keys, keys_ptr, next_slots, SLOT_STRIDE, HEAD_DIM, BLOCK_DIM, COPY)
             slots = next_slots
-            next_slots = _slots(table_ptr, key + 2 * KEYS, end_key, BLOCK_SIZE, KEYS, COPY)
+            next_slots = _slots(table_ptr, key + STAGES * KEYS, end_key, BLOCK_SIZE, KEYS, COPY)
             scores = hopper.warpgroup_mma_wait(1, [scores])
             weights, top, mass, decay = _softmax(
                 scores, top, mass, position, key, scale, cap, window, part == 1, HAS_CAP, HAS_WINDOW, KEYS, SCORES
             )
-            which = 1 - which
+            tile += 1
     hopper.async_copy.wait_group(0)
     hopper.fence_async_shared()
     sums, operand = hopper.warpgroup_mma_wait(0, [sums, operand])
     operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
-    sums = hopper.warpgroup_mma(operand, values.index(1 - which), _scaled(sums, decay, SUMS))
-    mass = gl.where(mass == 0, 1.0, mass)  # nobody's rows see nothing
-    return _scaled(sums, 1 / mass, SUMS)
+    sums = hopper.warpgroup_mma(operand, values.index(tile % STAGES), _scaled(sums, decay, SUMS))
+    is_empty = gl.expand_dims(gl.convert_layout(mass == 0, gl.SliceLayout(1, SUMS)), 1)  # nobody's
+    return gl.where(is_empty, 0.0, _scaled(sums, 1 / mass, SUMS))
 
 
 @gluon_jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))
@@ -157,7 +168,7 @@ def _hopper_prefill(
     q_stride, value_offset, table_stride,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     HAS_CAP: gl.constexpr, HAS_WINDOW: gl.constexpr, ROWS: gl.constexpr, BLOCK_GROUP: gl.constexpr,
-    BLOCK_DIM: gl.constexpr, KEYS: gl.constexpr,
+    BLOCK_DIM: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One item of the work, for the query heads of one KV head."""
     kv_head = gl.program_id(0)
@@ -184,13 +195,13 @@ def _hopper_prefill(
         first_position = length - num_queries + first_query
         first_key = 0
         if HAS_WINDOW:
-            first_key = gl.maximum(first_position - window + 1, 0) // KEYS * KEYS
-        end_key = gl.maximum(gl.minimum(length, first_position + ROWS // BLOCK_GROUP), 0)
+            first_key = gl.maximum(first_position - window + 1, 0)
+        end_key = gl.maximum(gl.minimum(length, first_position + ROWS // BLOCK_GROUP), 1)
         keys_ptr = cache_ptr + kv_head * HEAD_DIM
         y = _attend(
             q_tile, keys_ptr, keys_ptr + value_offset, table_ptr + sequence * table_stride, first_key, end_key,
             first_position, scale, cap, window,
-            NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_SIZE, HAS_CAP, HAS_WINDOW, BLOCK_GROUP, KEYS, COPY,
+            NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_SIZE, HAS_CAP, HAS_WINDOW, BLOCK_GROUP, KEYS, STAGES, COPY,
         )  # fmt: skip
         out_place = gl.expand_dims(token * (NUM_KV_HEADS * GROUP * HEAD_DIM), 1) + element
         gl.store(out_ptr + out_place, gl.convert_layout(y.to(dtype), COPY), mask=inside)
@@ -218,5 +229,5 @@ def launch(
         q.stride(0), cache.stride(0), plan.block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=soft_cap > 0,
         HAS_WINDOW=window > 0, ROWS=_ROWS, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim,
-        KEYS=_KEYS if block_dim <= 128 else _KEYS // 2, num_warps=4,
+        KEYS=_KEYS if block_dim <= 128 else _KEYS // 2, STAGES=3 if block_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip

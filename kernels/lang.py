@@ -6,23 +6,24 @@ kernel can be defined but not launched. Kernels that overlap with the one before
 workers on a GPU do without.
 """
 
-import importlib.util
-import sys
+import importlib
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 
-def _at_first_use(name: str) -> ModuleType:
-    """The module, which is imported when something of it is first asked for."""
-    spec = importlib.util.find_spec(name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class _AtFirstUse:
+    """Stands for a module, which is imported when something of it is first asked for, by whichever thread."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(importlib.import_module(self._name), name)
+        setattr(self, name, value)  # not asked for again
+        return value
 
 
-loops = _at_first_use("cableway.kernels.cpu.loops")
+loops = _AtFirstUse("cableway.kernels.cpu.loops")
 
 try:
     import triton

@@ -30,7 +30,7 @@ def ref(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     return ids, torch.cat((chosen, top.values[:, :num_top]), 1), (1 + (values > chosen).sum(-1)).int()
 
 
-@jit
+@jit(do_not_specialize=("token_ids_ptr", "num_top"))
 def _logprobs(
     logits_ptr, token_ids_ptr, ids_ptr, values_ptr, ranks_ptr, stride, vocab, num_top, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -31,7 +31,7 @@ def ref(logits, counts, count_rows, presence, frequency, repetition) -> None:
         logits[row] = z - frequency[row] * output - presence[row] * (output > 0)
 
 
-@jit
+@jit(do_not_specialize=("presence_ptr", "frequency_ptr", "repetition_ptr"))  # rows of one table
 def _penalize(
     logits_ptr, counts_ptr, count_rows_ptr, presence_ptr, frequency_ptr, repetition_ptr, stride, vocab,
     BLOCK: tl.constexpr,

@@ -22,7 +22,7 @@ def ref(x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * (w.float() + offset)).to(x.dtype)
 
 
-@jit
+@jit(do_not_specialize=("num_inner", "num_rows"))
 def _rms_norm(
     x_ptr, w_ptr, y_ptr, x_outer, x_inner, num_inner, num_rows, hidden, eps, offset,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -43,7 +43,7 @@ def ref(
     return turned[0].to(q.dtype)
 
 
-@jit
+@jit(do_not_specialize=("positions_ptr", "slots_ptr"))  # rows of tables whose length is that of a step
 def _rope_and_write(
     q_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, cache_ptr, slots_ptr, q_norm_ptr, k_norm_ptr, out_ptr,
     q_stride, k_stride, v_stride, value_offset, eps,

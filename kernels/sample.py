@@ -17,6 +17,8 @@ fractions    [3, n]      f32    temperature (0 = greedy), top_p (1 = off), min_p
 integers     [2, n]      i32    top_k (0 = off), choice: which of a request's n continuations
 seeds        [n]         i64    0 … 2**63 - 1
 positions    [num_rows]  i32    of the token to be drawn, in prompt and output
+tokens       [n, max_len] i32   rows of tokens, each of which is written at its position (-1 as 0), or None
+out          [num_rows]  i32    where the result is written, or None
 returns      [num_rows]  i32
 
 Bound: bytes; reads logits twice, or once where all rows are greedy (and from cache for every bisection step of top-k
@@ -38,7 +40,8 @@ GROUPS_STREAM, TOKENS_STREAM = 0, 1
 _FIRST_CANDIDATES = 512
 
 
-def ref(logits, rows, fractions, integers, seeds, positions) -> Tensor:
+def ref(logits, rows, fractions, integers, seeds, positions, tokens=None, *, out=None) -> Tensor:
+    table_rows = rows
     (temperature, top_p, min_p), (top_k, choices), seeds = _of_rows(rows, fractions, integers, seeds)
     drawn = []
     for row in range(logits.shape[0]):
@@ -61,7 +64,10 @@ def ref(logits, rows, fractions, integers, seeds, positions) -> Tensor:
         index = scores.argmax() * GROUP + torch.arange(GROUP, device=logits.device)
         scores = kept[index] + gumbels(*counters, TOKENS_STREAM, index[None])[0]
         drawn.append(int(index[scores.argmax()]))
-    return torch.tensor(drawn, dtype=torch.int32, device=logits.device)
+    token_ids = torch.tensor(drawn, dtype=torch.int32, device=logits.device)
+    if tokens is not None:
+        tokens[table_rows, positions] = token_ids.clamp_min(0)
+    return token_ids if out is None else out.copy_(token_ids)
 
 
 def _of_rows(rows: Tensor, fractions: Tensor, integers: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,11 +182,18 @@ def _draw_token(
     return group * GROUP + tl.argmax(tl.where(kept, score, float("-inf")), 0)
 
 
+@jit
+def _give(token, row, option_row, position, out_ptr, tokens_ptr, tokens_stride, HAS_TOKENS: tl.constexpr):
+    tl.store(out_ptr + row, token)
+    if HAS_TOKENS:
+        tl.store(tokens_ptr + option_row.to(tl.int64) * tokens_stride + position, tl.maximum(token, 0))
+
+
 @jit(do_not_specialize=_VARYING)
 def _sample(
-    logits_ptr, stride, rows_ptr, fractions_ptr, integers_ptr, seeds_ptr, positions_ptr, out_ptr,
+    logits_ptr, stride, rows_ptr, fractions_ptr, integers_ptr, seeds_ptr, positions_ptr, out_ptr, to_ptr, to_stride,
     tops_ptr, tokens_ptr, scores_ptr, groups_ptr, arrivals_ptr, num_table_rows, vocab, stretch,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_PARTS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCK_PARTS: tl.constexpr, HAS_TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One stretch of a row: the first does all where the row is greedy, or where its threshold must be found first."""
     row, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -202,7 +215,8 @@ def _sample(
     if is_bad | (temperature == 0):
         if part == 0:
             likeliest = tl.min(tl.where(tops == top, tokens, 0x7FFFFFFF), 0)
-            tl.store(out_ptr + row, tl.where(is_bad, -1, likeliest))
+            token = tl.where(is_bad, -1, likeliest)
+            _give(token, row, option_row, position, out_ptr, to_ptr, to_stride, HAS_TOKENS)
     else:
         row_ptr = logits_ptr + row * stride
         has_threshold = (k > 0) | (p < 1)
@@ -215,7 +229,7 @@ def _sample(
                     row_ptr, 0, vocab, vocab, temperature, top, key, least, seed, choice, position, BLOCK, GROUP
                 )
                 token = _draw_token(row_ptr, group, vocab, temperature, key, least, seed, choice, position, GROUP)
-                tl.store(out_ptr + row, token)
+                _give(token, row, option_row, position, out_ptr, to_ptr, to_stride, HAS_TOKENS)
         else:
             key = tl.full((), -0x80000000, tl.int64)
             end = tl.minimum((part + 1) * stretch, vocab)
@@ -232,7 +246,7 @@ def _sample(
                 groups = tl.load(groups_ptr + place, mask=inside, other=0x7FFFFFFF, cache_modifier=".cg")
                 group = tl.min(tl.where(scores == tl.max(scores, 0), groups, 0x7FFFFFFF), 0)
                 token = _draw_token(row_ptr, group, vocab, temperature, key, least, seed, choice, position, GROUP)
-                tl.store(out_ptr + row, token)
+                _give(token, row, option_row, position, out_ptr, to_ptr, to_stride, HAS_TOKENS)
 
 
 _BLOCK = 4096
@@ -241,24 +255,26 @@ _PROGRAMS = 512
 """About as many as keep a large GPU busy."""
 
 
-def launch(logits, rows, fractions, integers, seeds, positions) -> Tensor:
+def launch(logits, rows, fractions, integers, seeds, positions, tokens=None, *, out=None) -> Tensor:
     check(are_contiguous(rows, fractions, integers, seeds, positions), "an option is strided")
     num_rows, vocab = logits.shape
     num_blocks = triton.cdiv(vocab, _BLOCK)
     num_parts = min(num_blocks, _MOST_PARTS, max(_PROGRAMS // num_rows, 1))
     stretch = triton.cdiv(num_blocks, num_parts) * _BLOCK
     num_parts = triton.cdiv(vocab, stretch)
-    out, arrivals = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
+    arrivals, spare = torch.empty(2, num_rows, dtype=torch.int32, device=logits.device)
+    out = spare if out is None else out
     values = torch.empty(2, num_rows, num_parts, device=logits.device)
-    (tops, scores), (tokens, groups) = values, torch.empty_like(values, dtype=torch.int32)
+    (tops, scores), (likeliest, groups) = values, torch.empty_like(values, dtype=torch.int32)
     options = overlapping()
     _likeliest[(num_rows, num_parts)](
-        logits, logits.stride(0), tops, tokens, arrivals, vocab, stretch, BLOCK=_BLOCK, num_warps=8, **options
+        logits, logits.stride(0), tops, likeliest, arrivals, vocab, stretch, BLOCK=_BLOCK, num_warps=8, **options
     )
     _sample[(num_rows, num_parts)](
-        logits, logits.stride(0), rows, fractions, integers, seeds, positions, out, tops, tokens, scores, groups,
-        arrivals, seeds.shape[0], vocab, stretch,
-        BLOCK=_BLOCK, GROUP=GROUP, BLOCK_PARTS=_MOST_PARTS, num_warps=8, **options,
+        logits, logits.stride(0), rows, fractions, integers, seeds, positions, out, tokens,
+        0 if tokens is None else tokens.stride(0), tops, likeliest, scores, groups, arrivals,
+        seeds.shape[0], vocab, stretch,
+        BLOCK=_BLOCK, GROUP=GROUP, BLOCK_PARTS=_MOST_PARTS, HAS_TOKENS=tokens is not None, num_warps=8, **options,
     )  # fmt: skip
     return out
 
@@ -277,8 +293,7 @@ def make(num_rows: int, vocab: int, rules: str, device="cpu"):
     fractions = torch.stack((temperature, top_p, min_p)).to(device)
     integers = torch.stack((top_k, torch.randint(4, (num,)))).int().to(device)
     seeds = torch.randint(1 << 62, (num,), device=device)
-    rows = torch.randint(num, (num_rows,), dtype=torch.int32, device=device)
-    rows[0] = 0
+    rows = torch.cat((torch.zeros(1), 1 + torch.randperm(num - 1)[: num_rows - 1])).int().to(device)
     positions = torch.randint(2048, (num_rows,), dtype=torch.int32, device=device)
     return call(2 * torch.randn(num_rows, vocab, device=device), rows, fractions, integers, seeds, positions)
 
@@ -294,8 +309,9 @@ def make(num_rows: int, vocab: int, rules: str, device="cpu"):
     num_bytes=lambda c: nbytes(c.args[0]),
 )
 def sample(
-    logits: Tensor, rows: Tensor, fractions: Tensor, integers: Tensor, seeds: Tensor, positions: Tensor
-) -> Tensor:
+    logits: Tensor, rows: Tensor, fractions: Tensor, integers: Tensor, seeds: Tensor, positions: Tensor,
+    tokens: Tensor | None = None, *, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Draw a token for each row of logits [R, V] -> [R] i32, -1 where it is broken; ValueError on what does not fit."""
     check(logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1, "logits are not float32 rows")
     check(rows.shape == positions.shape == logits.shape[:1], "rows or positions are not [num_rows]")
@@ -303,18 +319,28 @@ def sample(
     check(fractions.dtype == torch.float32 and seeds.dtype == torch.int64, "fractions are not f32, or seeds not i64")
     num = seeds.shape[:1]
     check(seeds.dim() == 1 and fractions.shape == (3, *num) and integers.shape == (2, *num), "not tables of n rows")
+    if tokens is not None:
+        check(
+            tokens.dim() == 2 and len(tokens) == len(seeds) and tokens.dtype == torch.int32, "tokens are not [n, m] i32"
+        )
+        check(tokens.stride(1) == 1, "tokens are strided within their rows")
+    if out is not None:
+        check(out.shape == rows.shape and out.dtype == torch.int32 and out.is_contiguous(), "out is not [num_rows] i32")
     if logits.device.type != "cpu":
-        return launch(logits, rows, fractions, integers, seeds, positions)
-    token_ids = torch.empty(len(logits), dtype=torch.int32)
+        return launch(logits, rows, fractions, integers, seeds, positions, tokens, out=out)
+    token_ids = torch.empty(len(logits), dtype=torch.int32) if out is None else out
+    options = _of_rows(rows, fractions, integers, seeds)
     loops.run(
         loops.likeliest, len(logits), logits.shape[1], logits.data_ptr(), logits.stride(0), logits.shape[1],
         token_ids.data_ptr(),
     )  # fmt: skip
-    (temperature, top_p, min_p), (top_k, choices), seeds = _of_rows(rows, fractions, integers, seeds)
+    (temperature, top_p, min_p), (top_k, choices), seeds = options
     drawing = (temperature > 0) & (token_ids >= 0)
     if drawing.any():
         options = temperature, top_k, top_p, min_p, seeds, choices, positions
         token_ids[drawing] = _draw(logits[drawing], *(option[drawing] for option in options)).int()
+    if tokens is not None:
+        tokens[rows, positions] = token_ids.clamp_min(0)
     return token_ids
 
 

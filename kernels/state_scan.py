@@ -69,7 +69,7 @@ def _state_scan(
     row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
     h = tl.where(before > 0, tl.load(states_ptr + row * state_stride + place, mask=inside, other=0.0), 0.0)
     if length > 0:
-        for token in range(0, num_new):
+        for token in range(num_new):
             t = start + token
             dt = tl.load(dt_ptr + t * num_heads + head)
             b = tl.load(b_ptr + (t * num_groups + group) * STATE + n, mask=n_inside, other=0.0)

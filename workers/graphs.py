@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cableway.workers.batch import Decoder
-from cableway.workers.rows import NO_CHUNKS, Chunks, Rows, upload_into
+from cableway.workers.rows import NO_CHUNKS, Chunks, Rows, upload, upload_into
 from cableway.workers.sampler import Sampler
 
 
@@ -42,6 +42,10 @@ class Captured:
         self.inputs = inputs
         self._function, self._pool = function, pool
         self._graph: Any = None
+
+    def rehearse(self) -> None:
+        """Carry it out as it is, without a graph."""
+        self._function(self.inputs)
 
     def run(self) -> None:
         if self._graph is not None:
@@ -77,6 +81,16 @@ class StepGraphs:
             for function in (self._single, self._head, self._draw)
         )
         self._bodies: dict[int, Captured] = {}
+
+    def rehearse(self, is_worth_it: Callable[[int], bool]) -> None:
+        """Carry out what the graphs of these sizes and the largest consist of, without making them."""
+        for size in (*filter(is_worth_it, self._token_sizes[:-1]), self._token_sizes[-1]):
+            packed = self._rows.padded(NO_CHUNKS, min(self._max_num_seqs, size) + 1, size)
+            self._body(size, upload(packed, self._device))
+        for graphs in (self._singles, self._heads, self._draws):
+            for size, graph in zip(self._row_sizes, graphs, strict=True):
+                if is_worth_it(size) or graph is graphs[-1]:
+                    graph.rehearse()
 
     def capture(self) -> None:
         """Make the graphs that are ready from the start: largest first, as the others fit into its memory."""
@@ -149,8 +163,8 @@ class StepGraphs:
     def _draw(self, inputs: Tensor) -> None:
         rows, positions, _ = inputs
         num = len(rows)
-        token_ids = self._token_ids[:num].copy_(self._sampler.draw_plain(self._logits[:num], rows, positions))
-        self._rows.write_at(rows, positions, token_ids)
+        logits, out = self._logits[:num], self._token_ids[:num]
+        self._sampler.draw_plain(logits, rows, positions, self._rows.tokens, out)
 
 
 def _capture(function: Callable[[Tensor], None], inputs: Tensor, pool: Any) -> torch.cuda.CUDAGraph:

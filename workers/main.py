@@ -21,7 +21,19 @@ from cableway.ipc.config import Config, WorkerConfig, workers_address
 from cableway.ipc.endpoint import Endpoint, PeerDown, PeerUp, Undecodable, identity
 from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED
 from cableway.ipc.lifeline import Lifeline, child_arguments
-from cableway.ipc.messages import Hello, Ping, Ready, Refused, Shutdown, StateGroup, StepPlan, Welcome
+from cableway.ipc.messages import (
+    Compiled,
+    Hello,
+    Ping,
+    Ready,
+    Refused,
+    Shutdown,
+    Sleep,
+    StateGroup,
+    StepPlan,
+    Wake,
+    Welcome,
+)
 from cableway.ipc.modelfiles import ModelError
 
 _LEAST_SHARE = 0.25
@@ -34,13 +46,26 @@ class Worker:
         config: this worker's slice.
         rank: which worker of its engine this is.
         runner: a `runner.Runner`.
+        compilations: counts the kernels that were compiled since the runner was made.
         load_s: how long the runner took to make.
     """
 
-    def __init__(self, config: WorkerConfig, rank: int, runner: Any, load_s: float, lifeline: Lifeline, logger: Any):
+    def __init__(
+        self,
+        config: WorkerConfig,
+        rank: int,
+        runner: Any,
+        compilations: Any,
+        load_s: float,
+        lifeline: Lifeline,
+        logger: Any,
+    ):
         self._config = config
         self._rank = rank
         self._runner = runner
+        self._compilations = compilations
+        self._num_compilations_told = 0
+        self._is_asleep = False
         self._lifeline = lifeline
         self._log = logger
         self._load_s = load_s
@@ -94,6 +119,10 @@ class Worker:
                 self._endpoint.send(Hello(version, "worker", self._rank, os.getpid(), config.engine))
             case Welcome(_, epoch):
                 self._welcome(epoch)
+            case Sleep():
+                self._set_asleep(True)
+            case Wake():
+                self._set_asleep(False)
             case PeerDown():
                 self._log.warning("core_lost", epoch=self._epoch)
                 self._epoch = None
@@ -112,16 +141,33 @@ class Worker:
         if result.epoch == self._epoch:
             self._endpoint.send(result)
         self._lifeline.beat(self._begun[0][0] if self._begun else 0.0)
+        if (num := self._compilations.num) != self._num_compilations_told:
+            self._endpoint.send(Compiled(num - self._num_compilations_told))
+            self._log.warning("compiled_after_ready", num=num - self._num_compilations_told)
+            self._num_compilations_told = num
 
     def _welcome(self, epoch: int) -> None:
         self._epoch = epoch
         self._runner.forget()
+        self._tell_ready()
+        self._log.info("core_joined", epoch=epoch)
+
+    def _set_asleep(self, asleep: bool) -> None:
+        while self._begun:
+            self._finish()
+        if asleep != self._is_asleep:
+            self._lifeline.beat(1.0)  # as long as the longest step: all the weights are copied
+            began_s = time.monotonic()
+            (self._runner.sleep if asleep else self._runner.wake)()
+            self._is_asleep = asleep
+            self._log.info("asleep" if asleep else "awake", seconds=round(time.monotonic() - began_s, 3))
+        self._tell_ready()
+
+    def _tell_ready(self) -> None:
         runner, config = self._runner, self._config
         groups = [StateGroup(spec.kind, spec.num_layers, spec.window) for spec in runner.state_groups]
-        self._endpoint.send(
-            Ready(self._rank, runner.num_blocks, config.block_size, groups, config.max_num_seqs, self._load_s)
-        )
-        self._log.info("core_joined", epoch=epoch)
+        counts = runner.num_blocks, config.block_size
+        self._endpoint.send(Ready(self._rank, *counts, groups, config.max_num_seqs, self._load_s, self._is_asleep))
 
     def _drain(self, deadline_s: float) -> None:
         """From the lifeline's thread. The core drains too, and needs its workers until it says Shutdown or is gone."""
@@ -143,7 +189,8 @@ def main(argv: Sequence[str]) -> int:
     config = msgspec.json.decode(Path(arguments.config_path).read_bytes(), type=Config).worker
     lifeline = Lifeline(arguments.lifeline_fd, config.patience)
     logger = log.setup("worker", arguments.rank, level=config.log.level, as_json=config.log.as_json)
-    from cableway.workers.runner import build  # torch takes a second to import: the lifeline beats meanwhile
+    from cableway.kernels import compilation  # torch takes a second to import: the lifeline beats meanwhile
+    from cableway.workers.runner import build
 
     loads_beforehand = arguments.standby == "loaded" and config.device == "cpu"  # no GPU has room for two
     if arguments.standby and not loads_beforehand:
@@ -158,7 +205,7 @@ def main(argv: Sequence[str]) -> int:
         lifeline.stand_by()
     payload = {"num_blocks": runner.num_blocks, "load_s": load_s}
     logger.info("worker_ready", **payload)
-    worker = Worker(config, arguments.rank, runner, load_s, lifeline, logger)
+    worker = Worker(config, arguments.rank, runner, compilation.watch(), load_s, lifeline, logger)
     lifeline.ready(payload)
     return worker.run()
 

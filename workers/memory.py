@@ -4,7 +4,7 @@ Block ids are unique over all state groups, so groups share memory: the i-th lay
 as the i-th layer of another whose blocks have the same shape, and a block belongs to whichever group was given its id.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from cableway.ipc.config import WorkerConfig
 from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.block_copy import block_copy
 from cableway.kernels.kv_write import kv_cache_shape
-from cableway.workers.batch import StateSpec
+from cableway.workers.batch import Batch, Decoder, StateSpec
 
 _CPU_BYTES = 1 << 30
 """Enough by default on a CPU, unless one sequence needs more."""
 _CPU_AVAILABLE_FRAC = 0.5
-_CUDA_FREE_FRAC = 0.9
+_LOGITS_COPIES = 4
+"""Beside those of the dry run: the sampler's, of rows with penalties or log-probabilities."""
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -32,28 +34,70 @@ class KVCache:
     tensors: list[Tensor]
     num_blocks: int
 
+    def dropped(self) -> "KVCache":
+        """None of its memory, but the number of its blocks."""
+        return KVCache([], [], self.num_blocks)
+
     def copy_blocks(self, pairs: Tensor) -> None:
         """Copy block pairs[i, 0] over block pairs[i, 1] in every layer; pairs [n, 2] i64."""
         for tensor in self.tensors:
             block_copy(tensor, pairs)
 
 
-def allocate(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> KVCache:
+def allocate(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> KVCache:
     """Make the cache. Zeroed memory: a CPU takes pages only as they are written.
 
+    On a GPU the weights are there already, and a dry run of the largest step shows what else there will be.
+
     Raises:
-        ModelError: not even one sequence of `max_model_len` tokens fits.
+        ModelError: not even one sequence of `max_model_len` tokens fits, or the GPU has less than was asked for.
     """
+
+    def available_bytes() -> int:
+        if device.type == "cpu":
+            return int(_available_bytes() * _CPU_AVAILABLE_FRAC)
+        return _gpu_available_bytes(decoder, config, dtype, device)
+
+    groups = decoder.state_groups()
+    num_blocks = _num_blocks(config, groups, _block_bytes(groups, config, dtype), available_bytes, device)
+    try:
+        return _make(groups, config, num_blocks, dtype, device)
+    except torch.cuda.OutOfMemoryError:
+        free, _ = torch.cuda.mem_get_info(device)
+        wanted = num_blocks * _block_bytes(groups, config, dtype)
+        raise ModelError(
+            f"the KV cache was to have {wanted / _GIB:.1f} GiB, but only {free / _GIB:.1f} GiB of the GPU are free: "
+            "lower kv_cache_memory_bytes or num_kv_blocks"
+        ) from None
+
+
+def outline(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype) -> KVCache:
+    """A cache on the meta device, about as large as the one to come: the sizes of offsets depend on it."""
+
+    def most_bytes() -> int:
+        return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else _CPU_BYTES
+
+    groups, meta = decoder.state_groups(), torch.device("meta")
+    num_blocks = _num_blocks(config, groups, _block_bytes(groups, config, dtype), most_bytes, meta)
+    return _make(groups, config, num_blocks, dtype, meta)
+
+
+def _make(
+    groups: Sequence[StateSpec], config: WorkerConfig, num_blocks: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
     places = _places(groups, config.block_size, dtype)
-    distinct = list(dict.fromkeys(places.values()))
-    block_bytes = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind, _ in distinct)
-    num_blocks = num_blocks_for(config, len(groups), block_bytes, device)
     tensors = {
         (shape, kind, index): _zeros((shape[0], num_blocks, *shape[2:]), kind, device)
-        for shape, kind, index in distinct
+        for shape, kind, index in dict.fromkeys(places.values())
     }
     layers = [tensors[places[layer]] for layer in sorted(places)]
     return KVCache(layers, list(tensors.values()), num_blocks)
+
+
+def _block_bytes(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dtype) -> int:
+    """Of one block in all tensors."""
+    places = dict.fromkeys(_places(groups, config.block_size, dtype).values())
+    return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind, _ in places)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -63,29 +107,73 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(torch.Size(shape).numel() * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def num_blocks_for(config: WorkerConfig, num_groups: int, block_bytes: int, device: torch.device) -> int:
-    """How many blocks of `block_bytes` to take: as configured, or as the free memory allows.
-
-    Raises:
-        ModelError: not even one sequence of `max_model_len` tokens fits.
-    """
-    sequence_blocks = -(-config.max_model_len // config.block_size) * num_groups
+def _num_blocks(
+    config: WorkerConfig,
+    groups: Sequence[StateSpec],
+    block_bytes: int,
+    available_bytes: Callable[[], int],
+    device: torch.device,
+) -> int:
+    """How many blocks of `block_bytes` to take: as configured, or as memory allows, which is then asked for."""
+    sequence_blocks = -(-config.max_model_len // config.block_size) * len(groups)
     if config.num_kv_blocks:
         num_blocks = config.num_kv_blocks
     elif config.kv_cache_memory_bytes:
         num_blocks = config.kv_cache_memory_bytes // block_bytes
-    elif device.type == "cpu":
-        most = int(_available_bytes() * _CPU_AVAILABLE_FRAC) // block_bytes
-        wanted = max(sequence_blocks, _CPU_BYTES // block_bytes)
-        num_blocks = min(config.max_num_seqs * sequence_blocks, wanted, most)
     else:
-        num_blocks = int(torch.cuda.mem_get_info(device)[0] * _CUDA_FREE_FRAC) // block_bytes
+        num_blocks = max(available_bytes(), 0) // block_bytes
+        if device.type == "cpu":
+            wanted = max(sequence_blocks, _CPU_BYTES // block_bytes)
+            num_blocks = min(config.max_num_seqs * sequence_blocks, wanted, num_blocks)
     if num_blocks < sequence_blocks:
+        more = "" if device.type == "cpu" else ", raise gpu_memory_utilization"
         raise ModelError(
-            f"the KV cache has room for {num_blocks * config.block_size // num_groups} tokens, but max_model_len is "
-            f"{config.max_model_len}: lower it, or give kv_cache_memory_bytes {sequence_blocks * block_bytes}"
+            f"the KV cache has room for {num_blocks * config.block_size // len(groups)} tokens, but max_model_len is "
+            f"{config.max_model_len}: lower it{more}, or give kv_cache_memory_bytes {sequence_blocks * block_bytes}"
         )
     return num_blocks
+
+
+def _gpu_available_bytes(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """What is left for the cache: this process's share of the GPU, less its weights and what steps take.
+
+    Steps take what a dry run took; twice with graphs, whose memory is their own; and copies of logits.
+    """
+    step_bytes = _dry_run_bytes(decoder, config, dtype, device) * (1 if config.enforce_eager else 2)
+    logits_bytes = _LOGITS_COPIES * config.max_num_seqs * decoder.vocab_size * 4
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(total * config.gpu_memory_utilization) - torch.cuda.memory_reserved(device)
+    return min(share, free) - step_bytes - logits_bytes
+
+
+def _dry_run_bytes(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """What the largest step takes on a GPU beside weights and cache: nobody's tokens, as many as fit."""
+    groups, num_seqs, num_tokens = decoder.state_groups(), config.max_num_seqs, config.max_num_batched_tokens
+    cache = _make(groups, config, 1, dtype, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    integers = {"dtype": torch.int32, "device": device}
+    query_start = torch.zeros(num_seqs + 1, **integers)
+    query_start[-1] = num_tokens
+    max_blocks = -(-config.max_model_len // config.block_size)
+    batch = Batch(
+        token_ids=torch.zeros(num_tokens, **integers),
+        positions=torch.zeros(num_tokens, **integers),
+        query_start=query_start,
+        seq_lens=torch.zeros(num_seqs, **integers),
+        max_query_len=num_tokens,
+        max_seq_len=config.max_model_len,
+        block_tables=[torch.zeros(num_seqs, max_blocks, **integers) for _ in groups],
+        slots=[torch.full((num_tokens,), -1, dtype=torch.int64, device=device) for _ in groups],
+        logits_at=torch.zeros(min(num_seqs, num_tokens), dtype=torch.int64, device=device),
+        invariant=config.batch_invariant,
+        block_size=config.block_size,
+    )
+    hidden = decoder.forward(batch, cache.layers)
+    decoder.logits(hidden.index_select(0, batch.logits_at))
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device) - before
 
 
 def block_memory(group: StateSpec, block_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

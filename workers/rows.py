@@ -44,8 +44,8 @@ def unpack(packed: Ints) -> np.ndarray:
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
     """Move an array of the host to the device; on a GPU without waiting for it."""
     tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
-    if device.type == "cpu":
-        return tensor
+    if device.type != "cuda":
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -95,11 +95,8 @@ class Rows:
 
     def write(self, rows: np.ndarray, positions: np.ndarray, token_ids: Tensor) -> None:
         """Put drawn tokens [R] i32 where the next step finds them; -1, of a row that failed, becomes some token."""
-        self.write_at(*upload(np.stack((rows, positions)), self._device), token_ids)
-
-    def write_at(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """The same from numbers on the device."""
-        self.tokens[rows, positions] = token_ids.clamp_min(0)
+        where = upload(np.stack((rows, positions)), self._device)
+        self.tokens[where[0], where[1]] = token_ids.clamp_min(0)
 
     def append_blocks(self, plan: StepPlan) -> None:
         """Put the plan's new blocks behind those that its rows have."""

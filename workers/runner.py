@@ -3,16 +3,19 @@
 import time
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import torch
 
 from cableway.ipc import modelfiles
 from cableway.ipc.config import WorkerConfig
-from cableway.ipc.messages import Failed, Logprobs, NewRow, Sampling, StepPlan, StepResult
-from cableway.workers import memory, weights
+from cableway.ipc.messages import Failed, Logprobs, StepPlan, StepResult
+from cableway.workers import memory, warm_up, weights
 from cableway.workers.batch import Decoder, StateSpec
 from cableway.workers.graphs import StepGraphs
 from cableway.workers.logprobs import PromptLogprobs
+from cableway.workers.parking import Parking
+from cableway.workers.rehearsal import Rehearsal
 from cableway.workers.rows import Chunks, Rows, unpack, upload
 from cableway.workers.sampler import Drawn, Sampler
 
@@ -21,7 +24,14 @@ _BROKEN_LOGITS = "the model's logits for this request are not finite"
 
 def build(config: WorkerConfig) -> "Runner":
     """Load the model and take the memory; ModelError when the model's files, or the memory, will not do."""
-    runner = Runner(load(config), config)
+    rehearsal = None
+    if config.device == "cuda":
+        rehearsal = Rehearsal(config)
+        rehearsal.start()
+    decoder = load(config)
+    if rehearsal:
+        rehearsal.wait()
+    runner = Runner(decoder, config)
     runner.warm_up()
     return runner
 
@@ -70,23 +80,49 @@ class Runner:
         self._decoder = decoder
         self._device = device
         self._invariant = config.batch_invariant
-        self._cache = memory.allocate(self.state_groups, config, getattr(torch, config.dtype), device)
+        self._cache = memory.allocate(decoder, config, getattr(torch, config.dtype), device)
         self._rows = Rows(config.max_num_seqs, config.max_model_len, config.block_size, len(self.state_groups), device)
         self._sampler = Sampler(config.max_num_seqs, decoder.vocab_size, device)
         self._prompt_logprobs = PromptLogprobs(decoder.vocab_size)
         self._finished_ns = 0
-        self._graphs: StepGraphs | None = None
-        if device.type == "cuda" and not config.enforce_eager:
-            self._graphs = StepGraphs(
-                decoder,
-                self._rows,
-                self._sampler,
-                self._cache.layers,
-                max_num_seqs=config.max_num_seqs,
-                max_num_tokens=config.max_num_batched_tokens,
-                invariant=config.batch_invariant,
-            )
-            self._graphs.capture()
+        self._longest_captured = config.max_seq_len_to_capture or config.max_model_len
+        self._graphs = self._capture(config)
+        self._config = config
+        self._parking: Parking | None = None
+
+    def _capture(self, config: WorkerConfig) -> StepGraphs | None:
+        """Graphs of steps, on a GPU where they are wanted."""
+        if self._device.type != "cuda" or config.enforce_eager:
+            return None
+        graphs = StepGraphs(
+            self._decoder,
+            self._rows,
+            self._sampler,
+            self._cache.layers,
+            max_num_seqs=config.max_num_seqs,
+            max_num_tokens=config.max_num_batched_tokens,
+            invariant=config.batch_invariant,
+        )
+        graphs.capture()
+        return graphs
+
+    @torch.inference_mode()
+    def sleep(self) -> None:
+        """Empty all rows, drop the cache, and move weights out of a GPU; `wake` before the next step."""
+        self.forget()
+        self._graphs, self._cache = None, self._cache.dropped()
+        if self._device.type == "cuda":
+            self._parking = self._parking or Parking(self._decoder)
+            self._parking.park()
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Take the memory again that `sleep` gave back; ModelError when it is not free any more."""
+        if self._parking is not None:
+            self._parking.fetch()
+        same = msgspec.structs.replace(self._config, num_kv_blocks=self._cache.num_blocks)
+        self._cache = memory.allocate(self._decoder, same, getattr(torch, same.dtype), self._device)
+        self._graphs = self._capture(same)
 
     @property
     def num_ahead(self) -> int:
@@ -99,14 +135,9 @@ class Runner:
         return self._cache.num_blocks
 
     def warm_up(self) -> None:
-        """Answer a prompt for nobody: what is compiled at its first use is so before the first request.
-
-        It has two tokens: steps of one token a row are set up with their graphs, where there are any.
-        """
-        first, one, two, none = bytes(4), np.int32(1).tobytes(), np.int32(2).tobytes(), b""
-        nobody = NewRow(0, bytes(8), 2, 0, 0, Sampling(), [first] * len(self.state_groups))
-        no_blocks = first * len(self.state_groups)
-        self.step(StepPlan(0, 0, first, two, one, [nobody], none, none, no_blocks, none))
+        """Answer prompts for nobody: what is compiled or loaded at its first use is so before the first request."""
+        for plan in warm_up.plans(len(self._rows.num_tokens), len(self.state_groups)):
+            self.step(plan)
         self.forget()
 
     def forget(self) -> None:
@@ -179,7 +210,7 @@ class Runner:
         rows, decoder = self._rows, self._decoder
         stretches = self._prompt_logprobs.stretches(chunks, rows)
         judged: list[Logprobs] = []
-        if self._graphs and not stretches:
+        if self._graphs and not stretches and chunks.ends.max() <= self._longest_captured:
             logits = self._graphs.forward(chunks, drawing)
             if logits is None:
                 return None, []

@@ -107,9 +107,14 @@ class Sampler:
             or any(self._changes[row] for row in rows.tolist())
         )
 
-    def draw_plain(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """Draw a token for each of `rows` [R], at `positions` [R] i32, from logits [R, V] as they are: [R] i32."""
-        return sample(logits, rows, self._fractions, self._integers, self._seeds, positions)
+    def draw_plain(
+        self, logits: Tensor, rows: Tensor, positions: Tensor, tokens: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Draw a token for each of `rows` [R], at `positions` [R] i32, from logits [R, V] as they are: [R] i32.
+
+        They are written into `out` [R] and to their positions in the rows of `tokens`, where these are given.
+        """
+        return sample(logits, rows, self._fractions, self._integers, self._seeds, positions, tokens, out=out)
 
     def num_logprobs(self, row: int) -> int:
         """How many of the likeliest tokens the request in `row` wants to see; -1 = no log-probabilities at all."""
@@ -206,7 +211,7 @@ class Penalties:
         here = np.flatnonzero(slots >= 0)
         index = upload(here, self._device)
         penalised = logits[index]
-        weights = upload(self._weights[:, rows[here]], self._device)
+        weights = upload(np.ascontiguousarray(self._weights[:, rows[here]]), self._device)
         penalize(penalised, self._counts, upload(slots[here], self._device), *weights)
         logits[index] = penalised
 

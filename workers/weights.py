@@ -51,18 +51,52 @@ def load(
         ModelError: config or weights are broken, not complete, or not supported.
     """
     place = Place(dtype, torch.device(device), max_model_len, invariant, mesh or Mesh())
+    decoder, filling = _find(files, place, load_format, seed)
+    return _fill(decoder, filling, place)
+
+
+def outline(
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype,
+    max_model_len: int,
+    invariant: bool = False,
+    mesh: Mesh | None = None,
+    load_format: str = "auto",
+) -> Decoder:
+    """The model of `files` without its weights, on the meta device: it can be run, and computes nothing."""
+    place = Place(dtype, torch.device("meta"), max_model_len, invariant, mesh or Mesh())
+    decoder, filling = _find(files, place, load_format, 0)
+    outlines = {
+        path: {
+            part: {leaf: _outline(stored, place) for leaf, stored in leaves.items()} for part, leaves in parts.items()
+        }
+        for path, parts in filling.items()
+    }
+    return _fill(decoder, outlines, place)
+
+
+def _find(files: ModelFiles, place: Place, load_format: str, seed: int) -> tuple[Decoder, Filling]:
+    """The model, and what fills its slots."""
     architecture = models.find(files.config)
     decoder = architecture.build(files.config)
     slots = dict(decoder.slots())
     if load_format == "dummy":
-        filling = _random(slots, decoder.tied, place, seed)
-    else:
-        if files.kind not in architecture.schemes:
-            raise ModelError(f"{files.path}: {architecture.name} is not known in {files.kind} files")
-        names = architecture.names(files.kind, files.config)
-        filling = _match(slots, decoder.tied, open_files(files), names, files.path)
-    _load_slots(slots, filling, place)
+        return decoder, _random(slots, decoder.tied, place, seed)
+    if files.kind not in architecture.schemes:
+        raise ModelError(f"{files.path}: {architecture.name} is not known in {files.kind} files")
+    names = architecture.names(files.kind, files.config)
+    return decoder, _match(slots, decoder.tied, open_files(files), names, files.path)
+
+
+def _fill(decoder: Decoder, filling: Filling, place: Place) -> Decoder:
+    slots = dict(decoder.slots())
     with torch.inference_mode():
+        if place.device.type == "meta":  # nothing is read, and torch's threads are left alone
+            for path, slot in slots.items():
+                slot.load(filling[path], place)
+        else:
+            _load_slots(slots, filling, place)
         decoder.prepare(place)
     return decoder
 
@@ -175,3 +209,8 @@ def _random_tensor(name: str, shape: tuple[int, ...], place: Place, key: tuple[i
         return values.mul_(shape[-1] ** -0.5)
 
     return Stored(name, shape, PLAIN, read)
+
+
+def _outline(stored: Stored, place: Place) -> Stored:
+    shape = stored.shape
+    return Stored(stored.name, shape, PLAIN, lambda: torch.empty(shape, dtype=place.dtype, device=place.device))

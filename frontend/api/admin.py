@@ -56,11 +56,13 @@ async def version(_: web.Request) -> web.Response:
 
 
 def _engine_health(status: Status | None, age_s: float, step_timeout_s: float) -> dict[str, Any]:
-    """`state`: ok; starting (no core, or its workers are not up); stuck (silent, or a step that does not end)."""
+    """`state`: ok; starting (no core, or its workers are not up); asleep; stuck (silent, or a step without an end)."""
     if status is None:
         return {"state": "starting", "core_age_s": round(age_s, 3)}
     if age_s > SILENCE_S or status.step_age_s > step_timeout_s:
         state = "stuck"
+    elif status.asleep:
+        state = "asleep"
     else:
         state = "ok" if status.ready else "starting"
     return {

@@ -65,19 +65,22 @@ class HostPlan(NamedTuple):
     most_keys: int  # that one of them sees
     mean_keys: int
     chunks: list[Chunk]
+    nobodies: list[tuple[int, int]]  # tokens start:end of sequences of length 0
 
     @classmethod
     def of(cls, plan: AttentionPlan, block_size: int, window: int, dtype: torch.dtype) -> HostPlan:
         table = plan.block_table.numpy()
-        singles, chunks = [], []
+        singles, chunks, nobodies = [], [], []
         for index, (start, end, length) in enumerate(plan.spans):
-            if end - start == 1 and not plan.invariant:
+            if not length:
+                nobodies.append((start, end))
+            elif end - start == 1 and not plan.invariant:
                 singles.append((index, start, length))
             elif end > start:
                 tiles = _tiles(start, end, length, window, dtype, plan.invariant)
                 chunks.append(_chunk(table[index], tiles, length, block_size))
         keys = [min(length, window or length) for _, _, length in singles] or [0]
-        return cls(torch.tensor(singles, dtype=torch.int64), max(keys), sum(keys) // len(keys), chunks)
+        return cls(torch.tensor(singles, dtype=torch.int64), max(keys), sum(keys) // len(keys), chunks, nobodies)
 
 
 def _tiles(start: int, end: int, length: int, window: int, dtype: torch.dtype, invariant: bool) -> list[Tile]:
@@ -156,6 +159,8 @@ def attend(
     by_head = [None if x is None else x.view(num_kv_heads, 1, group, 1) for x in (slopes, sinks)]
     heads = Heads(num_kv_heads, group, head_dim, scale, soft_cap, *by_head)
     out = torch.empty(q.shape, dtype=q.dtype)
+    for start, end in host.nobodies:
+        out[start:end] = 0
     if len(host.singles):
         operations = 3 * heads.group * head_dim * host.mean_keys
         loops.run(

@@ -104,7 +104,7 @@ class Frontend(Peer):
             case Welcome(_, epoch):
                 self.resume(died=self.last_epoch not in (None, epoch))
                 self.epoch = self.last_epoch = epoch
-            case Tokens():
+            case Tokens() if self.epoch is not None:  # what comes before its Welcome a client leaves, too
                 assert message.epoch == self.epoch
                 self.take(message)
             case IfLost(key, standing) if key in self.live:
@@ -115,7 +115,7 @@ class Frontend(Peer):
                 raise AssertionError(f"{self.live.pop(key, None)} failed: {message}")
             case Refused(reason):
                 raise AssertionError(reason)
-            case IfLost() | Status():
+            case IfLost() | Status() | Tokens():
                 pass
 
     def resume(self, died: bool) -> None:

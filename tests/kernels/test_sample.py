@@ -146,3 +146,18 @@ def test_forbidden_tokens_are_not_drawn(device: str):
     logits[:, [70, 299]] = torch.tensor([0.0, 0.5], device=device)
     tokens = draw(logits, temperature=1.5, positions=torch.arange(32)).tolist()
     assert set(tokens) == {70, 299}
+
+
+@pytest.mark.parametrize("rules", ["greedy", "", "top_k top_p"])
+def test_tokens_are_written_where_they_are_drawn_for(rules: str, device: str):
+    made = laws.make(SAMPLE, {"num_rows": 4, "vocab": 300, "rules": rules}, device)
+    logits, rows, *tables, positions = made.args
+    logits[2] = float("nan")
+    tokens = torch.full((6, 2050), 7, dtype=torch.int32, device=device)
+    out = torch.zeros(4, dtype=torch.int32, device=device)
+    drawn = laws.form(SAMPLE)(logits, rows, *tables, positions, tokens[:, :2048], out=out)
+    assert torch.equal(drawn, out)
+    assert drawn[2] == -1
+    expected = torch.full_like(tokens, 7)
+    expected[rows.long(), positions.long()] = drawn.clamp_min(0)
+    assert torch.equal(tokens, expected)

@@ -14,12 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cableway.ipc.modelfiles import ModelError
+from cableway.kernels import compilation
 from cableway.workers import models
+from cableway.workers.rehearsal import rehearse
 from tests.checkpoints import SIZES, random_model, save
 from tests.models.harness import Session, load, logits_of, prompt
 from tests.models.rewritten import REWRITTEN
 from tests.models.test_parallel import on_ranks
 from tests.models.zoo import ATTENTION, IGNORED, OLDER, TOLERANCES, UNUSED, ZOO
+from tests.workers.running import worker_config
+from tests.workers.test_rehearsal import AbsentGpu
 
 TOLERANCE = 1e-4
 NUM_TOKENS = 40
@@ -143,6 +147,20 @@ def test_layers_that_predict_further_tokens_are_skipped(tmp_path: Path) -> None:
     save_file({**tensors, "model.layers.3.eh_proj.weight": torch.zeros(3)}, folder / "model.safetensors")
     assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
     assert torch.equal(logits_of(load(folder), prompt()), before)
+
+
+@pytest.mark.parametrize("name", [*ZOO, *REWRITTEN])
+def test_an_outline_goes_through_every_kind_of_step(folders: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: each kernel of a step has a form there, and nothing waits for the device."""
+    triton = pytest.importorskip("triton")
+    launched = set()
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", lambda function, *_, **__: launched.add(function.__name__))
+    monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    config = worker_config(folders(name, 0)[0], max_model_len=64, max_num_seqs=3, max_num_batched_tokens=64)
+    with torch.inference_mode(), compilation.ahead():
+        rehearse(config)
+    assert launched & {"_paged_decode", "_latent_attention", "_state_scan"}
 
 
 def numbers(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

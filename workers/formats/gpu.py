@@ -1,7 +1,8 @@
 """Matrices on a GPU: row-major, and multiplied together with what comes before and after where that saves a kernel.
 
 One token takes the time of the matrix's bytes and of the gaps between kernels. There one kernel of ours adds the
-residual stream, normalises, multiplies, adds the bias and gates; more tokens are the library's.
+residual stream, normalises, multiplies, adds the bias and gates. Small matrices are ours for a few tokens, too; the
+rest is the library's.
 PERF, one H200, a token of qwen3-0.6b / llama-3.1-8b, all products of the body: cuBLAS 860 / 4,080 us, with norms and
 gates beside it; here 364 / 3,520.
 """
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cableway.kernels import few_rows as few
 from cableway.kernels.few_rows import few_rows
 from cableway.kernels.gemv import MOST_IN, gemv
 from cableway.kernels.silu_mul import silu_mul
@@ -24,7 +26,10 @@ class OnGpu(Dense):
         """x [T, in] -> [T, out], or [T, out / 2] where gated: silu(first half) * second half."""
         if len(x) == 1 and matrix.shape[1] <= MOST_IN:
             return _one_row(x, matrix, bias, gated)
-        y = F.linear(x.tensor() if isinstance(x, Sum) else x, matrix, bias)
+        x = x.tensor() if isinstance(x, Sum) else x
+        if few.pays(len(x), matrix):
+            return few_rows(x, matrix, bias, gated=gated)
+        y = F.linear(x, matrix, bias)
         return silu_mul(y) if gated else y
 
     def write(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:

@@ -57,4 +57,4 @@ class Int8:
 def integers_product(loop: loops.Loop, codes: Tensor, scales: Tensor, num_out: int) -> loops.Prepared:
     """`loop` with a matrix of integers as it wants them, called with (x, its stride, its rows, y); x and y bf16."""
     fixed = loops.KINDS[torch.bfloat16], codes.data_ptr(), scales.data_ptr(), loops.KINDS[scales.dtype], codes.shape[1]
-    return loops.Prepared(loop, len(codes), 4, *fixed, num_out)
+    return loops.Prepared(loop, len(codes), 2 * codes.shape[1], 4, *fixed, num_out)

@@ -255,7 +255,7 @@ class Lfm2Config(MoEConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     layer_types: list[str]
     conv_bias: bool = False
-    conv_L_cache: Size = 3  # noqa: N815
+    conv_L_cache: Size = 3
     num_dense_layers: Count = 0
     use_expert_bias: bool = True
     norm_topk_prob: bool = True

@@ -1,0 +1,71 @@
+"""How many kernels were compiled, and compiling many side by side before there is anything to launch them on.
+
+Triton compiles a kernel for the types of its arguments, for constants, and for what is known of integers (whether one
+is 1, or a multiple of 16), when it is first launched that way; for seconds nothing else happens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cableway.kernels.lang import gpu_capability, triton
+
+_NUM_THREADS = 16
+"""Python's lock is held for about a third of a compilation: more threads than cores that they keep busy do no harm."""
+
+
+class Counter:
+    """Kernels compiled by this process, or found compiled on disk, since `watch` was called."""
+
+    def __init__(self) -> None:
+        self.num = 0
+
+    def __call__(self, **_: Any) -> None:
+        self.num += 1
+
+
+def watch() -> Counter:
+    """Count from now on. Where there is no Triton, nothing is ever compiled."""
+    counter = Counter()
+    if triton is not None:
+        triton.knobs.runtime.jit_post_compile_hook = counter
+    return counter
+
+
+@contextmanager
+def ahead() -> Iterator[None]:
+    """Compile what is launched on tensors of the meta device, side by side, and launch nothing on them.
+
+    To be entered by one thread at a time; at its end everything is compiled.
+
+    Raises:
+        Exception: what the compiler raised.
+    """
+    jit_function = triton.runtime.JITFunction
+    run = jit_function.run
+
+    def compile_or_run(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        is_outline = any(isinstance(argument, Tensor) and argument.is_meta for argument in args)
+        return run(function, *args, grid=grid, warmup=warmup or is_outline, **options)
+
+    jit_function.run = compile_or_run
+    try:
+        with ThreadPoolExecutor(_NUM_THREADS) as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        jit_function.run = run
+
+
+def mark(purpose: str) -> Path:
+    """A file in Triton's cache, to be made when all that `purpose` takes has been compiled by these kernels."""
+    digest = hashlib.sha256(f"{purpose} {triton.__version__} {gpu_capability()}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return Path(triton.knobs.cache.dir) / f"cableway-{digest.hexdigest()[:32]}"

@@ -1,0 +1,84 @@
+"""What is compiled before the first step. There is no GPU: kernels are compiled for one that is absent."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cableway.ipc.messages import Sampling
+from cableway.kernels import compilation
+from cableway.kernels.block_copy import block_copy
+from cableway.workers.rehearsal import rehearse
+from cableway.workers.warm_up import SAMPLINGS, plans
+from tests.workers.running import worker_config
+
+triton = pytest.importorskip("triton")
+KERNELS = {"_step_inputs", "_add_rms_norm", "_rope_and_write", "_paged_decode", "_decode_work", "_prefill_work"}
+OF_DRAWS = {"_sample", "_logprobs", "_penalize", "_count_tokens", "_add_at", "_block_copy"}
+
+
+class AbsentGpu:
+    """A Triton driver that compiles for a Hopper GPU that is not here."""
+
+    def get_current_device(self) -> int:
+        return 90
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, warp_size=32)
+
+
+@pytest.fixture
+def absent_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu())
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+def test_kernels_are_compiled_side_by_side_and_counted(absent_gpu):
+    counter = compilation.watch()
+    cache, pairs = torch.empty(2, 4, 8, 2, 16, device="meta"), torch.empty(1, 2, dtype=torch.int64, device="meta")
+    with compilation.ahead():
+        block_copy(cache, pairs)
+        block_copy(cache.half(), pairs)
+        block_copy(cache.half(), pairs)
+    assert counter.num == 2
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_every_kind_of_step_is_rehearsed_and_none_is_run(
+    checkpoint: Path, absent_gpu, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
+):
+    rehearsed = set()
+
+    def only_note(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        assert warmup
+        rehearsed.add(function.__name__)
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", only_note)
+    config = worker_config(checkpoint, dtype="float16", max_num_seqs=20, enforce_eager=enforce_eager)
+    with torch.inference_mode(), compilation.ahead():
+        rehearse(config)
+    assert rehearsed >= KERNELS | OF_DRAWS
+    assert rehearsed & {"_hopper_prefill", "_paged_prefill"}
+
+
+def test_a_mark_is_of_one_configuration(absent_gpu):
+    assert compilation.mark("a") == compilation.mark("a") != compilation.mark("b")
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 64])
+def test_the_warm_up_leaves_no_way_of_drawing_out(max_num_seqs: int):
+    entered = [new.sampling for plan in plans(max_num_seqs, 1) for new in plan.new]
+    assert set(map(repr, SAMPLINGS[:max_num_seqs])) <= set(map(repr, entered))
+    plain = Sampling()
+    fields = {name for name in Sampling.__struct_fields__ if any(
+        getattr(sampling, name) != getattr(plain, name) for sampling in (*SAMPLINGS, Sampling(prompt_logprobs=1))
+    )}  # fmt: skip
+    assert fields == set(Sampling.__struct_fields__) - {"max_tokens", "stop_token_ids"}

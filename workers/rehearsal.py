@@ -1,0 +1,114 @@
+"""Compiling all kernels that steps will launch, side by side, while weights are loaded.
+
+An outline of the model, on the meta device, goes through every kind of step. Nothing is computed; what its kernels are
+compiled for is known from shapes, and shapes are those of the steps to come.
+"""
+
+from collections.abc import Iterator
+from threading import Thread
+
+import msgspec
+import numpy as np
+import torch
+
+from cableway.ipc import modelfiles
+from cableway.ipc.config import WorkerConfig
+from cableway.ipc.messages import NewRow, ints
+from cableway.kernels import compilation
+from cableway.workers import memory, weights
+from cableway.workers.graphs import StepGraphs
+from cableway.workers.rows import Chunks, Rows
+from cableway.workers.sampler import Sampler
+from cableway.workers.warm_up import SAMPLINGS
+
+_META = torch.device("meta")
+_FEW = 64
+"""Up to so many rows or tokens every size may be computed in a way of its own; beyond, only orders of magnitude."""
+
+
+class Rehearsal(Thread):
+    """Compiles for this process's GPU in a thread of its own; `wait` for it before the first step.
+
+    Only the first time: what is compiled is kept on disk, and a mark that says so.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(name="rehearsal", daemon=True)
+        self._config = config
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            same = {"runtime_dir": "", "engine": "", "log": None, "patience": None}
+            mark = compilation.mark(repr(msgspec.structs.replace(self._config, **same)))
+            if not mark.exists():
+                with torch.inference_mode(), compilation.ahead():
+                    rehearse(self._config)
+                mark.touch()
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Until all is compiled; raises what went wrong."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def rehearse(config: WorkerConfig) -> None:
+    """Take an outline of the model through every kind of step."""
+    decoder = weights.outline(
+        modelfiles.locate(config.model, config.load_format),
+        dtype=getattr(torch, config.dtype),
+        max_model_len=config.max_model_len,
+        invariant=config.batch_invariant,
+        load_format=config.load_format,
+    )
+    groups, num_seqs = decoder.state_groups(), config.max_num_seqs
+    rows = Rows(num_seqs, config.max_model_len, config.block_size, len(groups), _META)
+    sampler = Sampler(num_seqs, decoder.vocab_size, _META)
+    cache = memory.outline(decoder, config, getattr(torch, config.dtype))
+    cache.copy_blocks(torch.zeros(1, 2, dtype=torch.int64, device=_META))
+    if not config.enforce_eager:
+        graphs = StepGraphs(
+            decoder, rows, sampler, cache.layers,
+            max_num_seqs=num_seqs, max_num_tokens=config.max_num_batched_tokens, invariant=config.batch_invariant,
+        )  # fmt: skip
+        graphs.rehearse(worth_trying)
+    for chunks in _steps(config):
+        logits_at = chunks.query_start[1:] - 1
+        batch = rows.gather(chunks, logits_at, invariant=config.batch_invariant)
+        decoder.logits(decoder.forward(batch, cache.layers).index_select(0, batch.logits_at))
+    for num in (1, min(2, num_seqs), min(17, num_seqs)):
+        _draw(sampler, num, decoder.vocab_size)
+
+
+def worth_trying(size: int) -> bool:
+    """Whether steps of so many rows or tokens may need kernels that those of other sizes do not."""
+    return size <= _FEW or size.bit_count() == 1
+
+
+def _steps(config: WorkerConfig) -> Iterator[Chunks]:
+    """Steps without graphs: of one token a row, of prompts, and of both."""
+    longest = min(config.max_num_batched_tokens, config.max_model_len)
+    most = min(config.max_num_seqs, longest)
+    for lengths in ([1], [1] * min(2, most), [1] * most, [2], [min(17, longest)], [longest], [1, max(longest - 1, 1)]):
+        if len(lengths) <= config.max_num_seqs:
+            yield _chunks(lengths)
+
+
+def _chunks(lengths: list[int]) -> Chunks:
+    ends = np.array(lengths, np.int32)
+    query_start = np.concatenate(([0], ends.cumsum()), dtype=np.int32)
+    return Chunks(
+        np.arange(len(ends), dtype=np.int32), np.zeros_like(ends), ends, np.ones(len(ends), bool), query_start
+    )
+
+
+def _draw(sampler: Sampler, num_rows: int, vocab_size: int) -> None:
+    """Draw for so many rows, in every way that there is, alone and beside others."""
+    rows, ones = np.arange(num_rows, dtype=np.int32), np.ones(num_rows, np.int32)
+    logits = torch.empty(num_rows, vocab_size, device=_META)
+    for sampling in SAMPLINGS:
+        sampler.enter([NewRow(row, ints([0]), 1, 0, 0, sampling, []) for row in range(num_rows)])
+        sampler.draw(logits, rows, ones, ones)
