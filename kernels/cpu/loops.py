@@ -556,6 +556,50 @@ def scan(begin, end, arguments):
                         state[row + p * size + n] = h[p, n]
 
 
+@_loop(17)
+def correct(begin, end, arguments):
+    """Gated delta rule of a head of a sequence, which is a row; see delta_scan.py."""
+    (
+        q, k, v, g, beta, states, state_stride, y, query_start, seq_lens, table, table_stride, block_size, num_heads,
+        num_k_heads, head_dim, size,
+    ) = _integers(arguments, 17)  # fmt: skip
+    q_at, k_at, v_at, g_at, beta_at = _f32_at(q), _f32_at(k), _f32_at(v), _f32_at(g), _f32_at(beta)
+    state, into = _f32_at(states), _f32_at(y)
+    starts, lengths, block = _i32_at(query_start), _i32_at(seq_lens), _i32_at(table)
+    h = np.empty((head_dim, size), np.float32)
+    for item in range(begin, end):
+        sequence, head = item // num_heads, item % num_heads
+        start, length = intp(starts[sequence]), intp(lengths[sequence])
+        before = length - (intp(starts[sequence + 1]) - start)
+        k_head, offset = head // (num_heads // num_k_heads), head * head_dim * size
+        h[:, :] = 0
+        if before > 0:
+            row = intp(block[sequence * table_stride + (before - 1) // block_size]) * state_stride + offset
+            for p in range(head_dim):
+                for n in range(size):
+                    h[p, n] = state[row + p * size + n]
+        for position in range(before, length):
+            token = start + position - before
+            first = (token * num_k_heads + k_head) * size
+            decay, part = _exp(g_at[token * num_heads + head]), beta_at[token * num_heads + head]
+            for p in range(head_dim):
+                place = (token * num_heads + head) * head_dim + p
+                found, total = float32(0), float32(0)
+                for n in range(size):
+                    h[p, n] *= decay
+                    found += h[p, n] * k_at[first + n]
+                error = part * (v_at[place] - found)
+                for n in range(size):
+                    h[p, n] += error * k_at[first + n]
+                    total += h[p, n] * q_at[first + n]
+                into[place] = total
+            if (position + 1) % block_size == 0 or position + 1 == length:
+                row = intp(block[sequence * table_stride + position // block_size]) * state_stride + offset
+                for p in range(head_dim):
+                    for n in range(size):
+                        state[row + p * size + n] = h[p, n]
+
+
 @_loop(18, 2)
 def attend(begin, end, arguments):
     """Attention of sequences that bring one token each; see paged_attention.py.

@@ -50,6 +50,14 @@ LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 SPARSE = {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 56}
 MAMBA2 = {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 10, "expand": 2, "chunk_size": 16}
 HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 16}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_value_head_dim": 20,
+    "linear_key_head_dim": 12,
+    "linear_conv_kernel_dim": 3,
+}
 LATENT = {
     "q_lora_rank": 28,
     "kv_lora_rank": 24,
@@ -313,6 +321,12 @@ ZOO: dict[str, list[Fields]] = {
             "routed_scaling_factor": 1.7,
         },
     ],
+    "Qwen3NextForCausalLM": [
+        {**DELTA, **FEW, **SPARSE, "rope_parameters": HALF, "decoder_sparse_step": 2},
+        {**DELTA, **FEW, **SPARSE, "mlp_only_layers": [1], "attention_bias": True, "norm_topk_prob": False},
+    ],
+    "Qwen3_5ForCausalLM": [{**DELTA, "rope_parameters": HALF}],
+    "Qwen3_5MoeForCausalLM": [{**DELTA, **FEW, **SPARSE, "rope_parameters": HALF}],
 }
 """architecture -> configs"""
 

@@ -77,8 +77,8 @@ class Attention(Mixer):
 
     def prepare(self, place: Place) -> None:
         super().prepare(place)
-        q, k, _ = self.qkv.local_sizes
-        self._num_heads, self._num_kv_heads = q // self.head_dim, k // self.head_dim
+        q, *_, v = self.qkv.local_sizes
+        self._num_heads, self._num_kv_heads = q // self.head_dim, v // self.head_dim
         self._options = {"scale": self.scale, "window": self.window, "soft_cap": self.soft_cap}
         if self.scores is not None:
             self._options |= self.scores.options
@@ -118,6 +118,24 @@ class Attention(Mixer):
             kv_write(k, v, cache, slots)
         y = paged_attention(q, cache, plan, **self._options).flatten(1)
         return self.out(y if self.norm_y is None else self.norm_y(y))
+
+
+class GatedAttention(Attention):
+    """What attention gives counts by a sigmoid of a gate for each of its numbers, projected beside q."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *rest: Any, bias: bool | None = False, **options: Any):
+        super().__init__(hidden_size, num_heads, *rest, bias=bias, **options)
+        parts = {"q": self.heads, "gate": self.heads, "k": self.kv_heads, "v": self.kv_heads}
+        self.qkv = Linear(parts, self.embed, bias=bias)
+
+    def __call__(self, x: Tensor | Sum, step: Step) -> Tensor:
+        num_q, num_kv = self._num_heads, self._num_kv_heads
+        heads = self.qkv(x).view(-1, 2 * num_q + 2 * num_kv, self.head_dim)
+        q, gate, k, v = heads.split((num_q, num_q, num_kv, num_kv), 1)
+        cache, plan, slots = step.state(self.number)
+        q = rope_and_write(q, k, v, step.angles(self.rope), cache, slots, self._norms, eps=self._eps)
+        y = paged_attention(q, cache, plan, **self._options)
+        return self.out(y.mul_(gate.sigmoid()).flatten(1))
 
 
 class LateNormAttention(Attention):

@@ -35,9 +35,9 @@ def concatenated(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]
     return {part: stored.rows(end - axis.size, end) for (part, axis), end in zip(parts.items(), ends, strict=True)}
 
 
-def by_group(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+def by_group(stored: Stored, parts: Mapping[str, Axis], num_groups: int = 0) -> dict[str, Stored]:
     """Group after group, each with its share of every part: the heads of q that read one KV head, that k, that v."""
-    num_groups = min(axis.count for axis in parts.values())
+    num_groups = num_groups or min(axis.count for axis in parts.values())
     shares = [axis.size // num_groups for axis in parts.values()]
     if stored.shape[0] != num_groups * sum(shares):
         raise ValueError
