@@ -2,7 +2,7 @@
 
     h = exp(g) h;   h[p, n] += beta (v[p] - sum over m of h[p, m] k[m]) k[n];   y[p] = sum over n of h[p, n] q[n]
 
-q, k    [num_tokens, num_k_heads, key_dim]                      f32, contiguous; head i reads i // (num_heads / num_k_heads)
+q, k    [num_tokens, num_k_heads, key_dim]           f32, contiguous; head i reads i // (num_heads / num_k_heads)
 v       [num_tokens, num_heads, head_dim]                       f32, contiguous
 g, beta [num_tokens, num_heads]                                 f32, contiguous; g <= 0
 states  [num_rows, num_heads * head_dim * key_dim]              f32  rows may be strided

@@ -327,6 +327,31 @@ ZOO: dict[str, list[Fields]] = {
     ],
     "Qwen3_5ForCausalLM": [{**DELTA, "rope_parameters": HALF}],
     "Qwen3_5MoeForCausalLM": [{**DELTA, **FEW, **SPARSE, "rope_parameters": HALF}],
+    "OlmoHybridForCausalLM": [  # transformers saves convolutions right where those of q, k and v are equally wide
+        {**DELTA, "linear_value_head_dim": 10, "linear_key_head_dim": 20},
+        {
+            **DELTA,
+            "linear_value_head_dim": 10,
+            "linear_key_head_dim": 20,
+            "linear_allow_neg_eigval": False,
+            "attention_bias": True,
+        },
+    ],
+    "FalconH1ForCausalLM": [
+        {
+            **HYBRID,
+            "mamba_d_ssm": 128,
+            "embedding_multiplier": 3.0,
+            "lm_head_multiplier": 0.7,
+            "key_multiplier": 0.8,
+            "attention_in_multiplier": 1.3,
+            "attention_out_multiplier": 0.6,
+            "ssm_in_multiplier": 0.7,
+            "ssm_out_multiplier": 1.4,
+            "ssm_multipliers": [0.5, 1.2, 0.8, 1.5, 0.9],
+            "mlp_multipliers": [0.8, 1.3],
+        },
+    ],
 }
 """architecture -> configs"""
 
@@ -372,6 +397,10 @@ UNUSED: dict[str, set[str]] = {
         *("expand", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap"),
         *("n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "use_bias"),
         *("routed_scaling_factor", "topk_group"),
+    },
+    "FalconH1ForCausalLM": {"mamba_expand", "mamba_norm_before_gate"},
+    "OlmoHybridForCausalLM": {
+        *("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min"),
     },
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},

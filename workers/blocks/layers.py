@@ -50,6 +50,19 @@ class ParallelLayer(Block):
         return y.add_(self.mlp(x if self.norm_mlp is None else self.norm_mlp(residual.to(x.dtype))))
 
 
+class TwoMixerLayer(Block):
+    """Two mixers side by side after one norm, then an MLP."""
+
+    def __init__(self, *, norm_in: Norm, mixes: list[Mixer], norm_mlp: Norm, mlp: Any):
+        self.norm_in, self.mixes = norm_in, mixes
+        self.norm_mlp, self.mlp = norm_mlp, mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, self.norm_in)
+        delta = self.mixes[0](x, step).add_(self.mixes[1](x, step))
+        return self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
+
+
 class MixerLayer(Block):
     """A mixer alone."""
 

@@ -205,11 +205,15 @@ class Mamba2(Recurrent):
 
 
 class GatedDeltaNet(Recurrent):
-    """Qwen3-Next: linear attention whose state is corrected towards each value, and a norm of heads before the gate."""
+    """Qwen3-Next: linear attention whose state is corrected towards each value, and a norm of heads before the gate.
+
+    Args:
+        most: part of a correction that is made at most; beyond 1 what a state holds may change its sign.
+    """
 
     def __init__(
         self, hidden_size: int, num_heads: int, num_k_heads: int, head_dim: int, key_dim: int, width: int, *,
-        norm_eps: float,
+        norm_eps: float, most: float = 1.0,
     ):  # fmt: skip
         embed, heads = Axis("embed", hidden_size), Axis("heads", num_heads)
         self.keys, self.values = Axis("heads", num_k_heads, key_dim), Axis("heads", num_heads, head_dim)
@@ -220,7 +224,7 @@ class GatedDeltaNet(Recurrent):
         self.a_log, self.dt_bias = Vector(heads), Vector(heads)
         self.norm = RMSNorm(head_dim, norm_eps)
         self.out = Linear(embed, self.values)
-        self.head_dim, self.key_dim = head_dim, key_dim
+        self.head_dim, self.key_dim, self.most = head_dim, key_dim, most
 
     def state_len(self, mesh: Mesh) -> int:
         return self.conv.state_len(mesh) + mesh.span(self.values).size * self.key_dim
@@ -247,6 +251,7 @@ class GatedDeltaNet(Recurrent):
         )
         g = F.softplus(a + self.dt_bias.weight).mul_(self._a)
         v = v.unflatten(1, (-1, self.head_dim)).contiguous()
-        y = delta_scan(q, k, v, g, b.sigmoid().contiguous(), states[:, self._conv_len :], plan)
+        beta = b.sigmoid().mul_(self.most).contiguous()
+        y = delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan)
         y = self.norm(y.to(z.dtype)).flatten(0, 1)
         return self.out(silu_mul(torch.cat((z.reshape(y.shape), y), 1)).view(z.shape))

@@ -1,18 +1,18 @@
 """State space models and hybrids: Mamba, FalconMamba (norms inside), Mamba 2; Jamba, Bamba, Granite 4, Nemotron-H, with
-some layers of attention; LFM 2, with short convolutions."""
+some layers of attention; Falcon-H1, with both in each; LFM 2, with short convolutions."""
 
 from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer, MixerLayer, MLPLayer
+from cableway.workers.blocks.layers import Layer, MixerLayer, MLPLayer, TwoMixerLayer
 from cableway.workers.blocks.mamba import Mamba, Mamba2, ShortConv
 from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.moe import sigmoid
 from cableway.workers.blocks.norm import RMSNorm, RMSScale, Scale
-from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Size
+from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Never, Size
 from cableway.workers.models.moe import GRANITE_MOE, mixture, on_frame
-from cableway.workers.models.names import ATTENTION, EMBEDDINGS, experts, names
+from cableway.workers.models.names import ATTENTION, EMBEDDINGS, Names, Target, experts, names, scaled
 from cableway.workers.models.registry import arch
 
 LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
@@ -279,6 +279,76 @@ class Lfm2Config(MoEConfig, frozen=True, kw_only=True):
                 step = config.get("block_multiple_of", 256)
                 size = -(-int(config["block_ffn_dim_multiplier"] * size) // step) * step
             config["intermediate_size"] = size
+
+
+class FalconH1Config(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    attention_bias: Never = False
+    mlp_bias: Never = False
+    projectors_bias: Never = False
+    mamba_proj_bias: Never = False
+    mamba_rms_norm: Never = False
+    mamba_n_heads: Size = 128
+    mamba_d_head: Size = 64
+    mamba_n_groups: Size = 1
+    mamba_d_state: Size = 256
+    mamba_d_conv: Size = 4
+    mamba_conv_bias: bool = True
+    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    embedding_multiplier: Factor = 1.0
+    lm_head_multiplier: Factor = 1.0
+    key_multiplier: Factor = 1.0
+    attention_in_multiplier: Factor = 1.0
+    attention_out_multiplier: Factor = 1.0
+    ssm_in_multiplier: Factor = 1.0
+    ssm_out_multiplier: Factor = 1.0
+    ssm_multipliers: tuple[Factor, Factor, Factor, Factor, Factor] = (1.0,) * 5
+    mlp_multipliers: tuple[Factor, Factor] = (1.0, 1.0)
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        wide = config.get("mamba_d_ssm") or config.get("mamba_expand", 2) * config["hidden_size"]
+        if wide != config["mamba_n_heads"] * config["mamba_d_head"]:
+            raise ValueError("mamba_n_heads of mamba_d_head are not as wide as mamba_d_ssm")
+
+
+def _falcon_h1_names(c: FalconH1Config) -> Names:
+    """Multipliers of what linear maps take or give are taken into their weights."""
+    sections = {part: c.ssm_in_multiplier * m for part, m in zip("zxbc", c.ssm_multipliers, strict=False)}
+    sections["dt"] = c.ssm_in_multiplier * c.ssm_multipliers[4]
+    scales = {
+        "mamba.in_proj": Target("mixes.0.project", layout=scaled(sections)),
+        "mamba.out_proj": Target("mixes.0.out", layout=scaled(c.ssm_out_multiplier)),
+        "self_attn.q_proj": Target("mixes.1.qkv.q", layout=scaled(c.attention_in_multiplier)),
+        "self_attn.k_proj": Target("mixes.1.qkv.k", layout=scaled(c.attention_in_multiplier * c.key_multiplier)),
+        "self_attn.v_proj": Target("mixes.1.qkv.v", layout=scaled(c.attention_in_multiplier)),
+        "self_attn.o_proj": Target("mixes.1.out", layout=scaled(c.attention_out_multiplier)),
+        "feed_forward.gate_proj": Target("mlp.gate_up.gate", layout=scaled(c.mlp_multipliers[0])),
+        "feed_forward.down_proj": Target("mlp.down", layout=scaled(c.mlp_multipliers[1])),
+    }
+    mixer = names(MIXER, prefix="model.layers.{}.mamba.", to="layers.{}.mixes.0.")
+    out = names({"model.final_layernorm": "norm_out"})
+    return EMBEDDINGS | FEED_FORWARD | mixer | names(scales, **LAYER) | out
+
+
+@arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names)
+def falcon_h1(c: FalconH1Config) -> Decoder:
+    norm = RMSNorm(c.hidden_size, c.norm_eps)
+    mix = Mamba2(
+        c.hidden_size,
+        c.mamba_n_heads,
+        c.mamba_d_head,
+        c.mamba_n_groups,
+        c.mamba_d_state,
+        c.mamba_d_conv,
+        bias=False,
+        conv_bias=c.mamba_conv_bias,
+        norm_eps=None,
+        limit=c.time_step_limit,
+    )
+    layer = TwoMixerLayer(norm_in=norm, mixes=[mix, Attention.of(c)], norm_mlp=norm, mlp=MLP.of(c))
+    embed, logits = Scale(c.embedding_multiplier), Scale(c.lm_head_multiplier)
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
 @arch("MambaForCausalLM", config=MambaConfig, hf=MAMBA)

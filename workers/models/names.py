@@ -64,6 +64,17 @@ def transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     return concatenated(stored.changed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)
 
 
+def scaled(factors: Mapping[str, float] | float, layout: Layout = concatenated) -> Layout:
+    """A layout whose parts are multiplied as they are read: all by one number, or each by its own."""
+
+    def times(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+        by_part = factors if isinstance(factors, Mapping) else dict.fromkeys(parts, factors)
+        cut = layout(stored, parts)
+        return {part: one.changed(one.shape, lambda t, f=by_part[part]: t * f) for part, one in cut.items()}
+
+    return times
+
+
 def normalised_rows(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """Rows that are brought to length 1 before they are used."""
     return concatenated(stored.changed(stored.shape, F.normalize), parts)
@@ -141,7 +152,7 @@ class Names:
         """The target of one tensor, with its leaf, or None when the scheme does not know it."""
         stem, _, leaf = name.rpartition(".")
         for known, leaf_of in ((name, "weight"), (stem, leaf)):
-            if target := self.targets.get(_NUMBER.sub("{}", known)):
+            if target := self.targets.get(known) or self.targets.get(_NUMBER.sub("{}", known)):
                 path = target.path.format(*_NUMBER.findall(known))
                 return target._replace(path=path, leaf=target.leaf or leaf_of)
         return None
