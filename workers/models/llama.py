@@ -36,7 +36,7 @@ def pre_norm(
 
 @arch("LlamaForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_LLAMA)
 @arch("AquilaForCausalLM", "AquilaModel", "XverseForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
-@arch("NanbeigeForCausalLM", "CwmForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
+@arch("NanbeigeForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
 @arch(
     "YiForCausalLM",
     config=LlamaConfig,
