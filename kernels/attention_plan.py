@@ -2,12 +2,16 @@
 
     a = softmax(cap(scale * q · kᵀ) + mask) v,   cap(z) = soft_cap * tanh(z / soft_cap) where soft_cap > 0
 
+With `slopes` (ALiBi) the mask falls by slopes[h] for each position that a key lies back; with `sinks` the softmax has
+one score more, sinks[h], that nothing is read for.
+
 The i-th of the n new tokens of a sequence of length L (n included) has position p = L - n + i and sees the keys at
 positions 0 … p, or p - window + 1 … p where window > 0. Query head h reads KV head h // (num_heads / num_kv_heads).
 The new tokens' own keys and values are already in the cache: kv_write runs first.
 
 q            [num_tokens, num_heads, head_dim]  dtype of cache; heads contiguous, tokens may be strided
 cache        [2, num_blocks, block_size, num_kv_heads, head_dim]  bf16|f16|f32; see kv_write.py
+slopes, sinks  [num_heads] f32 or None
 plan         an AttentionPlan: which tokens and which blocks each sequence has
 returns      [num_tokens, num_heads, head_dim]  contiguous
 """
@@ -79,8 +83,10 @@ def num_bytes(made: Call) -> int:
     return 2 * nbytes(q) + nbytes(cache[:, 0, 0]) * sum(length for _, _, length in plan.spans)
 
 
-def check_fits(q: Tensor, cache: Tensor) -> None:
-    """Raise ValueError where q or the cache are not what the contract says."""
+def check_fits(q: Tensor, cache: Tensor, *by_head: Tensor | None) -> None:
+    """Raise ValueError where q, the cache, or slopes and sinks are not what the contract says."""
+    for x in by_head:
+        check(x is None or (x.shape == q.shape[1:2] and x.dtype == torch.float32), "slopes or sinks are not [H] f32")
     check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
     check(
         q.dtype in FLOATS and q.dtype == cache.dtype and cache.is_contiguous() and cache.shape[4] == q.shape[2],
@@ -90,8 +96,9 @@ def check_fits(q: Tensor, cache: Tensor) -> None:
 
 
 def ref(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     group, block_size = q.shape[1] // cache.shape[3], cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for i, (start, end, length) in enumerate(plan.spans):
@@ -101,9 +108,13 @@ def ref(
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         distance = torch.arange(length - end + start, length)[:, None] - torch.arange(length)
+        if slopes is not None:
+            scores = scores - slopes[:, None, None] * distance.to(q.device)
         unseen = (distance < 0) | (distance >= (window or length))
         scores = scores.masked_fill(unseen.to(q.device), float("-inf"))
-        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, end - start, 1)), -1)
+        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :length], v).to(q.dtype)
     return out
 
 
@@ -115,6 +126,8 @@ def make(
     window: int = 0,
     soft_cap: float = 0.0,
     invariant: bool = False,
+    slopes: bool = False,
+    sinks: bool = False,
     device: str = "cpu",
 ) -> Call:
     """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_kv_heads, head_dim."""
@@ -138,4 +151,6 @@ def make(
         max_seq_len=max(seq_lens),
         invariant=invariant,
     )
-    return call(q, cache, plan, scale=2 * head_dim**-0.5, window=window, soft_cap=soft_cap)
+    by_head = {"slopes": torch.rand(num_heads, device=device)} if slopes else {}
+    by_head |= {"sinks": torch.randn(num_heads, device=device) * 2} if sinks else {}
+    return call(q, cache, plan, scale=2 * head_dim**-0.5, window=window, soft_cap=soft_cap, **by_head)

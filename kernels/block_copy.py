@@ -35,7 +35,7 @@ def _block_copy(cache_ptr, pairs_ptr, block_len, value_offset, BLOCK: tl.constex
 def launch(cache: Tensor, pairs: Tensor) -> None:
     check(are_contiguous(cache, pairs), "cache or pairs are strided")
     block_len = cache[0, 0].numel()
-    _block_copy[(pairs.shape[0], triton.cdiv(block_len, 1024), 2)](
+    _block_copy[(pairs.shape[0], triton.cdiv(block_len, 1024), cache.shape[0])](
         cache, pairs, block_len, cache.stride(0), BLOCK=1024, num_warps=4
     )
 
@@ -63,7 +63,7 @@ def make(num_pairs, block_size, num_kv_heads, head_dim, dtype, num_blocks=16, de
 )
 def block_copy(cache: Tensor, pairs: Tensor) -> None:
     """Copy block pairs[i, 0] over block pairs[i, 1], keys and values; ValueError when shapes or dtypes do not fit."""
-    check(cache.dim() == 5 and cache.shape[0] == 2, "cache is not [2, num_blocks, block_size, num_kv_heads, head_dim]")
+    check(cache.dim() == 5, "cache is not [planes, num_blocks, block_size, num_kv_heads, head_dim]")
     check(pairs.dim() == 2 and pairs.shape[1] == 2 and pairs.dtype == torch.int64, "pairs are not [num_pairs, 2] i64")
     if cache.device.type != "cpu":
         return launch(cache, pairs)

@@ -22,9 +22,11 @@ from cableway.kernels.lang import jit, loops, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 
-def kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of one layer's cache; a block takes 2 * block_size * num_kv_heads * head_dim elements of it."""
-    return (2, num_blocks, block_size, num_kv_heads, head_dim)
+def kv_cache_shape(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, num_planes: int = 2
+) -> tuple[int, ...]:
+    """Shape of one layer's cache; a block takes num_planes * block_size * num_kv_heads * head_dim elements of it."""
+    return (num_planes, num_blocks, block_size, num_kv_heads, head_dim)
 
 
 def ref(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:

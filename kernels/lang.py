@@ -24,6 +24,7 @@ class _AtFirstUse:
 
 
 loops = _AtFirstUse("cableway.kernels.cpu.loops")
+scans = _AtFirstUse("cableway.kernels.cpu.scans")
 products = _AtFirstUse("cableway.kernels.cpu.products")
 
 try:

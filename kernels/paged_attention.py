@@ -19,18 +19,22 @@ from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid,
 
 
 def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    by_head = {"slopes": slopes, "sinks": sinks}
     if plan.invariant or not plan.may_have_singles:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:
-        out = paged_decode.launch(q, cache, plan, **options)
+        out = paged_decode.launch(q, cache, plan, **options, **by_head)
         if plan.max_query_len == 1 and len(q) == len(plan.seq_lens):
             return out
-    prefill = hopper_prefill if hopper_prefill.fits(q, plan) else paged_prefill
-    prefill.launch(q, cache, plan, out, **options)
+    if slopes is None and sinks is None and hopper_prefill.fits(q, plan):
+        hopper_prefill.launch(q, cache, plan, out, **options)
+    else:
+        paged_prefill.launch(q, cache, plan, out, **options, **by_head)
     return out
 
 
@@ -55,6 +59,8 @@ BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
         *grid(spans=(DECODE, MIXED), heads=((9, 3, 64), (4, 4, 32)), dtype=FLOATS, invariant=(False, True)),
         *grid(spans=(MIXED, DECODE), heads=((6, 2, 80),), dtype=FLOATS, window=(16,), soft_cap=(0.0, 2.0)),
         *grid(spans=(MIXED,), heads=((4, 1, 16),), dtype=FLOATS, block_size=(8, 24), window=(0, 9), invariant=(True,)),
+        *grid(spans=(MIXED,), heads=((6, 2, 32),), dtype=FLOATS, window=(9,), slopes=(False, True), sinks=(True,)),
+        *grid(spans=(MIXED,), heads=((4, 4, 16),), dtype=FLOATS, slopes=(True,), soft_cap=(2.0,), invariant=(True,)),
     ],
     bench_cases=grid(
         spans=(((1, 128),), ((1, 1024),), BENCH_DECODE, BENCH_PREFILL, BENCH_MIXED),
@@ -66,9 +72,10 @@ BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
 def paged_attention(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attend q [T, H, D] to the cached keys of its sequences -> [T, H, D]; ValueError when shapes do not fit."""
-    check_fits(q, cache)
+    check_fits(q, cache, slopes, sinks)
     form = cpu_attention.attend if q.device.type == "cpu" else launch
-    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)
+    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap, slopes=slopes, sinks=sinks)

@@ -64,11 +64,16 @@ def _places(
 
 
 @jit
-def _add_tile(q, k, v, key_inside, top, mass, sums, scale, soft_cap, HAS_CAP: tl.constexpr):
+def _add_tile(
+    q, k, v, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+):  # fmt: skip
     """Take one more tile of keys into a softmax."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if HAS_CAP:
         scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
+    if HAS_SLOPES:
+        scores -= slope[:, None] * distance.to(tl.float32)[None, :]
     scores = tl.where(key_inside[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp(scores - new_top[:, None])
@@ -80,22 +85,23 @@ def _add_tile(q, k, v, key_inside, top, mass, sums, scale, soft_cap, HAS_CAP: tl
 
 @jit
 def _attend(
-    q, k, v, keys_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap,
+    q, k, v, keys_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, newest, slope, top, mass,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_CAP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr, HAS_TILE: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
     """Softmax over a stretch of keys: top score [rows], mass [rows] and weighted sums [rows, dim], all f32.
+
+    It begins from `top` and `mass`. Scores fall by `slope` [rows] with a key's distance from the key `newest`.
 
     HAS_TILE: k and v are the first tile's, and each tile is loaded while the one before it is added up; otherwise
     tiles go through shared memory, several at a time.
     """
-    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_ROWS,), tl.float32)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
     key = first_key + tl.arange(0, TILE)
     block = tl.load(table_ptr + (key + HAS_TILE * TILE) // BLOCK_SIZE, mask=key + HAS_TILE * TILE < end_key, other=0)
     for _ in range(first_key, end_key, TILE):
-        key_inside = key < end_key
+        key_inside, distance = key < end_key, newest - key
         next_key = key + TILE
         if HAS_TILE:
             this_k, this_v = k, v
@@ -110,7 +116,9 @@ def _attend(
             after = next_key
         # The blocks of a tile are known before its keys are asked for.
         block = tl.load(table_ptr + after // BLOCK_SIZE, mask=after < end_key, other=0)
-        top, mass, sums = _add_tile(q, this_k, this_v, key_inside, top, mass, sums, scale, soft_cap, HAS_CAP)
+        top, mass, sums = _add_tile(
+            q, this_k, this_v, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP, HAS_SLOPES
+        )
         key = next_key
     return top, mass, sums
 
@@ -151,9 +159,10 @@ def _put_together(
 @jit(do_not_specialize=("tops_ptr", "masses_ptr", "table_stride"))  # which vary between steps
 def _paged_decode(
     q_ptr, cache_ptr, out_ptr, table_ptr, work_ptr, arrivals_ptr, tops_ptr, masses_ptr, sums_ptr,
-    scale, soft_cap, q_stride, value_offset, table_stride,
+    seq_lens_ptr, slopes_ptr, sinks_ptr, scale, soft_cap, q_stride, value_offset, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_CAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr, EARLY: tl.constexpr,
     IS_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -197,9 +206,18 @@ def _paged_decode(
             newest_v = tl.load(newest_ptr + value_offset + dim, mask=has_newest, other=0.0)
             k = tl.where((key == newest)[:, None], newest_k[None, :], k)
             v = tl.where((key == newest)[:, None], newest_v[None, :], v)
+        top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+        mass, slope, last_key = tl.zeros((BLOCK_ROWS,), tl.float32), top, 0
+        if HAS_SLOPES:
+            slope = tl.load(slopes_ptr + first_head + head, mask=head < GROUP, other=0.0)
+            last_key = tl.load(seq_lens_ptr + sequence) - 1
+        if HAS_SINKS and item == first_item:  # a score that one part has seen before all keys
+            top = tl.load(sinks_ptr + first_head + head, mask=head < GROUP, other=0.0)
+            mass += 1.0
         top, mass, sums = _attend(
             q, k, v, cache_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap,
-            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE, EARLY,
+            last_key, slope, top, mass,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE, EARLY, HAS_SLOPES,
         )  # fmt: skip
         out_ptr += (sequence * NUM_KV_HEADS * GROUP + first_head) * HEAD_DIM
         if num_parts == 1:
@@ -228,15 +246,18 @@ def _num_processors(device: torch.device) -> int:
 
 
 def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     tuning = FEW if len(plan.seq_lens) <= _MOST_FEW else MANY
-    return launch_tuned(q, cache, plan, tuning, scale=scale, window=window, soft_cap=soft_cap)
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "slopes": slopes, "sinks": sinks}
+    return launch_tuned(q, cache, plan, tuning, **options)
 
 
 def launch_tuned(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, window: int, soft_cap: float
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, window: int, soft_cap: float,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     check(are_contiguous(plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     group = num_heads // num_kv_heads
@@ -255,8 +276,10 @@ def launch_tuned(
     sums, tops, masses = parts.split((num_parts * head_dim, num_parts, num_parts))
     _paged_decode[(num_kv_heads, len(work))](
         q, cache, out, plan.block_table, work, arrivals, tops, masses, sums,
+        plan.seq_lens, q if slopes is None else slopes, q if sinks is None else sinks,
         scale, soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=soft_cap > 0,
+        HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
         BLOCK_PARTS=max(512 * tuning.num_warps // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
         EARLY=tuning.early,
@@ -283,6 +306,8 @@ UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
         *grid(spans=(MANY_SHORT,), heads=((4, 2, 128), (3, 3, 96)), dtype=FLOATS, window=(0, 50)),
         *grid(spans=(LONG, UNEVEN), heads=((6, 2, 80),), dtype=FLOATS, window=(16, 600), block_size=(32,)),
         *grid(spans=(UNEVEN,), heads=((6, 2, 112),), dtype=FLOATS, window=(0, 300), soft_cap=(2.0,)),
+        *grid(spans=(LONG, UNEVEN), heads=((6, 2, 32),), dtype=FLOATS, slopes=(False, True), sinks=(True,)),
+        *grid(spans=(UNEVEN,), heads=((3, 3, 48),), dtype=FLOATS, window=(300,), slopes=(True,), soft_cap=(2.0,)),
         *grid(spans=(UNEVEN,), heads=((16, 1, 96), (3, 3, 256), (20, 1, 192)), dtype=FLOATS, block_size=(64, 24)),
     ],
     bench_cases=grid(
@@ -294,14 +319,15 @@ UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
 def paged_decode(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0
-) -> Tensor:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attend q [num_seqs, H, D] to the cached keys of its sequences -> the same shape; ValueError as paged_attention.
 
     The sums of a sequence may be cut otherwise in another batch: not for plans that ask for invariant results.
     """
-    check_fits(q, cache)
+    check_fits(q, cache, slopes, sinks)
     check(len(q) == len(plan.seq_lens) and plan.max_query_len == 1, "not one token a sequence")
     check(not plan.invariant, "the plan asks for invariant results")
     form = cpu_attention.attend if q.device.type == "cpu" else launch
-    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap)
+    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap, slopes=slopes, sinks=sinks)

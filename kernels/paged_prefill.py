@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
 def _paged_prefill(
-    q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, scale, soft_cap, window,
-    q_stride, value_offset, table_stride, block_size, num_kv_heads,
+    q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, slopes_ptr, sinks_ptr, scale,
+    soft_cap, window, q_stride, value_offset, table_stride, block_size, num_kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One item of the work, TILE query tokens of one sequence, for the query heads of one KV head."""
@@ -44,6 +45,12 @@ def _paged_prefill(
 
         top = tl.full((TILE * BLOCK_GROUP,), float("-inf"), tl.float32)
         mass = tl.zeros((TILE * BLOCK_GROUP,), tl.float32)
+        slope = 0.0
+        if HAS_SINKS:  # a score that was seen first
+            top = tl.load(sinks_ptr + kv_head * GROUP + head, mask=head < GROUP, other=0.0)
+            mass += 1.0
+        if HAS_SLOPES:
+            slope = tl.load(slopes_ptr + kv_head * GROUP + head, mask=head < GROUP, other=0.0)[:, None]
         sums = tl.zeros((TILE * BLOCK_GROUP, BLOCK_DIM), tl.float32)
         last_key = tl.minimum(length, length - num_queries + first_query + TILE)
         first_key = 0
@@ -61,6 +68,8 @@ def _paged_prefill(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             if HAS_CAP:
                 scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
+            if HAS_SLOPES:
+                scores += slope * (key[None, :] - position[:, None]).to(tl.float32)
             seen = key_inside[None, :] & (key[None, :] <= position[:, None])
             if HAS_WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - window)
@@ -78,8 +87,9 @@ def _paged_prefill(
 
 
 def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, *, scale: float, window: int, soft_cap: float
-) -> None:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, *, scale: float, window: int, soft_cap: float,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> None:  # fmt: skip
     """Write `out` [T, H, D] for all sequences of an invariant plan, else for those that paged_decode leaves."""
     (num_tokens, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     group = num_heads // num_kv_heads
@@ -91,9 +101,11 @@ def launch(
     block_keys = min(max((1 << 14) // (block_dim * q.element_size()), 16), 64)
     work = plan.prefill_work(num_tokens=num_tokens, tile=tile, skips_singles=not plan.invariant)
     _paged_prefill[(num_kv_heads, len(work))](
-        q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work, scale, soft_cap, window,
+        q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work,
+        q if slopes is None else slopes, q if sinks is None else sinks, scale, soft_cap, window,
         q.stride(0), cache.stride(0), plan.block_table.stride(0), block_size, num_kv_heads,
         GROUP=group, HEAD_DIM=head_dim, HAS_CAP=soft_cap > 0, HAS_WINDOW=window > 0,
+        HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         TILE=tile, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim, BLOCK_KEYS=block_keys,
         num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -40,10 +40,13 @@ CHAT_TEMPLATE = (
 
 def oracle(family: str, *, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
     """A random model of `family` in float32; `overrides` are fields of its config, `head_dim=None` leaves it out."""
-    config_class, model_class = FAMILIES[family]
-    fields = {**SIZES, **overrides}
-    config = config_class(**{name: fields[name] for name in fields if name != "head_dim" or fields[name]})
-    config._attn_implementation = "eager"
+    return random_model(FAMILIES[family][1], {**SIZES, **overrides}, seed)
+
+
+def random_model(model_class: Any, fields: dict[str, Any], seed: int = 0, *, attention: str = "eager") -> Any:
+    """A random transformers model in float32; `head_dim` is left out of the config where it is None."""
+    config = model_class.config_class(**{name: fields[name] for name in fields if name != "head_dim" or fields[name]})
+    config._attn_implementation = attention
     model = model_class(config).eval()
     randomize(model, seed)
     return model
@@ -55,12 +58,15 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if weight.dim() > 1:
+            if weight.dim() > 1 and "norm" not in name:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 weight.copy_(_SCALES["bias"] * noise)
             else:
                 weight.copy_(1 + _SCALES["norm"] * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias") and buffer.is_floating_point():  # such as corrections of routers
+                buffer.copy_(_SCALES["bias"] * torch.randn(buffer.shape, generator=generator))
 
 
 def save(model: transformers.PreTrainedModel, folder: Path, *, old_spelling: bool = False, **save_options: Any) -> Path:

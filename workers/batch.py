@@ -10,11 +10,13 @@ from torch import Tensor
 class StateSpec:
     """A group of layers whose state is paged alike: one block table serves them all."""
 
-    kind: str  # paged | sliding
-    layers: tuple[int, ...]  # indices into the model's layers, ascending
+    kind: str  # paged | sliding | latent | recurrent
+    layers: tuple[int, ...]  # numbers of the model's mixers, ascending
     num_kv_heads: int
     head_dim: int
     window: int = 0  # tokens a sliding layer sees, itself included; 0 = all
+    num_planes: int = 2  # rows a token keeps: its keys and its values, or one of both
+    state_len: int = 0  # float32 numbers of a state that stands for all tokens so far, one a block; 0 = rows by token
 
     @property
     def num_layers(self) -> int:
@@ -41,6 +43,7 @@ class Batch:
     logits_at: Tensor  # [R] i64; tokens whose logits are wanted
     invariant: bool = False  # results of a sequence must not depend, to the bit, on the rest of the batch or on chunks
     may_have_singles: bool = True  # whether the first sequence may bring one token
+    block_size: int = 0  # tokens of a block
 
     @property
     def num_tokens(self) -> int:

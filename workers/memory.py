@@ -85,16 +85,19 @@ def outline(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype) -> KVCac
 def _make(
     groups: Sequence[StateSpec], config: WorkerConfig, num_blocks: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
-    places = _places(groups, config.block_size)
-    tensors = {place: _zeros((2, num_blocks, *place[0][2:]), dtype, device) for place in dict.fromkeys(places.values())}
+    places = _places(groups, config.block_size, dtype)
+    tensors = {
+        (shape, kind, index): _zeros((shape[0], num_blocks, *shape[2:]), kind, device)
+        for shape, kind, index in dict.fromkeys(places.values())
+    }
     layers = [tensors[places[layer]] for layer in sorted(places)]
     return KVCache(layers, list(tensors.values()), num_blocks)
 
 
 def _block_bytes(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dtype) -> int:
     """Of one block in all tensors."""
-    places = dict.fromkeys(_places(groups, config.block_size).values())
-    return sum(torch.Size(shape).numel() for shape, _ in places) * dtype.itemsize
+    places = dict.fromkeys(_places(groups, config.block_size, dtype).values())
+    return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind, _ in places)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -176,15 +179,25 @@ def dry_run(decoder: Decoder, config: WorkerConfig, cache: KVCache) -> None:
         slots=list(slots),
         logits_at=torch.zeros(min(num_seqs, num_tokens), dtype=torch.int64, device=device),
         invariant=config.batch_invariant,
+        block_size=config.block_size,
     )
     hidden = decoder.forward(batch, cache.layers)
     decoder.logits(hidden.index_select(0, batch.logits_at))
 
 
-def _places(groups: Sequence[StateSpec], block_size: int) -> dict[int, tuple[tuple[int, ...], int]]:
-    """layer -> (shape of one block's memory, which of the tensors of that shape)."""
+def block_memory(group: StateSpec, block_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of one block of one layer."""
+    if group.state_len:
+        return (1, 1, 1, 1, group.state_len), torch.float32
+    return kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim, group.num_planes), dtype
+
+
+def _places(
+    groups: Sequence[StateSpec], block_size: int, dtype: torch.dtype
+) -> dict[int, tuple[tuple[int, ...], torch.dtype, int]]:
+    """layer -> (shape and dtype of one block's memory, which of the tensors of that shape)."""
     return {
-        layer: (kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim), index)
+        layer: (*block_memory(group, block_size, dtype), index)
         for group in groups
         for index, layer in enumerate(group.layers)
     }

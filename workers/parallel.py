@@ -69,6 +69,10 @@ class Mesh:
         size = axis.size // ranks
         return Span(rank * size, (rank + 1) * size, size)
 
+    def num_held(self, axis: Axis) -> int:
+        """Numbers of an axis that all ranks hold together: more than it has where some hold the same."""
+        return self.span(axis).size * self._num_ranks(axis)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum x over the ranks, in place."""
         if self.tp_size > 1:

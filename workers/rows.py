@@ -184,5 +184,6 @@ class Rows:
         )
         tables = [table[:, :num_blocks].index_select(0, rows) for table in self.block_tables]
         return Batch(
-            token_ids, positions, query_start, seq_lens, max_query_len, max_seq_len, tables, list(slots), **rest
-        )
+            token_ids, positions, query_start, seq_lens, max_query_len, max_seq_len, tables, list(slots),
+            block_size=block_size, **rest,
+        )  # fmt: skip

@@ -5,7 +5,6 @@ needed, and every slot is filled. Then slots are loaded from mapped files, a few
 model and a few slots' worth of work.
 """
 
-import itertools
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -84,9 +83,9 @@ def _find(files: ModelFiles, place: Place, load_format: str, seed: int) -> tuple
     slots = dict(decoder.slots())
     if load_format == "dummy":
         return decoder, _random(slots, decoder.tied, place, seed)
-    if files.kind not in architecture.names:
+    if files.kind not in architecture.schemes:
         raise ModelError(f"{files.path}: {architecture.name} is not known in {files.kind} files")
-    names = architecture.names[files.kind]
+    names = architecture.names(files.kind, files.config)
     return decoder, _match(slots, decoder.tied, open_files(files), names, files.path)
 
 
@@ -131,18 +130,19 @@ def _match(
     owners |= {path: (path, list(slot.parts)) for path, slot in slots.items()}
     unknown = []
     for name, stored in tensors.items():
-        stem, _, leaf = name.rpartition(".")
-        target = names.find(stem)
-        if names.ignores(stem) or (target and target.path in tied):
+        target = names.find(name)
+        if names.ignores(name) or (target and target.path in tied and target.leaf == "weight"):
             continue
         path, parts = owners.get(target.path, ("", [])) if target else ("", [])
-        if not parts or leaf not in slots[path].leaves:
+        if not parts or target.leaf not in slots[path].leaves:
             unknown.append(name)
             continue
-        for part, tensor in _unfuse(stored, slots[path], parts, leaf, target, source).items():
-            if leaf in filling[path][part]:
+        if target.parts:
+            parts = [part for part in parts if part.rpartition(".")[2] in target.parts]
+        for part, tensor in _unfuse(stored, slots[path], parts, target, source).items():
+            if target.leaf in filling[path][part]:
                 raise ModelError(f"{source}: tensor {name!r} fills {path!r} a second time")
-            filling[path][part][leaf] = tensor
+            filling[path][part][target.leaf] = tensor
     for path, other in tied.items():
         filling[path] = filling[other]
     missing = [name for path, slot in slots.items() for name in _missing(path, slot, filling[path])]
@@ -154,19 +154,21 @@ def _match(
     return filling
 
 
-def _unfuse(stored: Stored, slot: Slot, parts: list[str], leaf: str, target: Target, source: str) -> dict[str, Stored]:
-    """One tensor as the parts that it holds, one after another; ModelError when its shape is not theirs."""
-    sizes = [slot.parts[part].size for part in parts]
-    shape = (sum(sizes), *slot.leaves[leaf])
-    if stored.shape != shape:
+def _unfuse(stored: Stored, slot: Slot, parts: list[str], target: Target, source: str) -> dict[str, Stored]:
+    """One tensor as the parts that it holds; ModelError when its shape is not theirs."""
+    axes, dims = {part: slot.parts[part] for part in parts}, slot.leaves[target.leaf]
+    try:
+        cut = target.layout(stored, axes)
+        if any(tensor.shape != (axes[part].size, *dims) for part, tensor in cut.items()):
+            raise ValueError
+    except (ValueError, IndexError):
+        shape = (sum(axis.size for axis in axes.values()), *dims)
         raise ModelError(
             f"{source}: tensor {stored.name!r} has shape {stored.shape}, slot {target.path!r} takes {shape}"
-        )
-    ends = list(itertools.accumulate(sizes))
-    cut = {part: stored.rows(end - size, end) for part, size, end in zip(parts, sizes, ends, strict=True)}
+        ) from None
     if target.row_order is None:
         return cut
-    return {part: replace(tensor, row_order=target.row_order(slot.parts[part])) for part, tensor in cut.items()}
+    return {part: replace(tensor, row_order=target.row_order(part, axes[part])) for part, tensor in cut.items()}
 
 
 def _missing(path: str, slot: Slot, parts: Mapping[str, Mapping[str, Stored]]) -> list[str]:

@@ -11,6 +11,8 @@ from cableway.ipc.messages import StateGroup
 
 class Group(Protocol):
     keeps_all: ClassVar[bool]
+    splits_blocks: ClassVar[bool]
+    """Whether what a block holds for its first tokens is of use without the others'."""
 
     def first_needed(self, num_tokens: int) -> int:
         """First token whose state is still read once `num_tokens` tokens are computed."""
@@ -21,9 +23,10 @@ class Group(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """Full attention: every token is read for ever."""
+    """Full attention, to keys and values or to latents of them: every token is read for ever."""
 
     keeps_all: ClassVar[bool] = True
+    splits_blocks: ClassVar[bool] = True
 
     def first_needed(self, num_tokens: int) -> int:
         return 0
@@ -38,6 +41,7 @@ class Sliding:
 
     window: int
     keeps_all: ClassVar[bool] = False
+    splits_blocks: ClassVar[bool] = True
 
     def first_needed(self, num_tokens: int) -> int:
         return max(0, num_tokens + 1 - self.window)
@@ -46,11 +50,27 @@ class Sliding:
         return min(num_tokens, self.window - 1 + chunk_len)
 
 
+@dataclass(frozen=True, slots=True)
+class Recurrent:
+    """A state that stands for all tokens so far, kept at the end of each block: the last one goes on."""
+
+    keeps_all: ClassVar[bool] = False
+    splits_blocks: ClassVar[bool] = False
+
+    def first_needed(self, num_tokens: int) -> int:
+        return max(0, num_tokens - 1)
+
+    def most_tokens(self, num_tokens: int, chunk_len: int) -> int:
+        return min(num_tokens, 1 + chunk_len)
+
+
 def group_of(described: StateGroup) -> Group:
     """The group a worker describes; ValueError when this core does not know its kind."""
     match described.kind:
-        case "paged":
+        case "paged" | "latent":
             return Paged()
+        case "recurrent":
+            return Recurrent()
         case "sliding" if described.window > 0:
             return Sliding(described.window)
     raise ValueError(f"state group of kind {described.kind!r} with window {described.window} is not known")

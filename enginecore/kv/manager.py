@@ -91,6 +91,8 @@ class KVManager:
 
     def fork(self, leader: Request, num_tokens: int) -> Match | None:
         """The blocks of a running `leader` that hold its first `num_tokens`; None when it gave back some of them."""
+        if num_tokens % self.block_size and not all(group.splits_blocks for group in self.groups):
+            return None
         if any(
             windowed * self.block_size > group.first_needed(num_tokens)
             for group, windowed in zip(self.groups, leader.num_windowed, strict=True)

@@ -53,6 +53,8 @@ class Chunk(NamedTuple):
 
     blocks: Tensor  # [P / block_size] i32
     num_keys: int
+    start: int  # first token
+    num_tokens: int
     tiles: list[Tile]
 
 
@@ -109,7 +111,8 @@ def _chunk(blocks: np.ndarray, tiles: list[Tile], length: int, block_size: int) 
     column = np.where(column * block_size < length, column, first)
     shift = first * block_size
     tiles = [tile._replace(first_key=tile.first_key - shift, last_key=tile.last_key - shift) for tile in tiles]
-    return Chunk(torch.from_numpy(blocks[column]), length - shift, tiles)
+    start = tiles[0].start
+    return Chunk(torch.from_numpy(blocks[column]), length - shift, start, tiles[-1].end - start, tiles)
 
 
 def _up(value: int, step: int) -> int:
@@ -133,15 +136,28 @@ class Heads(NamedTuple):
     head_dim: int
     scale: float
     soft_cap: float
+    slopes: Tensor | None  # [KV, 1, G, 1] f32
+    sinks: Tensor | None  # [KV, 1, G, 1] f32
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether torch's own attention computes the same."""
+        return not self.soft_cap and self.slopes is None and self.sinks is None
 
 
-def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int, soft_cap: float) -> Tensor:
+def attend(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int, soft_cap: float,
+    slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """q [T, H, D] -> [T, H, D]; see `paged_attention`."""
     if q.dtype == torch.float16:  # CPUs have no fast products of it
-        return attend(q.float(), cache, plan, scale=scale, window=window, soft_cap=soft_cap).half()
+        options = {"scale": scale, "window": window, "soft_cap": soft_cap, "slopes": slopes, "sinks": sinks}
+        return attend(q.float(), cache, plan, **options).half()
     _, _, block_size, num_kv_heads, head_dim = cache.shape
     host = plan.on_host(block_size, window, q.dtype)
-    heads = Heads(num_kv_heads, q.shape[1] // num_kv_heads, head_dim, scale, soft_cap)
+    group = q.shape[1] // num_kv_heads
+    by_head = [None if x is None else x.view(num_kv_heads, 1, group, 1) for x in (slopes, sinks)]
+    heads = Heads(num_kv_heads, group, head_dim, scale, soft_cap, *by_head)
     out = torch.empty(q.shape, dtype=q.dtype)
     for start, end in host.nobodies:
         out[start:end] = 0
@@ -151,7 +167,8 @@ def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, windo
             loops.attend, len(host.singles) * num_kv_heads, operations, q.data_ptr(), q.stride(0), out.data_ptr(),
             loops.KINDS[q.dtype], cache.data_ptr(), loops.KINDS[cache.dtype], cache.stride(0),
             plan.block_table.data_ptr(), plan.block_table.stride(0), host.singles.data_ptr(), host.most_keys,
-            num_kv_heads, heads.group, head_dim, block_size, window, scale, soft_cap,
+            num_kv_heads, heads.group, head_dim, block_size, window,
+            0 if slopes is None else slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(), scale, soft_cap,
         )  # fmt: skip
     if host.chunks:
         keys, values = cache.flatten(2).unbind()
@@ -172,7 +189,7 @@ def _attend_chunk(
     k, v = _gather(keys, chunk.blocks, heads, q.dtype), _gather(values, chunk.blocks, heads, q.dtype)
     k[chunk.num_keys :] = 0
     v[chunk.num_keys :] = 0
-    num_kv_heads, group, head_dim, scale, soft_cap = heads
+    num_kv_heads, group, head_dim = heads[:3]
     k, v = (x.view(-1, num_kv_heads, head_dim).transpose(0, 1) for x in (k, v))
     q, out = (x.unflatten(1, (num_kv_heads, group)) for x in (q, out))
     for tile in chunk.tiles:
@@ -182,15 +199,35 @@ def _attend_chunk(
         num_rows = len(rows)
         rows = rows.transpose(0, 1).reshape(num_kv_heads, num_rows * group, head_dim)
         k_tile, v_tile = k[:, tile.first_key : tile.last_key], v[:, tile.first_key : tile.last_key]
-        if not (invariant or soft_cap) and _is_few(num_rows, k_tile.shape[1]):
+        if not invariant and heads.are_plain and _is_few(num_rows, k_tile.shape[1]):
             mask = tile.mask.expand(-1, group, -1).flatten(0, 1)
-            y = F.scaled_dot_product_attention(rows[None], k_tile[None], v_tile[None], attn_mask=mask, scale=scale)[0]
+            y = F.scaled_dot_product_attention(
+                rows[None], k_tile[None], v_tile[None], attn_mask=mask, scale=heads.scale
+            )[0]
         else:
-            scores = _scores(rows, k_tile.transpose(1, 2), scale, soft_cap)
-            scores.view(num_kv_heads, num_rows, group, -1)[..., -tile.mask.shape[-1] :] += tile.mask
-            y = torch.bmm(scores.softmax(-1), v_tile)
+            scores = _scores(rows, k_tile.transpose(1, 2), heads.scale, heads.soft_cap)
+            by_head = scores.view(num_kv_heads, num_rows, group, -1)
+            if heads.slopes is not None:
+                by_head += (heads.slopes * _distances(tile, chunk)).to(scores.dtype)
+            by_head[..., -tile.mask.shape[-1] :] += tile.mask
+            y = torch.bmm(_weights(by_head, heads.sinks).flatten(1, 2), v_tile)
         y = y.unflatten(1, (num_rows, group))[:, tile.rows_before : num_rows - tile.rows_after]
         out[tile.start : tile.end] = y.transpose(0, 1)
+
+
+def _distances(tile: Tile, chunk: Chunk) -> Tensor:
+    """How far each key lies from each token of a tile, [R, 1, k], negative where it lies before."""
+    num_rows = tile.rows_before + tile.end - tile.start + tile.rows_after
+    position = chunk.num_keys - chunk.num_tokens - tile.rows_before + tile.start - chunk.start + torch.arange(num_rows)
+    return (torch.arange(tile.first_key, tile.last_key) - position[:, None])[:, None]
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of scores [KV, R, G, k], with a score more a head that nothing is read for."""
+    if sinks is None:
+        return scores.softmax(-1)
+    sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, soft_cap: float) -> Tensor:

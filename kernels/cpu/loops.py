@@ -27,15 +27,12 @@ __all__ = ["KINDS", "run"]
 
 
 @njit(inline="always")
-def _softmax(scores, size, soft_cap):
-    """In place, over the first `size`."""
-    if soft_cap > 0:
-        for i in range(size):
-            scores[i] = soft_cap * np.tanh(scores[i] / soft_cap)
-    highest = scores[0]
+def _softmax(scores, size, sink):
+    """In place, over the first `size` and a score `sink` that nothing is read for."""
+    highest = max(scores[0], float32(sink))
     for i in range(size):
         highest = max(highest, scores[i])
-    total = float32(0)
+    total = exp(float32(sink) - highest) if sink > -np.inf else float32(0)
     for i in range(size):
         scores[i] = exp(scores[i] - highest)
         total += scores[i]
@@ -64,6 +61,41 @@ def normalise(begin, end, arguments):
         scale = float32(1) / np.sqrt(squares / float32(size) + eps)
         for i in range(size):
             h[i] = h[i] * scale * (weight[i] + offset)
+        write(y, row * size, size, x_kind, h)
+
+
+@loop(13, 1)
+def centre(begin, end, arguments):
+    """y = layer norm of the rows of x [.., num_inner, size]; of x + sums, which is kept, where `sums` is not 0."""
+    x, x_outer, x_inner, num_inner, x_kind, sums, sums_stride, sums_kind, w, w_inner, b, y, size = integers(
+        arguments, 13
+    )
+    (eps,) = floats(arguments + 104, 1)
+    weight, bias = f32_at(w), f32_at(b)
+    h, total = np.empty(size, np.float32), np.empty(size, np.float32)
+    for row in range(begin, end):
+        read(x, row // num_inner * x_outer + row % num_inner * x_inner, size, x_kind, h)
+        if sums:
+            read(sums, row * sums_stride, size, sums_kind, total)
+            for i in range(size):
+                total[i] += h[i]
+            write(sums, row * sums_stride, size, sums_kind, total)
+            read(sums, row * sums_stride, size, sums_kind, h)
+        mean = float32(0)
+        for i in range(size):
+            mean += h[i]
+        mean /= float32(size)
+        squares = float32(0)
+        for i in range(size):
+            h[i] -= mean
+            squares += h[i] * h[i]
+        scale = float32(1) / np.sqrt(squares / float32(size) + eps)
+        first = row % num_inner * w_inner
+        for i in range(size):
+            h[i] = h[i] * scale * weight[first + i]
+        if b:
+            for i in range(size):
+                h[i] += bias[i]
         write(y, row * size, size, x_kind, h)
 
 
@@ -139,19 +171,76 @@ def silu_mul(begin, end, arguments):
         write(y, row * size, size, kind, gate)
 
 
-@loop(16, 2)
+@njit(inline="always")
+def _erf(x):
+    """To 4e-7, by a quotient of polynomials; beyond 4 it is 1."""
+    x = min(max(x, float32(-4)), float32(4))
+    z = x * x
+    p, q = float32(-2.72614225801306e-10), float32(-1.45660718464996e-05)
+    for k in (2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05, -7.34990630326855e-04,
+              -2.95459980854025e-03, -1.60960333262415e-02):  # fmt: skip
+        p = p * z + float32(k)
+    for k in (-2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02):
+        q = q * z + float32(k)
+    return x * p / q
+
+
+@loop(7, 2)
+def activate(begin, end, arguments):
+    """y [.., size] = activation of x, times the `size` numbers that follow where gated; see activation.py."""
+    x, x_stride, y, dtype, size, kind, gated = integers(arguments, 7)
+    a, c = floats(arguments + 56, 2)
+    h, up = np.empty(size, np.float32), np.empty(size, np.float32)
+    one, half = float32(1), float32(0.5)
+    for row in range(begin, end):
+        read(x, row * x_stride, size, dtype, h)
+        if gated:
+            read(x, row * x_stride + size, size, dtype, up)
+        if kind == 0:
+            for i in range(size):
+                h[i] = h[i] / (one + exp(-h[i]))
+        elif kind == 1:
+            for i in range(size):
+                h[i] = half * h[i] * (one + _erf(h[i] * float32(0.7071067811865476)))
+        elif kind == 2:
+            for i in range(size):
+                z = float32(1.5957691216057308) * (h[i] + float32(0.044715) * h[i] * h[i] * h[i])
+                h[i] = h[i] / (one + exp(-z))
+        elif kind == 3:
+            for i in range(size):
+                h[i] = max(h[i], float32(0))
+        elif kind == 4:
+            for i in range(size):
+                h[i] = max(h[i], float32(0)) * max(h[i], float32(0))
+        elif kind == 5:
+            for i in range(size):
+                negative = c * (exp(min(h[i], float32(-1e-6))) - one - h[i])
+                h[i] = (a * h[i] * h[i] if h[i] > 0 else negative) + half * h[i]
+        else:
+            for i in range(size):
+                gate = min(h[i], c)
+                h[i] = gate / (one + exp(-a * gate))
+                up[i] = min(max(up[i], -c), c) + one
+        if gated:
+            for i in range(size):
+                h[i] *= up[i]
+        write(y, row * size, size, dtype, h)
+
+
+@loop(18, 2)
 def attend(begin, end, arguments):
     """Attention of sequences that bring one token each; see paged_attention.py.
 
-    `singles` [n, 3] i64 are (row of the block table, token, length), `max_keys` the most keys that one of them sees. A
-    row is a sequence and a KV head, counted sequence by sequence.
+    `slopes` and `sinks` are 0 or addresses of a number a head. `singles` [n, 3] i64 are (row of the block table, token,
+    length), `max_keys` the most keys that one of them sees. A row is a sequence and a KV head, counted sequence by
+    sequence.
     """
     (
         q, q_token, y, kind, cache, cache_kind, value_offset, table, table_stride, singles, max_keys,
-        num_kv_heads, group, head_dim, block_size, window,
-    ) = integers(arguments, 16)  # fmt: skip
-    scale, soft_cap = floats(arguments + 128, 2)
-    single, block = i64_at(singles), i32_at(table)
+        num_kv_heads, group, head_dim, block_size, window, slopes, sinks,
+    ) = integers(arguments, 18)  # fmt: skip
+    scale, soft_cap = floats(arguments + 144, 2)
+    single, block, slope, sink = i64_at(singles), i32_at(table), f32_at(slopes), f32_at(sinks)
     query, mixed = np.empty((group, head_dim), np.float32), np.empty((group, head_dim), np.float32)
     row = np.empty(head_dim, np.float32)
     weights = np.empty((group, max_keys), np.float32)
@@ -175,7 +264,14 @@ def attend(begin, end, arguments):
                     score += query[g, i] * row[i]
                 weights[g, key - first] = score
         for g in range(group):
-            _softmax(weights[g], length - first, soft_cap)
+            head = kv_head * group + g
+            if soft_cap > 0:
+                for i in range(length - first):
+                    weights[g, i] = soft_cap * np.tanh(weights[g, i] / soft_cap)
+            if slopes:
+                for i in range(length - first):
+                    weights[g, i] += slope[head] * float32(first + i - length + 1)
+            _softmax(weights[g], length - first, sink[head] if sinks else -np.inf)
         for key in range(first, length):
             slot = intp(block[blocks + key // block_size]) * block_size + key % block_size
             read(cache, value_offset + slot * width + kv_head * head_dim, head_dim, cache_kind, row)

@@ -299,8 +299,8 @@ class TestSliding:
     def test_window_of_a_worker(self):
         assert group_of(StateGroup("sliding", 2, 7)) == Sliding(7)
         assert group_of(StateGroup("paged", 2)) == Paged()
-        with pytest.raises(ValueError, match="recurrent"):
-            group_of(StateGroup("recurrent", 2))
+        with pytest.raises(ValueError, match="sideways"):
+            group_of(StateGroup("sideways", 2))
 
     def test_longest_sequence(self):
         assert manager(num_blocks=10).longest_len(1000) == 40

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from cableway.ipc import modelfiles
-from cableway.kernels.kv_write import kv_cache_shape
-from cableway.workers import weights
+from cableway.workers import memory, weights
 from cableway.workers.batch import Batch
 
 BLOCK_SIZE = 8
@@ -19,7 +18,7 @@ MAX_MODEL_LEN = 256
 def load(path: Path | str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A decoder from a folder or a GGUF file."""
     files = modelfiles.locate(str(path), options.get("load_format", "auto"))
-    return weights.load(files, dtype=dtype, max_model_len=MAX_MODEL_LEN, **options)
+    return weights.load(files, dtype=dtype, **{"max_model_len": MAX_MODEL_LEN, **options})
 
 
 class Session:
@@ -29,10 +28,12 @@ class Session:
         self.model, self.num_seqs, self.invariant = model, num_seqs, invariant
         self.computed = [0] * num_seqs
         self.max_blocks = MAX_MODEL_LEN // BLOCK_SIZE
-        self.caches: list[Tensor] = []
+        caches: dict[int, Tensor] = {}
         for spec in model.state_groups():
-            shape = kv_cache_shape(self.max_blocks * num_seqs, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
-            self.caches += [torch.zeros(shape, dtype=dtype) for _ in spec.layers]
+            shape, kind = memory.block_memory(spec, BLOCK_SIZE, dtype)
+            shape = (shape[0], self.max_blocks * num_seqs, *shape[2:])
+            caches |= {layer: torch.zeros(shape, dtype=kind) for layer in spec.layers}
+        self.caches = [caches[layer] for layer in sorted(caches)]
 
     def step(self, chunks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
         """Compute the next tokens of some sequences; the logits [n, vocab] of each chunk."""
@@ -56,6 +57,7 @@ class Session:
             slots=[slots] * num_groups,
             logits_at=torch.arange(sum(sizes)),
             invariant=self.invariant,
+            block_size=BLOCK_SIZE,
         )
         for (seq, _), end in zip(chunks, ends, strict=True):
             self.computed[seq] = end

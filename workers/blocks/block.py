@@ -9,9 +9,11 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Self
 
+from cableway.workers.batch import StateSpec
+from cableway.workers.blocks.rope import Rope
 from cableway.workers.formats.base import Place
 from cableway.workers.formats.stored import Stored
-from cableway.workers.parallel import Axis
+from cableway.workers.parallel import Axis, Mesh
 
 
 class Block:
@@ -46,6 +48,14 @@ class Block:
         for name, child in self.children():
             yield from child.slots(f"{path}.{name}" if path else name)
 
+    def mixers(self) -> Iterator["Mixer"]:
+        """Every mixer below, in the order the spec made them."""
+        for _, child in self.children():
+            if isinstance(child, Mixer):
+                yield child
+            else:
+                yield from child.mixers()
+
     def prepare(self, place: Place) -> None:
         """Called once all weights are loaded."""
         for _, child in self.children():
@@ -72,3 +82,17 @@ class Slot(Block):
     def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
         """Take this rank's share of the given tensors: part -> leaf -> tensor, names and shapes already checked."""
         raise NotImplementedError
+
+
+class Mixer(Block):
+    """A block that mixes tokens, and keeps state of them. `number` counts a model's mixers; the decoder gives it."""
+
+    number: int
+
+    def state(self, mesh: Mesh) -> StateSpec:
+        """What this rank keeps of each sequence."""
+        raise NotImplementedError
+
+    def ropes(self) -> list[Rope]:
+        """Rotations it asks `Step.angles` for."""
+        return []

@@ -1,4 +1,4 @@
-"""Layers, and the model around them."""
+"""The model around the layers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,48 +8,13 @@ import torch
 from torch import Tensor
 
 from cableway.workers.batch import Batch, StateSpec
-from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.block import Block
+from cableway.workers.blocks.layers import Norm, add
 from cableway.workers.blocks.linear import Embedding, Linear, Vector
-from cableway.workers.blocks.mlp import MLP
-from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
-from cableway.workers.formats.base import Place, Sum
+from cableway.workers.formats.base import Place
 from cableway.workers.parallel import Axis
-
-
-class Layer(Block):
-    """A mixer and an MLP on a residual stream, with a norm before and after each where the family has one."""
-
-    def __init__(
-        self,
-        *,
-        mix: Attention,
-        mlp: MLP,
-        norm_in: RMSNorm | None = None,
-        norm_mix_out: RMSNorm | None = None,
-        norm_mlp: RMSNorm | None = None,
-        norm_mlp_out: RMSNorm | None = None,
-    ):
-        self.norm_in, self.mix, self.norm_mix_out = norm_in, mix, norm_mix_out
-        self.norm_mlp, self.mlp, self.norm_mlp_out = norm_mlp, mlp, norm_mlp_out
-
-    def __call__(self, delta: Tensor, residual: Tensor, step: Step, index: int) -> Tensor:
-        """Add `delta` [T, E], what the layer before made, to `residual` [T, E] f32; what this layer makes [T, E]."""
-        delta = self.mix(_add(delta, residual, self.norm_in, self.mix), step, index)
-        if self.norm_mix_out is not None:
-            delta = self.norm_mix_out(delta)
-        delta = self.mlp(_add(delta, residual, self.norm_mlp, self.mlp))
-        return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
-
-
-def _add(delta: Tensor, residual: Tensor, norm: RMSNorm | None, block: Block) -> Tensor | Sum:
-    """Add in place, and normalise the sum where there is a norm: what `block` takes, in the dtype of delta."""
-    if norm is None:
-        return residual.add_(delta).to(delta.dtype)
-    total = Sum(delta, residual, norm)
-    return total if block.takes_sum else total.tensor()
 
 
 class Decoder(Block):
@@ -59,41 +24,64 @@ class Decoder(Block):
         c: the config: hidden_size, vocab_size, tie_word_embeddings.
         layers: templates, copied here; the same one may stand several times.
         norm_out: norm of the last hidden states.
+        positions: learned embeddings of positions, added to those of tokens.
+        on_embed: what is done to embeddings. on_logits: what is done to logits [R, V] f32, in place.
+        head_bias: whether the checkpoint has one; None = as it pleases.
+        embed_size: of the embeddings, which are projected to the layers' size and back where it is another.
     """
 
-    def __init__(self, c: Any, layers: Sequence[Layer], *, norm_out: RMSNorm):
+    def __init__(
+        self, c: Any, layers: Sequence[Block], *, norm_out: Norm | None, positions: "Positions | None" = None,
+        on_embed: Any = None, on_logits: Any = None, head_bias: bool | None = False, embed_size: int = 0,
+    ):  # fmt: skip
         vocab, hidden = Axis("vocab", c.vocab_size), Axis("embed", c.hidden_size)
+        narrow = Axis("embed", embed_size or c.hidden_size)
         self.vocab_size: int = c.vocab_size
-        self.embed = Embedding(vocab, hidden)
+        self.embed = Embedding(vocab, narrow)
+        self.project_in = Linear(hidden, narrow) if narrow != hidden else None
+        self.positions = positions
+        self.on_embed = on_embed and on_embed.copy()
         self.layers = [layer.copy() for layer in layers]
-        self.norm_out = norm_out.copy()
-        self.head = Linear(vocab, hidden)
-        rotary_dims = {layer.mix.rope.rotary_dim for layer in layers}
-        self.rope_divisors = Vector(Axis("rope", max(rotary_dims) // 2), optional=True)
+        self.norm_out = norm_out and norm_out.copy()
+        self.project_out = Linear(narrow, hidden) if narrow != hidden else None
+        self.head = Linear(vocab, narrow, bias=head_bias)
+        self.on_logits = on_logits
+        self._mixers = tuple(self.mixers())
+        self._ropes: dict[Rope, None] = dict.fromkeys(rope for mixer in self._mixers for rope in mixer.ropes())
+        if self._ropes:
+            self.rope_divisors = Vector(Axis("rope", max(r.rotary_dim for r in self._ropes) // 2), optional=True)
         self.tied: dict[str, str] = {"head": "embed"} if c.tie_word_embeddings else {}
         """Slots that are filled with the tensors of another one."""
 
     def prepare(self, place: Place) -> None:
         super().prepare(place)
         self._place = place
-        self._groups, self._group_of = _group([layer.mix.state(i, place.mesh) for i, layer in enumerate(self.layers)])
-        ropes: dict[Rope, None] = dict.fromkeys(layer.mix.rope for layer in self.layers)
-        divisors = self.rope_divisors.weight
-        self._tables = {rope: rope.table(place.max_model_len, divisors).to(place.device) for rope in ropes}
+        for number, mixer in enumerate(self._mixers):
+            mixer.number = number
+        self._groups, self._group_of = _group([mixer.state(place.mesh) for mixer in self._mixers])
+        divisors = self.rope_divisors.weight if self._ropes else None
+        self._tables = {rope: rope.table(place.max_model_len, divisors).to(place.device) for rope in self._ropes}
 
     def state_groups(self) -> list[StateSpec]:
-        """Layers by the state they keep; the order is that of a batch's block tables."""
+        """Mixers by the state they keep; the order is that of a batch's block tables."""
         return self._groups
 
     def forward(self, batch: Batch, caches: Sequence[Tensor]) -> Tensor:
-        """Hidden states [T, E] of the batch's tokens; `caches`, one a layer, take their keys and values."""
+        """Hidden states [T, E] of the batch's tokens; `caches`, one a mixer, take their keys and values."""
         step = Step(batch, caches, self._group_of, self._tables)
         delta = self.embed(batch.token_ids)
+        if self.project_in is not None:
+            delta = self.project_in(delta)
+        if self.positions is not None:
+            delta = delta.add_(self.positions(batch.positions))
+        if self.on_embed is not None:
+            delta = self.on_embed(delta)
         # PERF: a residual stream in float32 halves the error of bfloat16 logits (SmolLM2-135M: std 0.21 -> 0.11).
         residual = torch.zeros_like(delta, dtype=torch.float32)
-        for index, layer in enumerate(self.layers):
-            delta = layer(delta, residual, step, index)
-        return self.norm_out.add(delta, residual)
+        for layer in self.layers:
+            delta = layer(delta, residual, step)
+        hidden = add(delta, residual, self.norm_out)
+        return hidden if self.project_out is None else self.project_out(hidden)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, E] -> [R, vocab_size] f32, written to `out` if there is one"""
@@ -103,16 +91,28 @@ class Decoder(Block):
             self.head.write(hidden, out)
         else:
             out.copy_(self._place.mesh.all_gather(self.head(hidden))[:, : self.vocab_size])
-        return out
+        return out if self.on_logits is None else self.on_logits(out)
+
+
+class Positions(Block):
+    """Learned embeddings of positions, the first of them in row `offset` of the table."""
+
+    def __init__(self, num_positions: int, hidden_size: int, *, offset: int = 0):
+        self.table = Embedding(Axis("positions", num_positions + offset), Axis("embed", hidden_size))
+        self.offset = offset
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """positions [T] i32 -> [T, E]"""
+        return self.table(positions + self.offset if self.offset else positions)
 
 
 def _group(states: Sequence[StateSpec]) -> tuple[list[StateSpec], list[int]]:
-    """Join layers whose state differs in nothing but the layer; the groups, and each layer's group."""
+    """Join mixers whose state differs in nothing but the mixer; the groups, and each mixer's group."""
     groups: dict[StateSpec, list[int]] = {}
-    for layer, state in enumerate(states):
-        groups.setdefault(replace(state, layers=()), []).append(layer)
+    for number, state in enumerate(states):
+        groups.setdefault(replace(state, layers=()), []).append(number)
     group_of = [0] * len(states)
-    for index, layers in enumerate(groups.values()):
-        for layer in layers:
-            group_of[layer] = index
-    return [replace(state, layers=tuple(layers)) for state, layers in groups.items()], group_of
+    for index, numbers in enumerate(groups.values()):
+        for number in numbers:
+            group_of[number] = index
+    return [replace(state, layers=tuple(numbers)) for state, numbers in groups.items()], group_of

@@ -1,29 +1,127 @@
-"""The gated feed-forward block."""
+"""Feed-forward blocks, gated and not."""
 
 from typing import Any, Self
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from cableway.ipc.modelfiles import ModelError
+from cableway.kernels.activation import activation
+from cableway.kernels.silu_mul import silu_mul
 from cableway.workers.blocks.block import Block
-from cableway.workers.blocks.linear import Linear
-from cableway.workers.formats.base import Sum
+from cableway.workers.blocks.linear import Linear, Vector
+from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis
+
+_ACTIVATIONS = {
+    **dict.fromkeys(("silu", "swish", "swiglu"), "silu"),
+    "gelu": "gelu",
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_tanh"), "gelu_tanh"),
+    "relu": "relu",
+    **dict.fromkeys(("relu2", "relu_squared", "squared_relu"), "relu2"),
+}
+"""Name in a config -> kind of activation.py"""
+
+
+class Activation(Block):
+    """An activation by its name in a config; ModelError when it is not known."""
+
+    def __init__(self, name: str):
+        if name not in _ACTIVATIONS:
+            raise ModelError(f"activation {name!r} is not supported (known: {', '.join(_ACTIVATIONS)})")
+        self.kind = _ACTIVATIONS[name]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, F] -> [T, F]"""
+        return activation(x, kind=self.kind)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """gate, then up [T, 2 F] -> act(gate) * up [T, F]"""
+        return silu_mul(gate_up) if self.kind == "silu" else activation(gate_up, kind=self.kind, gated=True)
+
+
+class ClampedGate(Block):
+    """GPT-OSS: g / (1 + exp(-alpha g)) * (u + 1), with both clamped to `limit`."""
+
+    def __init__(self, alpha: float, limit: float):
+        self.alpha, self.limit = alpha, limit
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        return activation(gate_up, kind="swiglu_oai", gated=True, a=self.alpha, c=self.limit)
+
+
+class XIELU(Block):
+    """Apertus' activation, whose two shapes a checkpoint holds as the inverse of a softplus."""
+
+    def __init__(self) -> None:
+        self.alpha_p, self.alpha_n = Vector(Axis("one", 1)), Vector(Axis("one", 1))
+
+    def prepare(self, place: Place) -> None:
+        is_outline = place.device.type == "meta"
+        p, n = (1.0 if is_outline else float(F.softplus(alpha.weight)) for alpha in (self.alpha_p, self.alpha_n))
+        self._a, self._c = p, 0.5 + n
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return activation(x, kind="xielu", a=self._a, c=self._c)
 
 
 class MLP(Block):
-    """y = down(silu(gate(x)) * up(x))"""
+    """y = down(act(gate(x)) * up(x))
+
+    Args:
+        act: SiLU unless it is said otherwise.
+        bias: of every matrix, or with `out_bias` of those before the last.
+        norm: of what goes into `down`.
+    """
 
     takes_sum = True
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, bias: bool | None = False):
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        *,
+        act: Activation | ClampedGate | None = None,
+        bias: bool | None = False,
+        out_bias: bool | None = None,
+        norm: Block | None = None,
+    ):
         hidden, ffn = Axis("embed", hidden_size), Axis("ffn", ffn_size)
         self.gate_up = Linear({"gate": ffn, "up": ffn}, hidden, bias=bias)
+        self.act = act or Activation("silu")
+        self._is_silu = isinstance(self.act, Activation) and self.act.kind == "silu"
+        self.norm = norm
+        self.down = Linear(hidden, ffn, bias=bias if out_bias is None else out_bias)
+
+    @classmethod
+    def of(cls, c: Any, **options: Any) -> Self:
+        if "act" not in options:
+            options["act"] = Activation(c.hidden_act)
+        return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, **options})
+
+    def __call__(self, x: Tensor | Sum) -> Tensor:
+        """x [T, E] -> [T, E]"""
+        y = self.gate_up.gated(x) if self._is_silu else self.act.gate(self.gate_up(x))
+        return self.down(y if self.norm is None else self.norm(y))
+
+
+class PlainMLP(Block):
+    """y = down(act(up(x)))"""
+
+    takes_sum = True
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, act: Activation | XIELU, bias: bool | None = False):
+        hidden, ffn = Axis("embed", hidden_size), Axis("ffn", ffn_size)
+        self.up = Linear(ffn, hidden, bias=bias)
+        self.act = act
         self.down = Linear(hidden, ffn, bias=bias)
 
     @classmethod
     def of(cls, c: Any, **options: Any) -> Self:
-        return cls(c.hidden_size, c.intermediate_size, **options)
+        if "act" not in options:
+            options["act"] = Activation(c.hidden_act)
+        return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, **options})
 
     def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, E] -> [T, E]"""
-        return self.down(self.gate_up.gated(x))
+        return self.down(self.act(self.up(x)))

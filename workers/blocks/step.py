@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan
+from cableway.kernels.recurrence import RecurrentPlan
 from cableway.kernels.rope import Angles
 from cableway.workers.batch import Batch
 from cableway.workers.blocks.rope import Rope
@@ -14,8 +15,8 @@ class Step:
     """A batch, the caches it writes and reads, and the angles of its positions.
 
     Args:
-        caches: one a layer.
-        group_of: the state group of each layer.
+        caches: one a mixer.
+        group_of: the state group of each mixer.
         tables: angles by position of each kind of rotation in the model.
     """
 
@@ -37,11 +38,19 @@ class Step:
             for table in batch.block_tables
         ]
 
+        self._recurrent = [
+            RecurrentPlan(batch.query_start, batch.seq_lens, table, batch.block_size) for table in batch.block_tables
+        ]
+
+    def recurrent(self, mixer: int) -> tuple[Tensor, RecurrentPlan]:
+        """A mixer's states [num_blocks, state_len] f32, and which of them the batch's sequences have."""
+        return self._caches[mixer][0].flatten(1), self._recurrent[self._group_of[mixer]]
+
     def angles(self, rope: Rope) -> Angles:
         """By how much the batch's tokens are rotated."""
         return self._angles[rope]
 
-    def state(self, layer: int) -> tuple[Tensor, AttentionPlan, Tensor]:
-        """A layer's cache, where the batch's sequences lie in it, and the slots of the batch's tokens [T] i64."""
-        group = self._group_of[layer]
-        return self._caches[layer], self._plans[group], self._slots[group]
+    def state(self, mixer: int) -> tuple[Tensor, AttentionPlan, Tensor]:
+        """A mixer's cache, where the batch's sequences lie in it, and the slots of the batch's tokens [T] i64."""
+        group = self._group_of[mixer]
+        return self._caches[mixer], self._plans[group], self._slots[group]

@@ -104,6 +104,10 @@ class Stored:
             encoded = encoded.unflatten(0, (-1, len(self.row_order)))[:, self.row_order].flatten(0, 1)
         return Piece(encoding, encoded, rows.size - (rows.stop - rows.start))
 
+    def changed(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> "Stored":
+        """What `change` makes of it as it is read: rows selected, or plain numbers in another order."""
+        return replace(self, shape=shape, read=lambda: change(self.read()))
+
     def rows(self, start: int, stop: int) -> "Stored":
         """Some of its rows as a tensor of their own: one part of a matrix that is stored fused."""
         return replace(self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop])

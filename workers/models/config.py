@@ -1,16 +1,54 @@
-"""What a family reads of a config.json, typed and checked; spellings of older files are brought to today's first."""
+"""What a family reads of a config.json, typed and checked; spellings of older files are brought to one first."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from cableway.ipc.modelfiles import ModelError
+from cableway.workers.blocks.rope import Rope
 
 Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+Count = Annotated[int, Meta(ge=0, le=1 << 24)]
 Window = Annotated[int, Meta(ge=1)]
 Epsilon = Annotated[float, Meta(gt=0, lt=1)]
+Never = Literal[False]
+"""A switch that no published checkpoint sets; one that does is refused."""
+Factor = Annotated[float, Meta(gt=0, lt=1e6)]
+
+_SPELLINGS = {
+    **dict.fromkeys(("n_embd", "d_model", "n_embed"), "hidden_size"),
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "decoder_layers"), "num_hidden_layers"),
+    **dict.fromkeys(("n_head", "n_heads", "decoder_attention_heads"), "num_attention_heads"),
+    **dict.fromkeys(("num_kv_heads", "n_head_kv"), "num_key_value_heads"),
+    **dict.fromkeys(("n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim"), "intermediate_size"),
+    **dict.fromkeys(
+        (
+            "rms_norm_eps",
+            "layer_norm_eps",
+            "layer_norm_epsilon",
+            "layernorm_epsilon",
+            "norm_epsilon",
+            "rms_norm_epsilon",
+        ),
+        "norm_eps",
+    ),
+    **dict.fromkeys(("activation_function", "hidden_activation", "activation"), "hidden_act"),
+    **dict.fromkeys(("n_positions", "max_seq_len", "n_ctx", "seq_length"), "max_position_embeddings"),
+    **dict.fromkeys(("num_local_experts", "n_routed_experts", "moe_num_experts"), "num_experts"),
+    **dict.fromkeys(("moe_topk", "moe_k", "moe_top_k"), "num_experts_per_tok"),
+    **dict.fromkeys(("num_shared_experts", "moe_num_shared_experts"), "n_shared_experts"),
+    "padded_vocab_size": "vocab_size",
+    "kv_channels": "head_dim",
+    "rotary_emb_base": "rope_theta",
+    **dict.fromkeys(("rotary_pct", "rope_pct"), "partial_rotary_factor"),
+}
+"""Other names for what `DecoderConfig` calls by one. Of two names in a file the one that it uses wins."""
+_DERIVED_WHERE_NULL = (
+    *("head_dim", "num_key_value_heads", "intermediate_size", "layer_types"),
+    *("n_group", "topk_group", "n_shared_experts"),
+)
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +62,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     intermediate_size: Size
     vocab_size: Size
     rope_parameters: dict[str, Any]
-    rms_norm_eps: Epsilon = 1e-6
+    norm_eps: Epsilon = 1e-6
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
 
@@ -32,8 +70,25 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.num_attention_heads % self.num_key_value_heads:
             heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
             raise ValueError(f"num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv_heads})")
-        if self.hidden_act not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported (silu is)")
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        """Add to a config what a family leaves to be derived from its other keys."""
+
+    def rope(self, layer_type: str | None = None) -> Rope:
+        """The rotation of heads; of layers of one type, where types may have their own."""
+        parameters = self.rope_parameters
+        if layer_type is not None and "rope_type" not in parameters:
+            if layer_type not in parameters:
+                raise ModelError(f"config: rope_parameters say nothing of layers of type {layer_type!r}")
+            parameters = parameters[layer_type]
+        return Rope.of(self.head_dim, parameters)
+
+    def by_layer(self, layer_types: Sequence[str] | None, values: Mapping[str, Any]) -> list[Any]:
+        """The value of each layer's type; ModelError when the types do not fit the layers."""
+        if layer_types is None or len(layer_types) != self.num_hidden_layers or not values.keys() >= set(layer_types):
+            raise ModelError(f"config: layer_types does not name {self.num_hidden_layers} layers of {list(values)}")
+        return [values[kind] for kind in layer_types]
 
 
 class WindowedConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -49,10 +104,38 @@ class WindowedConfig(DecoderConfig, frozen=True, kw_only=True):
         window = (self.use_sliding_window and self.sliding_window) or 0
         if self.layer_types is None:
             return [window if i >= self.max_window_layers else 0 for i in range(self.num_hidden_layers)]
-        by_type = {"full_attention": 0, "sliding_attention": window}
-        if len(self.layer_types) != self.num_hidden_layers or not by_type.keys() >= set(self.layer_types):
-            raise ModelError(f"config: layer_types does not name {self.num_hidden_layers} layers of {list(by_type)}")
-        return [by_type[kind] for kind in self.layer_types]
+        return self.by_layer(self.layer_types, {"full_attention": 0, "sliding_attention": window})
+
+
+class MoEConfig(DecoderConfig, frozen=True, kw_only=True):
+    """A decoder some of whose MLPs are mixtures of experts."""
+
+    num_experts: Size
+    num_experts_per_tok: Size
+    moe_intermediate_size: Size
+    n_shared_experts: Count = 0
+    norm_topk_prob: bool = False
+    routed_scaling_factor: Factor = 1.0
+    n_group: Size = 1
+    topk_group: Size = 1
+    first_k_dense_replace: Count = 0
+
+    def __post_init__(self) -> None:
+        DecoderConfig.__post_init__(self)
+        if self.num_experts_per_tok > self.num_experts or self.num_experts % self.n_group:
+            raise ValueError(
+                f"{self.num_experts} experts, {self.num_experts_per_tok} a token, in {self.n_group} groups"
+            )
+        group_len = self.num_experts // self.n_group
+        if self.topk_group > self.n_group or (self.n_group > 1 and group_len < 2):
+            raise ValueError(f"topk_group {self.topk_group} of {self.n_group} groups of {group_len} experts")
+        if self.topk_group * group_len < self.num_experts_per_tok:
+            raise ValueError(f"{self.topk_group} groups of {group_len} experts are too few for a token")
+
+
+def every(period: int, num_layers: int) -> list[str]:
+    """Layer types where each `period`-th layer sees everything, the others a window."""
+    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)]
 
 
 Config = TypeVar("Config", bound=DecoderConfig)
@@ -63,26 +146,59 @@ def read(config: Mapping[str, Any], kind: type[Config]) -> Config:
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ModelError(f"config: weights quantized by {method!r} are not supported")
-    required = {field.name for field in msgspec.structs.fields(kind) if field.required}
+    fields = {field.name: field.required for field in msgspec.structs.fields(kind)}
     try:
-        return msgspec.convert(_modern(config, required), kind)
-    except (msgspec.ValidationError, ValueError) as error:
+        return msgspec.convert(_modern(config, kind, fields), kind)
+    except (msgspec.ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"config: {error}") from None
 
 
-def _modern(config: Mapping[str, Any], required: set[str]) -> dict[str, Any]:
-    """The same config as today's transformers would save it, with what older files leave to be derived."""
-    modern = dict(config)
+def _modern(config: Mapping[str, Any], kind: type[DecoderConfig], fields: Mapping[str, bool]) -> dict[str, Any]:
+    """The same config in one spelling, with what older files leave to be derived. `fields`: name -> is it required."""
+    modern = {key: _number(value) for key, value in config.items()}
+    for other, name in _SPELLINGS.items():
+        if other not in fields and modern.get(name) is None and modern.get(other) is not None:
+            modern[name] = modern[other]
+    for name in _DERIVED_WHERE_NULL:
+        if modern.get(name) is None:
+            modern.pop(name, None)
+    kind.derive(modern)
+    if "moe_intermediate_size" in fields:
+        modern.setdefault("moe_intermediate_size", modern.get("intermediate_size"))
+        modern.setdefault("intermediate_size", modern["moe_intermediate_size"])
     heads, hidden = modern.get("num_attention_heads"), modern.get("hidden_size")
-    if modern.get("num_key_value_heads") is None:
-        modern["num_key_value_heads"] = heads
-    if modern.get("head_dim") is None:
-        modern.pop("head_dim", None)
-        if "head_dim" in required and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-            modern["head_dim"] = hidden // heads
+    modern.setdefault("num_key_value_heads", heads)
+    if fields["head_dim"] and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        modern.setdefault("head_dim", hidden // heads)
     rope = modern.get("rope_parameters") or modern.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ModelError(f"config: the rope parameters are no object but {rope!r}")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    modern["rope_parameters"] = {"rope_theta": modern.get("rope_theta", 10_000.0), **rope, "rope_type": kind}
+    by_type = bool(rope) and all(isinstance(value, Mapping) for value in rope.values())
+    modern["rope_parameters"] = (
+        {name: _rope(value, modern) for name, value in rope.items()} if by_type else _rope(rope, modern)
+    )
     return modern
+
+
+def _number(value: Any) -> Any:
+    """Infinities, which JSON has no word for, are objects in newer files."""
+    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return [_number(item) for item in value] if isinstance(value, list) else value
+
+
+def _rope(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope parameters, with those that older files keep elsewhere in the config."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    found = {"rope_theta": config.get("rope_theta") or 10_000.0, **rope, "rope_type": kind}
+    longest = config.get("max_position_embeddings")
+    elsewhere = {
+        "partial_rotary_factor": config.get("partial_rotary_factor"),
+        "max_position_embeddings": longest,
+        "original_max_position_embeddings": config.get("original_max_position_embeddings"),
+    }
+    found |= {name: value for name, value in elsewhere.items() if value is not None and found.get(name) is None}
+    old = found.get("original_max_position_embeddings")
+    if found.get("factor") is None and isinstance(old, int) and isinstance(longest, int) and old > 0:
+        found["factor"] = longest / old
+    return found

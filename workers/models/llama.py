@@ -1,12 +1,15 @@
 """Llama family: Llama 1-3, Mistral, SmolLM, Yi, and Qwen2 (biases on q, k and v; later layers may see a window)."""
 
+from typing import Any
+
 from cableway.workers.blocks.attention import Attention
-from cableway.workers.blocks.decoder import Decoder, Layer
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer, Norm
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import DecoderConfig, Window, WindowedConfig
-from cableway.workers.models.names import GGUF, GGUF_LLAMA, HF
-from cableway.workers.models.registry import arch
+from cableway.workers.models.config import DecoderConfig, Window, WindowedConfig, every
+from cableway.workers.models.names import GGUF, GGUF_LLAMA, HF, names
+from cableway.workers.models.registry import arch, relative
 
 
 class LlamaConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -18,24 +21,48 @@ class MistralConfig(DecoderConfig, frozen=True, kw_only=True):
     sliding_window: Window | None = 4096
 
 
+class MinistralConfig(MistralConfig, frozen=True, kw_only=True):
+    layer_types: list[str] | None = None
+
+
+def pre_norm(
+    c: DecoderConfig, mixes: list[Attention], mlp: Any = None, norm: Norm | None = None, **out: Any
+) -> Decoder:
+    """A norm before each mixer and each MLP (RMS and gated unless they are given), and one at the end."""
+    norm, mlp = norm or RMSNorm(c.hidden_size, c.norm_eps), mlp or MLP.of(c)
+    layers = [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp) for mix in mixes]
+    return Decoder(c, layers, norm_out=norm, **out)
+
+
 @arch("LlamaForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_LLAMA)
+@arch("AquilaForCausalLM", "AquilaModel", "XverseForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
+@arch("NanbeigeForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
+@arch(
+    "YiForCausalLM",
+    config=LlamaConfig,
+    hf=HF | names({"ln1": "norm_in", "ln2": "norm_mlp"}, prefix="model.layers.{}.", to="layers.{}."),
+    verified=relative("Llama"),
+)
 def llama(c: LlamaConfig) -> Decoder:
     # Relatives of Llama save biases without a word about them in the config: one is used where there is one.
     bias, mlp_bias = c.attention_bias or None, c.mlp_bias or None
-    norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-    mix, mlp = Attention.of(c, bias=bias, out_bias=bias), MLP.of(c, bias=mlp_bias)
-    return Decoder(c, [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)] * c.num_hidden_layers, norm_out=norm)
+    mixes = [Attention.of(c, bias=bias, out_bias=bias)] * c.num_hidden_layers
+    return pre_norm(c, mixes, MLP.of(c, bias=mlp_bias))
 
 
 @arch("MistralForCausalLM", config=MistralConfig, hf=HF)
 def mistral(c: MistralConfig) -> Decoder:
-    norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-    mix = Attention.of(c, window=c.sliding_window or 0)
-    return Decoder(c, [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=MLP.of(c))] * c.num_hidden_layers, norm_out=norm)
+    return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers)
+
+
+@arch("MinistralForCausalLM", config=MinistralConfig, hf=HF)
+def ministral(c: MinistralConfig) -> Decoder:
+    kinds = c.layer_types or every(1 << 30 if c.sliding_window else 1, c.num_hidden_layers)
+    windows = c.by_layer(kinds, {"full_attention": 0, "sliding_attention": c.sliding_window or 0})
+    return pre_norm(c, [Attention.of(c, window=window) for window in windows])
 
 
 @arch("Qwen2ForCausalLM", config=WindowedConfig, hf=HF, gguf=GGUF)
+@arch("MiMoForCausalLM", config=WindowedConfig, hf=HF, verified=relative("Qwen2"))
 def qwen2(c: WindowedConfig) -> Decoder:
-    norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-    mixes = [Attention.of(c, window=window, bias=True) for window in c.windows()]
-    return Decoder(c, [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=MLP.of(c)) for mix in mixes], norm_out=norm)
+    return pre_norm(c, [Attention.of(c, window=window, bias=True) for window in c.windows()])

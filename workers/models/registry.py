@@ -1,8 +1,10 @@
 """Architectures by the name their checkpoints give, and how each is spelled in files."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cableway.ipc.modelfiles import ModelError
@@ -10,30 +12,61 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.models.config import DecoderConfig, read
 from cableway.workers.models.names import Names
 
+Scheme = Names | Callable[[Any], Names]
+"""Names of a kind of checkpoint, or what makes them from the config."""
+
+TRANSFORMERS = "logits of transformers' own class"
+UNVERIFIED = "unverified"
+
+
+def relative(name: str) -> str:
+    """Verified by a relative's checkpoint, rewritten into the family's published names, packing and config."""
+    return f"logits of {name}, rewritten"
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family under one of its names. `names`: kind of checkpoint (folder, gguf) -> naming scheme."""
+    """A family under one of its names.
+
+    Attributes:
+        schemes: kind of checkpoint (folder, gguf) -> naming scheme.
+        verified: against what the tests hold its logits.
+    """
 
     name: str
     config: type[DecoderConfig]
     spec: Callable[[Any], Decoder]
-    names: Mapping[str, Names]
+    schemes: Mapping[str, Scheme]
+    verified: str
+
+    @property
+    def file(self) -> str:
+        """The family's file."""
+        return Path(inspect.getfile(self.spec)).name
 
     def build(self, config: Mapping[str, Any]) -> Decoder:
         """The model without weights; ModelError when the config is not sound."""
         return self.spec(read(config, self.config))
 
+    def names(self, kind: str, config: Mapping[str, Any]) -> Names:
+        """The naming scheme of a checkpoint of this kind."""
+        scheme = self.schemes[kind]
+        return scheme if isinstance(scheme, Names) else scheme(read(config, self.config))
+
 
 _architectures: dict[str, Architecture] = {}
 
 
-def arch(*names: str, config: type[DecoderConfig], hf: Names, gguf: Names | None = None) -> Callable:
+def arch(
+    *names: str, config: type[DecoderConfig], hf: Scheme, gguf: Scheme | None = None, verified: str = TRANSFORMERS
+) -> Callable:
     """Register a spec under its checkpoints' `architectures` names."""
     schemes = {"folder": hf} if gguf is None else {"folder": hf, "gguf": gguf}
 
     def register(spec: Callable[[Any], Decoder]) -> Callable[[Any], Decoder]:
-        _architectures.update((name, Architecture(name, config, spec, schemes)) for name in names)
+        for name in names:
+            assert name not in _architectures, name
+            _architectures[name] = Architecture(name, config, spec, schemes, verified)
         return spec
 
     return register
@@ -50,5 +83,6 @@ def find(config: Mapping[str, Any]) -> Architecture:
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     if name in _architectures:
         return _architectures[name]
-    near = difflib.get_close_matches(str(name), _architectures, 3, 0.3) or sorted(_architectures)
-    raise ModelError(f"architecture {name!r} is not supported; near it: {', '.join(near)}")
+    near = difflib.get_close_matches(str(name), _architectures, 3, 0.3)
+    listed = f"near it: {', '.join(near)}" if near else "`cableway models` lists those that are"
+    raise ModelError(f"architecture {name!r} is not supported; {listed}; docs/adding-a-model.md says how to add it")

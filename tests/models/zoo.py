@@ -1,0 +1,430 @@
+"""Every architecture's tiny configs, for transformers' class of that name, beside `checkpoints.SIZES`.
+
+The first of an architecture must be one in which each number counts: windows below the prompt, caps within reach.
+"""
+
+from typing import Any
+
+Fields = dict[str, Any]
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 3.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0],
+    "long_factor": [2.0, 1.0, 3.0, 4.0, 2.5, 6.0, 7.0, 9.0],
+    "original_max_position_embeddings": 32,
+}
+HALF = {**DEFAULT, "partial_rotary_factor": 0.5}
+BY_TYPE = {"full_attention": {**DEFAULT, "rope_theta": 1000.0}, "sliding_attention": DEFAULT}
+SOME_NEAR = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+FAR = {"max_position_embeddings": 32}
+
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 0.7,
+}
+EXPERTS = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 2}
+FEW = {"num_experts": 8, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+SPARSE = {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 56}
+MAMBA2 = {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 10, "expand": 2, "chunk_size": 16}
+HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 16}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_value_head_dim": 20,
+    "linear_key_head_dim": 12,
+    "linear_conv_kernel_dim": 3,
+}
+LATENT = {
+    "q_lora_rank": 28,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+}
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
+}
+
+ZOO: dict[str, list[Fields]] = {
+    "LlamaForCausalLM": [
+        {"rope_parameters": LLAMA3},
+        {"rope_parameters": YARN, **FAR},
+        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}, **FAR},
+        {"rope_parameters": DYNAMIC, **FAR},
+        {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        {"tie_word_embeddings": True},
+        {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 10, "vocab_size": 257, "intermediate_size": 37},
+        {"num_key_value_heads": 4, "head_dim": 80},
+    ],
+    "MistralForCausalLM": [{"sliding_window": 11}, {"sliding_window": 200}, {"sliding_window": None, "head_dim": 24}],
+    "MinistralForCausalLM": [SOME_NEAR],
+    "Qwen2ForCausalLM": [
+        {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
+        {"head_dim": None, "tie_word_embeddings": True},
+    ],
+    "Qwen3ForCausalLM": [
+        {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
+        {"attention_bias": True, "use_sliding_window": True, **SOME_NEAR, "head_dim": 32},
+    ],
+    "GemmaForCausalLM": [{}],
+    "Gemma2ForCausalLM": [
+        {
+            **SOME_NEAR,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+        },
+    ],
+    "Gemma3ForCausalLM": [
+        {**SOME_NEAR, "query_pre_attn_scalar": 24, "rope_parameters": BY_TYPE},
+        {**SOME_NEAR, "rope_parameters": {**BY_TYPE, "full_attention": LINEAR}, "final_logit_softcapping": 2.0},
+    ],
+    "PhiForCausalLM": [{"rope_parameters": HALF}, {"rope_parameters": HALF, "qk_layernorm": True}],
+    "Phi3ForCausalLM": [
+        {"sliding_window": 11, "rope_parameters": {**HALF}},
+        {"rope_parameters": LONG, "original_max_position_embeddings": 32, "max_position_embeddings": 128},
+    ],
+    "GlmForCausalLM": [{"rope_parameters": HALF}, {"rope_parameters": HALF, "attention_bias": False}],
+    "Glm4ForCausalLM": [{"rope_parameters": HALF}],
+    "CohereForCausalLM": [{"logit_scale": 0.3, "use_qk_norm": True}, {"attention_bias": True}],
+    "Cohere2ForCausalLM": [{**SOME_NEAR, "logit_scale": 0.3}],
+    "GPT2LMHeadModel": [{}, {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}],
+    "GPTBigCodeForCausalLM": [{}, {"multi_query": False}],
+    "GPTJForCausalLM": [{"rotary_dim": 8}],
+    "GPTNeoXForCausalLM": [{"rope_parameters": HALF}, {"use_parallel_residual": False, "attention_bias": False}],
+    "Starcoder2ForCausalLM": [{"sliding_window": 9}, {"use_bias": False, "tie_word_embeddings": False}],
+    "FalconForCausalLM": [
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        {"multi_query": True},
+        {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True, "num_kv_heads": 4},
+    ],
+    "BloomForCausalLM": [{}, {"num_attention_heads": 3, "hidden_size": 48}],
+    "MptForCausalLM": [{}, {"n_heads": 6, "hidden_size": 48, "attn_config": {"clip_qkv": 0.7}}],
+    "OPTForCausalLM": [
+        {"word_embed_proj_dim": 64, "ffn_dim": 96},
+        {"word_embed_proj_dim": 32, "ffn_dim": 96, "do_layer_norm_before": False},
+    ],
+    "GraniteForCausalLM": [
+        {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True},
+    ],
+    "OlmoForCausalLM": [{"clip_qkv": 0.8}, {}],
+    "Olmo2ForCausalLM": [{}, {"attention_bias": True, "num_key_value_heads": 1}],
+    "Olmo3ForCausalLM": [{**SOME_NEAR, "rope_parameters": BY_TYPE}],
+    "Exaone4ForCausalLM": [
+        {**SOME_NEAR, "sliding_window_pattern": 3},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ],
+    "SeedOssForCausalLM": [{"attention_bias": True}, {"attention_out_bias": True, "mlp_bias": True}],
+    "HeliumForCausalLM": [{}, {"attention_bias": True, "mlp_bias": True}],
+    "Ernie4_5ForCausalLM": [{}, {"use_bias": True, "tie_word_embeddings": False}],
+    "ArceeForCausalLM": [{}, {"attention_bias": True, "mlp_bias": True}],
+    "NemotronForCausalLM": [{"rope_parameters": HALF}, {"attention_bias": True, "mlp_bias": True}],
+    "Jais2ForCausalLM": [{}, {"attention_bias": False, "mlp_bias": False}],
+    "ApertusForCausalLM": [{"rope_parameters": LLAMA3}],
+    "PersimmonForCausalLM": [{"rope_parameters": HALF}, {"qk_layernorm": False}],
+    "StableLmForCausalLM": [
+        {"rope_parameters": HALF, "qk_layernorm": True},
+        {"use_parallel_residual": True, "use_qkv_bias": True},
+    ],
+    "HunYuanDenseV1ForCausalLM": [{"rope_parameters": {**DYNAMIC, "alpha": 50.0}}, {"attention_bias": True}],
+    "BitNetForCausalLM": [{}],
+    "SmolLM3ForCausalLM": [
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **SOME_NEAR},
+        {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
+    ],
+    "MixtralForCausalLM": [{"sliding_window": 9, **EXPERTS}],
+    "PhimoeForCausalLM": [
+        {"num_local_experts": 4, "router_jitter_noise": 0.2, "sliding_window": 9},
+        {"num_local_experts": 4, "router_jitter_noise": 0.4, "attention_bias": True, "lm_head_bias": True},
+    ],
+    "OlmoeForCausalLM": [{**EXPERTS, "clip_qkv": 0.7}, {**EXPERTS, "norm_topk_prob": True}],
+    "Qwen2MoeForCausalLM": [
+        {
+            **FEW,
+            "decoder_sparse_step": 2,
+            **SPARSE,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+        },
+        {**FEW, **SPARSE, "mlp_only_layers": [1], "norm_topk_prob": True, "qkv_bias": False},
+    ],
+    "Qwen3MoeForCausalLM": [
+        {
+            **EXPERTS,
+            "moe_intermediate_size": 40,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+        {**EXPERTS, "moe_intermediate_size": 40, "norm_topk_prob": True, "attention_bias": True},
+    ],
+    "Glm4MoeForCausalLM": [
+        {**DEEPSEEK, "rope_parameters": HALF},
+        {**DEEPSEEK, "rope_parameters": HALF, "use_qk_norm": True, "attention_bias": True, "norm_topk_prob": False},
+    ],
+    "SolarOpenForCausalLM": [{key: value for key, value in DEEPSEEK.items() if key != "first_k_dense_replace"}],
+    "Dots1ForCausalLM": [
+        {**DEEPSEEK, "sliding_window": 9, "max_window_layers": 1},
+        {**DEEPSEEK, "norm_topk_prob": True, "attention_bias": True},
+    ],
+    "Ernie4_5_MoeForCausalLM": [
+        {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 40, "moe_layer_end_index": 1},
+        {
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 40,
+            "moe_layer_interval": 2,
+            "moe_layer_start_index": 0,
+        },
+    ],
+    "HunYuanMoEV1ForCausalLM": [{"num_experts": 4, "moe_topk": 2}, {"num_experts": 4, "attention_bias": True}],
+    "MiniMaxM2ForCausalLM": [{**EXPERTS, "rope_parameters": HALF}],
+    "GraniteMoeForCausalLM": [{**LOCAL, **MULTIPLIERS}, {**LOCAL, "attention_bias": True}],
+    "GraniteMoeSharedForCausalLM": [{**LOCAL, **MULTIPLIERS, "shared_intermediate_size": 56}],
+    "DbrxForCausalLM": [
+        {
+            "d_model": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 10_000.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ],
+    "GptOssForCausalLM": [
+        {
+            **EXPERTS,
+            "swiglu_limit": 1.0,
+            **SOME_NEAR,
+            "rope_parameters": {**YARN, "truncate": False, "original_max_position_embeddings": 256},
+        },
+    ],
+    "DeepseekV3ForCausalLM": [
+        {**LATENT, **DEEPSEEK, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
+        {**LATENT, **DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False},
+    ],
+    "Glm4MoeLiteForCausalLM": [{**LATENT, **DEEPSEEK, "mlp_layer_types": ["dense", "sparse", "sparse"]}],
+    "DeepseekV2ForCausalLM": [
+        {**LATENT, **DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
+        {**LATENT, **DEEPSEEK, "topk_method": "greedy", "q_lora_rank": None, "norm_topk_prob": False},
+    ],
+    "MiniCPM3ForCausalLM": [{**LATENT, "scale_emb": 3.0, "scale_depth": 0.8, "dim_model_base": 40}],
+    "LongcatFlashForCausalLM": [
+        {
+            **LATENT,
+            "head_dim": 8,
+            "qk_head_dim": 20,
+            "num_layers": 2,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 40,
+            "moe_topk": 3,
+            "n_routed_experts": 6,
+            "zero_expert_num": 3,
+            "routed_scaling_factor": 1.7,
+        },
+    ],
+    "MambaForCausalLM": [
+        {"state_size": 6, "time_step_rank": 5, "conv_kernel": 3, "intermediate_size": 96},
+        {"state_size": 4, "time_step_rank": 4, "use_bias": True, "use_conv_bias": False, "intermediate_size": 128},
+    ],
+    "FalconMambaForCausalLM": [
+        {"state_size": 6, "time_step_rank": 5, "mixer_rms_eps": 0.1, "conv_kernel": 3, "intermediate_size": 96},
+    ],
+    "Mamba2ForCausalLM": [
+        {**MAMBA2, "time_step_limit": [0.4, 0.9], "conv_kernel": 3},
+        {**MAMBA2, "n_groups": 1, "use_bias": True, "use_conv_bias": False},
+    ],
+    "JambaForCausalLM": [
+        {
+            **LOCAL,
+            "mamba_d_state": 6,
+            "mamba_dt_rank": 5,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_hidden_layers": 4,
+            "use_mamba_kernels": False,
+        },
+    ],
+    "BambaForCausalLM": [
+        {**HYBRID, "attn_layer_indices": [1], "rope_parameters": HALF},
+        {**HYBRID, "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
+    ],
+    "GraniteMoeHybridForCausalLM": [
+        {
+            **HYBRID,
+            **LOCAL,
+            **MULTIPLIERS,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_intermediate_size": 56,
+            "position_embedding_type": "rope",
+        },
+        {
+            **HYBRID,
+            "num_local_experts": 0,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_intermediate_size": 56,
+        },
+    ],
+    "NemotronHForCausalLM": [
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "ssm_state_size": 10,
+            "time_step_min": 0.3,
+        },
+    ],
+    "Lfm2ForCausalLM": [
+        {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16, "intermediate_size": 100},
+        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False, "conv_bias": True},
+    ],
+    "Lfm2MoeForCausalLM": [
+        {
+            **FEW,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "moe_intermediate_size": 40,
+            "routed_scaling_factor": 1.7,
+        },
+    ],
+    "Qwen3NextForCausalLM": [
+        {**DELTA, **FEW, **SPARSE, "rope_parameters": HALF, "decoder_sparse_step": 2},
+        {**DELTA, **FEW, **SPARSE, "mlp_only_layers": [1], "attention_bias": True, "norm_topk_prob": False},
+    ],
+    "Qwen3_5ForCausalLM": [{**DELTA, "rope_parameters": HALF}],
+    "Qwen3_5MoeForCausalLM": [{**DELTA, **FEW, **SPARSE, "rope_parameters": HALF}],
+    "OlmoHybridForCausalLM": [  # transformers saves convolutions right where those of q, k and v are equally wide
+        {**DELTA, "linear_value_head_dim": 10, "linear_key_head_dim": 20},
+        {
+            **DELTA,
+            "linear_value_head_dim": 10,
+            "linear_key_head_dim": 20,
+            "linear_allow_neg_eigval": False,
+            "attention_bias": True,
+        },
+    ],
+    "FalconH1ForCausalLM": [
+        {
+            **HYBRID,
+            "mamba_d_ssm": 128,
+            "embedding_multiplier": 3.0,
+            "lm_head_multiplier": 0.7,
+            "key_multiplier": 0.8,
+            "attention_in_multiplier": 1.3,
+            "attention_out_multiplier": 0.6,
+            "ssm_in_multiplier": 0.7,
+            "ssm_out_multiplier": 1.4,
+            "ssm_multipliers": [0.5, 1.2, 0.8, 1.5, 0.9],
+            "mlp_multipliers": [0.8, 1.3],
+        },
+    ],
+}
+"""architecture -> configs"""
+
+IGNORED = {
+    *("initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"),
+    *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"),
+    *("summary_proj_to_labels", "summary_use_proj", "residual_dropout", "embedding_dropout", "classifier_dropout"),
+    *("n_positions", "max_seq_len", "dropout", "layerdrop", "init_std", "emb_pdrop", "eod_token_id"),
+    *("router_aux_loss_coef",),
+    *("output_router_logits", "input_jitter_noise", "moe_loss_weight", "sep_token_id"),
+    *("num_nextn_predict_layers", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_max"),
+    *("use_associative_scan", "use_mamba_kernels", "use_mambapy", "chunk_size", "mamba_chunk_size", "time_step_scale"),
+    *("num_logits_to_keep", "z_loss_coefficient"),
+    *("is_decoder", "pretraining_tp", "n_ctx"),
+    *("transformers_version", "add_cross_attention", "initializer_cutoff_factor", "torch_dtype", "activation_dropout"),
+    *("chunk_size_feed_forward", "is_encoder_decoder", "LABEL_0", "LABEL_1", "output_attentions", "return_dict"),
+    *("output_hidden_states",),
+}
+"""Keys of a config that say nothing of what an inference computes."""
+
+UNUSED: dict[str, set[str]] = {
+    "Gemma3ForCausalLM": {"_sliding_window_pattern", "use_bidirectional_attention"},
+    "Gemma2ForCausalLM": {"use_bidirectional_attention"},
+    "Phi3ForCausalLM": {"original_max_position_embeddings"},  # rope_parameters say it too
+    "GPT2LMHeadModel": {"reorder_and_upcast_attn"},
+    "GPTBigCodeForCausalLM": {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "num_key_value_heads"},
+    "BloomForCausalLM": {"slow_but_exact"},
+    "MptForCausalLM": {
+        "attn_uses_sequence_id",
+        "prefix_lm",
+        "qk_ln",
+        "learned_pos_emb",
+        "no_bias",
+        "embedding_fraction",
+    },
+    "Ernie4_5_MoeForCausalLM": {"moe_norm_min"},
+    "MixtralForCausalLM": {"router_jitter_noise"},
+    "MiniMaxM2ForCausalLM": {"router_jitter_noise"},
+    "DbrxForCausalLM": {"hidden_size", "num_key_value_heads", "moe_jitter_eps"},
+    **{name: {"expand", "time_step_min"} for name in ("MambaForCausalLM", "FalconMambaForCausalLM")},
+    "Mamba2ForCausalLM": {"time_step_min", "time_step_rank"},
+    "NemotronHForCausalLM": {  # without layers of experts
+        *("expand", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap"),
+        *("n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "use_bias"),
+        *("routed_scaling_factor", "topk_group"),
+    },
+    "FalconH1ForCausalLM": {"mamba_expand", "mamba_norm_before_gate"},
+    "OlmoHybridForCausalLM": {
+        *("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min"),
+    },
+    "RWForCausalLM": {"num_kv_heads"},
+    "JAISLMHeadModel": {"rope_theta"},
+}
+UNUSED |= {name: {"head_dim", "qk_head_dim"} for name, variants in ZOO.items() if "qk_rope_head_dim" in variants[0]}
+UNUSED["MPTForCausalLM"] = UNUSED["MptForCausalLM"]
+"""Keys that change no number, or that an older spelling has beside another."""
+
+WITHOUT_TYPES = (
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Exaone4ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Dots1ForCausalLM",
+)
+OLDER = {
+    **dict.fromkeys(WITHOUT_TYPES, ("layer_types",)),
+    "SmolLM3ForCausalLM": ("no_rope_layers",),
+    "DbrxForCausalLM": ("rope_parameters",),
+}
+"""Keys that older checkpoints lack, dropped while numbers are changed."""
+
+ATTENTION = {"FalconForCausalLM": "sdpa"}  # eager adds ALiBi twice
+"""Which of transformers' attentions is right, where not `eager`."""
+
+TOLERANCES = {"DbrxForCausalLM": 2e-3}  # in float32 transformers itself is so far from its own float64
+"""Largest difference of logits, where not 1e-4."""

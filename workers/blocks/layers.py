@@ -1,0 +1,129 @@
+"""Layers: how a mixer and an MLP sit on the residual stream."""
+
+from typing import Any
+
+from torch import Tensor
+
+from cableway.workers.blocks.block import Block, Mixer
+from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm, RMSNorm
+from cableway.workers.blocks.step import Step
+from cableway.workers.formats.base import Sum
+
+Norm = RMSNorm | LayerNorm | PlainLayerNorm
+
+
+class Layer(Block):
+    """One after another, each with a norm before and after it where the family has one."""
+
+    def __init__(
+        self,
+        *,
+        mix: Mixer,
+        mlp: Any,
+        norm_in: Norm | None = None,
+        norm_mix_out: Any = None,
+        norm_mlp: Norm | None = None,
+        norm_mlp_out: Any = None,
+    ):
+        self.norm_in, self.mix, self.norm_mix_out = norm_in, mix, norm_mix_out
+        self.norm_mlp, self.mlp, self.norm_mlp_out = norm_mlp, mlp, norm_mlp_out
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        """Add `delta` [T, E], what the layer before made, to `residual` [T, E] f32; what this layer makes [T, E]."""
+        delta = self.mix(add(delta, residual, self.norm_in, self.mix), step)
+        if self.norm_mix_out is not None:
+            delta = self.norm_mix_out(delta)
+        delta = self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
+        return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
+
+
+class ParallelLayer(Block):
+    """Mixer and MLP side by side on the same stream; they share a norm, or have one each."""
+
+    def __init__(self, *, mix: Mixer, mlp: Any, norm_in: Norm, norm_mlp: Norm | None = None):
+        self.norm_in, self.mix = norm_in, mix
+        self.norm_mlp, self.mlp = norm_mlp, mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, self.norm_in)
+        y = self.mix(x, step)
+        return y.add_(self.mlp(x if self.norm_mlp is None else self.norm_mlp(residual.to(x.dtype))))
+
+
+class TwoMixerLayer(Block):
+    """Two mixers side by side after one norm, then an MLP."""
+
+    def __init__(self, *, norm_in: Norm, mixes: list[Mixer], norm_mlp: Norm, mlp: Any):
+        self.norm_in, self.mixes = norm_in, mixes
+        self.norm_mlp, self.mlp = norm_mlp, mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, self.norm_in)
+        delta = self.mixes[0](x, step).add_(self.mixes[1](x, step))
+        return self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
+
+
+class MixerLayer(Block):
+    """A mixer alone."""
+
+    def __init__(self, *, norm_in: Norm, mix: Mixer):
+        self.norm_in, self.mix = norm_in, mix
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        return self.mix(add(delta, residual, self.norm_in, self.mix), step)
+
+
+class MLPLayer(Block):
+    """An MLP alone."""
+
+    def __init__(self, *, norm_in: Norm, mlp: Any):
+        self.norm_in, self.mlp = norm_in, mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        return self.mlp(add(delta, residual, self.norm_in, self.mlp))
+
+
+class ShortcutLayer(Block):
+    """Two layers, and a mixture of experts that starts from the first one's MLP input and ends with the second's."""
+
+    def __init__(self, *, mixes: list[Mixer], mlps: list[Any], moe: Any, norms_in: list[Norm], norms_mlp: list[Norm]):
+        self.norms_in, self.mixes = norms_in, mixes
+        self.norms_mlp, self.mlps = norms_mlp, mlps
+        self.moe = moe
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        for i in range(2):
+            delta = self.mixes[i](add(delta, residual, self.norms_in[i]), step)
+            x = add(delta, residual, self.norms_mlp[i])
+            if i == 0:
+                bridge = self.moe(x)
+            delta = self.mlps[i](x)
+        return delta.add_(bridge)
+
+
+class PostNormLayer(Block):
+    """Norms stand on the stream itself, after each sum: h = norm_in(h + mix(h)), norm_mlp(h + mlp(h))."""
+
+    def __init__(self, *, mix: Mixer, mlp: Any, norm_in: Norm, norm_mlp: Norm):
+        self.mix, self.norm_in = mix, norm_in
+        self.mlp, self.norm_mlp = mlp, norm_mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, None)
+        for block, norm in ((lambda x: self.mix(x, step), self.norm_in), (self.mlp, self.norm_mlp)):
+            x = norm.add(block(x), residual)
+            residual.copy_(x)
+        residual.zero_()
+        return x
+
+
+def add(delta: Tensor, residual: Tensor, norm: Norm | None, block: Block | None = None) -> Any:
+    """Add in place, and normalise the sum in the same pass where there is a norm; the result in the dtype of delta.
+
+    For a `block` that takes sums it is a Sum where it can be.
+    """
+    if norm is None:
+        return residual.add_(delta).to(delta.dtype, copy=True)
+    if isinstance(norm, RMSNorm) and block is not None and block.takes_sum:
+        return Sum(delta, residual, norm)
+    return norm.add(delta, residual)

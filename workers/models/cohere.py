@@ -1,0 +1,64 @@
+"""Command-R: attention and MLP side by side after one LayerNorm without a bias; neighbouring pairs are rotated. In
+Command-R7B (Cohere 2) layers see a window, but for every fourth, which knows no positions."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import ParallelLayer
+from cableway.workers.blocks.linear import Axis
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import LayerNorm, Scale
+from cableway.workers.models.config import DecoderConfig, Factor, Window, every
+from cableway.workers.models.glm import halves
+from cableway.workers.models.names import HF, Target, flat, names
+from cableway.workers.models.registry import arch
+
+COHERE = HF | names(
+    {"q_norm": Target("q_norm", layout=flat), "k_norm": Target("k_norm", layout=flat)},
+    prefix="model.layers.{}.self_attn.",
+    to="layers.{}.mix.",
+)
+
+
+class CohereConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    logit_scale: Factor = 0.0625
+    attention_bias: bool = False
+    use_qk_norm: bool = False
+    tie_word_embeddings: bool = True
+
+
+class Cohere2Config(CohereConfig, frozen=True, kw_only=True):
+    sliding_window: Window = 4096
+    layer_types: list[str] | None = None
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 4
+        config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
+
+
+def side_by_side(c: CohereConfig, mixes: list[Attention]) -> Decoder:
+    norm = LayerNorm(c.hidden_size, c.norm_eps, bias=False)
+    layers = [ParallelLayer(norm_in=norm, mix=mix, mlp=MLP.of(c)) for mix in mixes]
+    return Decoder(c, layers, norm_out=norm, on_logits=Scale(c.logit_scale))
+
+
+@arch("CohereForCausalLM", config=CohereConfig, hf=halves(COHERE))
+def cohere(c: CohereConfig) -> Decoder:
+    heads, kv_heads = (
+        Axis(name, count, c.head_dim)
+        for name, count in (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
+    )
+    norms = tuple(LayerNorm(c.head_dim, c.norm_eps, bias=False, heads=axis) for axis in (heads, kv_heads))
+    bias, qk_norm = c.attention_bias, norms if c.use_qk_norm else None
+    return side_by_side(c, [Attention.of(c, bias=bias, out_bias=bias, qk_norm=qk_norm)] * c.num_hidden_layers)
+
+
+@arch("Cohere2ForCausalLM", config=Cohere2Config, hf=halves(HF))
+def cohere2(c: Cohere2Config) -> Decoder:
+    bias = c.attention_bias
+    near = Attention.of(c, bias=bias, out_bias=bias, window=c.sliding_window)
+    far = Attention.of(c, bias=bias, out_bias=bias, rope=None)
+    return side_by_side(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))

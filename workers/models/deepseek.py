@@ -1,0 +1,204 @@
+"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), GLM 4.7 Flash, MiniCPM 3, and
+LongCat, whose layers are two with a mixture of experts that bridges both."""
+
+from functools import partial
+from typing import Any
+
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.latent import LatentAttention
+from cableway.workers.blocks.layers import Layer, ShortcutLayer
+from cableway.workers.blocks.linear import Axis
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.moe import Groups, IdentityMoE, Router
+from cableway.workers.blocks.norm import RMSNorm, Scale
+from cableway.workers.blocks.rope import yarn_length
+from cableway.workers.models.config import Count, DecoderConfig, Factor, Never, Size
+from cableway.workers.models.moe import (
+    DEEPSEEK_MOE,
+    DeepseekMoEConfig,
+    mixture,
+    on_frame,
+    shared_experts,
+    sigmoid_mixture,
+    some_sparse,
+)
+from cableway.workers.models.names import (
+    HF,
+    Names,
+    Target,
+    by_group,
+    experts,
+    names,
+    neighbours_to_halves,
+    without_predictors,
+)
+from cableway.workers.models.registry import arch
+
+
+def latent_names(prefix: str, to: str, rope_dim: int) -> Names:
+    """Names of latent attention. `rope_dim`: of each head, whose last numbers are rotated as neighbours; 0 = halves."""
+
+    def order(part: str, axis: Axis) -> Any:
+        return None if part == "latent" else neighbours_to_halves(part, axis, rope_dim, first=axis.unit - rope_dim)
+
+    turned = order if rope_dim else None
+    return names(
+        {
+            "q_a_proj": "q_down",
+            "q_a_layernorm": "q_norm",
+            "q_b_proj": Target("q", turned),
+            "q_proj": Target("q", turned),
+            "kv_a_proj_with_mqa": Target("kv_down", turned),
+            "kv_a_layernorm": "kv_norm",
+            "kv_b_proj": Target("kv_up", layout=by_group),
+            "o_proj": "out",
+        },
+        ignored=("rotary_emb",),
+        prefix=prefix,
+        to=to,
+    )
+
+
+def _names(scheme: Names, c: Any) -> Names:
+    rope_dim = c.qk_rope_head_dim if c.rope_interleave else 0
+    if isinstance(c, DeepseekV3Config):
+        scheme |= without_predictors(c)
+    return scheme | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", rope_dim)
+
+
+LONGCAT = (
+    HF
+    | experts("mlp.experts")
+    | names(
+        {
+            "input_layernorm.{}": "norms_in.{}",
+            "post_attention_layernorm.{}": "norms_mlp.{}",
+            "mlps.{}.gate_proj": "mlps.{}.gate_up.gate",
+            "mlps.{}.up_proj": "mlps.{}.gate_up.up",
+            "mlps.{}.down_proj": "mlps.{}.down",
+            "mlp.experts.{}.gate_proj": "moe.gate_up.{}.gate",
+            "mlp.experts.{}.up_proj": "moe.gate_up.{}.up",
+            "mlp.experts.{}.down_proj": "moe.down.{}",
+            "mlp.router.classifier": "moe.router.gate",
+            "mlp.router.e_score_correction_bias": "moe.router.correction",
+        },
+        prefix="model.layers.{}.",
+        to="layers.{}.",
+    )
+)
+
+
+class DeepseekV3Config(DeepseekMoEConfig, frozen=True, kw_only=True):
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size = 512
+    qk_nope_head_dim: Size = 128
+    qk_rope_head_dim: Size = 64
+    v_head_dim: Size = 128
+    rope_interleave: bool = True
+    mlp_bias: Never = False
+    topk_method: str = "greedy"
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["head_dim"] = config["qk_rope_head_dim"]
+
+
+class MiniCPM3Config(DecoderConfig, frozen=True, kw_only=True):
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size
+    qk_nope_head_dim: Size
+    qk_rope_head_dim: Size
+    v_head_dim: Size
+    rope_interleave: bool = False
+    attention_bias: bool = False
+    mlp_bias: Never = False
+    scale_emb: Factor = 1.0
+    scale_depth: Factor = 1.0
+    dim_model_base: Size = 1
+    tie_word_embeddings: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+        config.setdefault("v_head_dim", head_dim)
+        config["head_dim"] = config["qk_rope_head_dim"]
+
+
+class LongcatConfig(DeepseekV3Config, frozen=True, kw_only=True):
+    zero_expert_num: Count = 0
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        DeepseekV3Config.derive(config)
+        config["moe_intermediate_size"] = config["expert_ffn_hidden_size"]
+
+
+def latent_attention(c: Any, **options: Any) -> LatentAttention:
+    nope_dim, rope_dim, rope = c.qk_nope_head_dim, c.qk_rope_head_dim, c.rope_parameters
+    scale = (nope_dim + rope_dim) ** -0.5
+    if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
+        scale *= yarn_length(rope["factor"], rope["mscale_all_dim"]) ** 2
+    return LatentAttention(
+        c.hidden_size,
+        c.num_attention_heads,
+        q_latent=c.q_lora_rank or 0,
+        latent=c.kv_lora_rank,
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        v_dim=c.v_head_dim,
+        rope=c.rope(),
+        scale=scale,
+        bias=c.attention_bias,
+        **options,
+    )
+
+
+@arch("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE))
+def deepseek_v3(c: DeepseekV3Config) -> Decoder:
+    mixes = [latent_attention(c)] * c.num_hidden_layers
+    return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+
+
+@arch("DeepseekV2ForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE))
+def deepseek_v2(c: DeepseekV3Config) -> Decoder:
+    groups = Groups(c.n_group, c.topk_group, 1) if c.topk_method == "group_limited_greedy" else None
+    moe = mixture(c, shared=shared_experts(c), groups=groups, scale=c.routed_scaling_factor)
+    return on_frame(c, [latent_attention(c)] * c.num_hidden_layers, some_sparse(c, moe, MLP.of(c)))
+
+
+@arch("MiniCPM3ForCausalLM", config=MiniCPM3Config, hf=partial(_names, HF))
+def minicpm3(c: MiniCPM3Config) -> Decoder:
+    norm, less = RMSNorm(c.hidden_size, c.norm_eps), Scale(c.scale_depth * c.num_hidden_layers**-0.5)
+    mix, mlp = latent_attention(c), MLP.of(c)
+    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=mlp, norm_mlp_out=less)
+    embed, logits = Scale(c.scale_emb), Scale(c.dim_model_base / c.hidden_size)
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
+
+
+def _longcat_names(c: LongcatConfig) -> Names:
+    # transformers saves matrices for the experts that only give back what they are given.
+    zero_experts = range(c.num_experts, c.num_experts + c.zero_expert_num)
+    layers = range(c.num_hidden_layers)
+    beyond = Names(beyond=tuple(f"model.layers.{i}.mlp.experts.{n}." for i in layers for n in zero_experts))
+    return LONGCAT | beyond | latent_names("model.layers.{}.self_attn.{}.", "layers.{}.mixes.{}.", c.qk_rope_head_dim)
+
+
+@arch("LongcatFlashForCausalLM", config=LongcatConfig, hf=_longcat_names)
+def longcat(c: LongcatConfig) -> Decoder:
+    norm = RMSNorm(c.hidden_size, c.norm_eps)
+    q_scale, kv_scale = ((c.hidden_size / size) ** 0.5 for size in (c.q_lora_rank or c.hidden_size, c.kv_lora_rank))
+    router = Router(
+        c.hidden_size,
+        c.num_experts + c.zero_expert_num,
+        c.num_experts_per_tok,
+        correction=True,
+        scale=c.routed_scaling_factor,
+    )
+    layer = ShortcutLayer(
+        mixes=[latent_attention(c, q_scale=q_scale, kv_scale=kv_scale)] * 2,
+        mlps=[MLP.of(c)] * 2,
+        moe=IdentityMoE(c.hidden_size, c.moe_intermediate_size, c.num_experts, router=router),
+        norms_in=[norm] * 2,
+        norms_mlp=[norm] * 2,
+    )
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)

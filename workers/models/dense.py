@@ -1,0 +1,236 @@
+"""Relatives of Llama with one thing changed: another norm or MLP, norms of heads, biases, layers without positions."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention, LateNormAttention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import ParallelLayer
+from cableway.workers.blocks.linear import Axis
+from cableway.workers.blocks.mlp import MLP, XIELU, PlainMLP
+from cableway.workers.blocks.norm import HeadNorms, JointNorm, LayerNorm, RMSNorm
+from cableway.workers.models.config import DecoderConfig, Size, WindowedConfig
+from cableway.workers.models.glm import halves
+from cableway.workers.models.llama import LlamaConfig, pre_norm
+from cableway.workers.models.names import (
+    ATTENTION,
+    EMBEDDINGS,
+    HF,
+    PLAIN_MLP,
+    PRE_NORMS,
+    Target,
+    by_group,
+    names,
+)
+from cableway.workers.models.registry import arch, relative
+
+PLAIN = EMBEDDINGS | ATTENTION | PLAIN_MLP | PRE_NORMS
+LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
+APERTUS = PLAIN | names(
+    {
+        "attention_layernorm": "norm_in",
+        "feedforward_layernorm": "norm_mlp",
+        "mlp.act_fn.alpha_p": "mlp.act.alpha_p",
+        "mlp.act_fn.alpha_n": "mlp.act.alpha_n",
+    },
+    ignored=("mlp.act_fn.beta", "mlp.act_fn.eps"),
+    **LAYER,
+)
+PERSIMMON = (
+    EMBEDDINGS
+    | PRE_NORMS
+    | names(
+        {
+            "self_attn.query_key_value": Target("mix.qkv", layout=by_group),
+            "self_attn.dense": "mix.out",
+            "self_attn.q_layernorm": "mix.q_norm",
+            "self_attn.k_layernorm": "mix.k_norm",
+            "mlp.dense_h_to_4h": "mlp.up",
+            "mlp.dense_4h_to_h": "mlp.down",
+        },
+        ignored=("self_attn.rotary_emb",),
+        **LAYER,
+    )
+    | names({"model.final_layernorm": "norm_out"})
+)
+STABLELM = HF | names(
+    {"self_attn.q_layernorm.norms.{}": "mix.q_norm.{}", "self_attn.k_layernorm.norms.{}": "mix.k_norm.{}"}, **LAYER
+)
+HUNYUAN = HF | names({"self_attn.query_layernorm": "mix.q_norm", "self_attn.key_layernorm": "mix.k_norm"}, **LAYER)
+BITNET = HF | names({"self_attn.attn_sub_norm": "mix.norm_y", "mlp.ffn_sub_norm": "mlp.norm"}, **LAYER)
+INTERNLM2 = names(
+    {
+        "model.tok_embeddings": "embed",
+        "model.layers.{}.attention_norm": "layers.{}.norm_in",
+        "model.layers.{}.attention.wqkv": Target("layers.{}.mix.qkv", layout=by_group),
+        "model.layers.{}.attention.wo": "layers.{}.mix.out",
+        "model.layers.{}.ffn_norm": "layers.{}.norm_mlp",
+        "model.layers.{}.feed_forward.w1": "layers.{}.mlp.gate_up.gate",
+        "model.layers.{}.feed_forward.w3": "layers.{}.mlp.gate_up.up",
+        "model.layers.{}.feed_forward.w2": "layers.{}.mlp.down",
+        "model.norm": "norm_out",
+        "output": "head",
+    }
+)
+
+
+class BiasConfig(DecoderConfig, frozen=True, kw_only=True):
+    """Switches for biases under every name they go by: of q, k and v, of the attention's output, of the MLP."""
+
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        everywhere = config.get("use_bias", config.get("bias", False))
+        bias = config.get("attention_bias", config.get("qkv_bias", everywhere))
+        config["attention_bias"] = bias
+        config.setdefault("attention_out_bias", everywhere if "qkv_bias" in config else bias)
+        config.setdefault("mlp_bias", everywhere)
+
+
+class HeliumConfig(BiasConfig, frozen=True, kw_only=True):
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        BiasConfig.derive(config)
+        config["attention_out_bias"] = False
+
+
+class NormConfig(BiasConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    hidden_act: str = "relu2"
+
+
+class NemotronConfig(NormConfig, frozen=True, kw_only=True):
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        BiasConfig.derive(config)
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.5)
+
+
+class PersimmonConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    hidden_act: str = "relu2"
+    qk_layernorm: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.5)
+
+
+class StableLmConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    use_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    use_parallel_residual: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.25)
+
+
+class SmolLM3Config(WindowedConfig, frozen=True, kw_only=True):
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: Size = 4
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+class ErnieConfig(BiasConfig, frozen=True, kw_only=True):
+    tie_word_embeddings: bool = True
+
+
+@arch("SeedOssForCausalLM", config=BiasConfig, hf=HF)
+@arch("InternLMForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
+@arch("InternLM3ForCausalLM", config=BiasConfig, hf=HF, verified=relative("SeedOss"))
+@arch("InternLM2ForCausalLM", config=BiasConfig, hf=INTERNLM2, verified=relative("Llama"))
+@arch("PanguEmbeddedForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
+@arch("HeliumForCausalLM", config=HeliumConfig, hf=halves(HF))
+@arch("Ernie4_5ForCausalLM", config=ErnieConfig, hf=halves(HF))
+@arch("Ernie4_5_ForCausalLM", config=ErnieConfig, hf=halves(HF), verified=relative("Ernie4_5"))
+def biased(c: BiasConfig) -> Decoder:
+    mix = Attention.of(c, bias=c.attention_bias, out_bias=c.attention_out_bias)
+    return pre_norm(c, [mix] * c.num_hidden_layers, MLP.of(c, bias=c.mlp_bias))
+
+
+@arch("OrionForCausalLM", config=BiasConfig, hf=HF, verified=relative("StableLm"))
+def orion(c: BiasConfig) -> Decoder:
+    return pre_norm(c, [Attention.of(c)] * c.num_hidden_layers, norm=LayerNorm(c.hidden_size, c.norm_eps))
+
+
+@arch("ArceeForCausalLM", config=NormConfig, hf=PLAIN)
+def arcee(c: NormConfig) -> Decoder:
+    mix = Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias)
+    return pre_norm(c, [mix] * c.num_hidden_layers, PlainMLP.of(c, bias=c.mlp_bias))
+
+
+@arch("NemotronForCausalLM", config=NemotronConfig, hf=PLAIN)
+def nemotron(c: NemotronConfig) -> Decoder:
+    return layer_norms(c, 1.0)
+
+
+@arch("Jais2ForCausalLM", config=NormConfig, hf=PLAIN)
+def jais2(c: NormConfig) -> Decoder:
+    return layer_norms(c, 0.0)
+
+
+def layer_norms(c: NormConfig, offset: float) -> Decoder:
+    mix = Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias)
+    norm = LayerNorm(c.hidden_size, c.norm_eps, offset=offset)
+    return pre_norm(c, [mix] * c.num_hidden_layers, PlainMLP.of(c, bias=c.mlp_bias), norm)
+
+
+@arch("ApertusForCausalLM", config=LlamaConfig, hf=APERTUS)
+def apertus(c: LlamaConfig) -> Decoder:
+    bias, norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps)
+    mixes = [Attention.of(c, bias=bias, out_bias=bias, qk_norm=norm)] * c.num_hidden_layers
+    return pre_norm(c, mixes, PlainMLP.of(c, act=XIELU()))
+
+
+@arch("PersimmonForCausalLM", config=PersimmonConfig, hf=PERSIMMON)
+def persimmon(c: PersimmonConfig) -> Decoder:
+    head_norm = LayerNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else None
+    mixes = [Attention.of(c, bias=True, out_bias=True, qk_norm=head_norm)] * c.num_hidden_layers
+    return pre_norm(c, mixes, PlainMLP.of(c, bias=True), LayerNorm(c.hidden_size, c.norm_eps))
+
+
+@arch("StableLmForCausalLM", config=StableLmConfig, hf=STABLELM)
+@arch("StableLMEpochForCausalLM", config=StableLmConfig, hf=STABLELM, verified=relative("StableLm"))
+def stablelm(c: StableLmConfig) -> Decoder:
+    norm, head_norms = LayerNorm(c.hidden_size, c.norm_eps), None
+    if c.qk_layernorm:
+        counts = (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
+        head_norms = tuple(HeadNorms(Axis(name, count), c.head_dim, c.norm_eps) for name, count in counts)
+    mix, mlp = Attention.of(c, bias=c.use_qkv_bias, qk_norm=head_norms), MLP.of(c)
+    if c.use_parallel_residual:
+        layers = [ParallelLayer(norm_in=norm, mix=mix, mlp=mlp)] * c.num_hidden_layers
+        return Decoder(c, layers, norm_out=norm)
+    return pre_norm(c, [mix] * c.num_hidden_layers, mlp, norm)
+
+
+@arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HUNYUAN)
+def hunyuan(c: LlamaConfig) -> Decoder:
+    bias, norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps)
+    return pre_norm(c, [LateNormAttention.of(c, qk_norm=norm, bias=bias, out_bias=bias)] * c.num_hidden_layers)
+
+
+@arch("BitNetForCausalLM", config=LlamaConfig, hf=BITNET)
+def bitnet(c: LlamaConfig) -> Decoder:
+    heads, ffn = Axis("heads", c.num_attention_heads, c.head_dim), Axis("ffn", c.intermediate_size)
+    bias = c.attention_bias
+    mix = Attention.of(c, norm_y=JointNorm(heads, c.norm_eps), bias=bias, out_bias=bias)
+    return pre_norm(c, [mix] * c.num_hidden_layers, MLP.of(c, norm=JointNorm(ffn, c.norm_eps)))
+
+
+@arch("SmolLM3ForCausalLM", config=SmolLM3Config, hf=HF)
+def smollm3(c: SmolLM3Config) -> Decoder:
+    period, bias = c.no_rope_layer_interval, c.attention_bias
+    turns = c.no_rope_layers or [(i + 1) % period for i in range(c.num_hidden_layers)]
+    mixes = [
+        Attention.of(c, window=window, bias=bias, out_bias=bias, **({} if turn else {"rope": None}))
+        for window, turn in zip(c.windows(), turns, strict=True)
+    ]
+    return pre_norm(c, mixes, MLP.of(c, bias=c.mlp_bias))

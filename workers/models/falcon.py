@@ -1,0 +1,175 @@
+"""Falcon (7b: one KV head; 40b, 180b: groups, and a norm each for attention and MLP; RW: ALiBi, one after another),
+Bloom and MPT (ALiBi), OPT (learned positions)."""
+
+from typing import Any, Literal
+
+from cableway.workers.blocks.attention import ALiBi, Attention
+from cableway.workers.blocks.decoder import Decoder, Positions
+from cableway.workers.blocks.layers import Layer, ParallelLayer, PostNormLayer
+from cableway.workers.blocks.mlp import Activation, PlainMLP
+from cableway.workers.blocks.norm import Clip, LayerNorm, PlainLayerNorm
+from cableway.workers.models.config import DecoderConfig, Factor, Never, Size
+from cableway.workers.models.names import Target, by_group, names
+from cableway.workers.models.registry import arch, relative
+
+BLOOM = names(
+    {
+        "word_embeddings": "embed",
+        "word_embeddings_layernorm": "on_embed",
+        "h.{}.input_layernorm": "layers.{}.norm_in",
+        "h.{}.ln_attn": "layers.{}.norm_in",
+        "h.{}.ln_mlp": "layers.{}.norm_mlp",
+        "h.{}.self_attention.query_key_value": Target("layers.{}.mix.qkv", layout=by_group),
+        "h.{}.self_attention.dense": "layers.{}.mix.out",
+        "h.{}.post_attention_layernorm": "layers.{}.norm_mlp",
+        "h.{}.mlp.dense_h_to_4h": "layers.{}.mlp.up",
+        "h.{}.mlp.dense_4h_to_h": "layers.{}.mlp.down",
+        "ln_f": "norm_out",
+    },
+    ignored=("h.{}.self_attention.rotary_emb",),
+    prefix="transformer.",
+) | names({"lm_head": "head"})
+MPT = names(
+    {
+        "transformer.wte": "embed",
+        "transformer.blocks.{}.norm_1": "layers.{}.norm_in",
+        "transformer.blocks.{}.attn.Wqkv": "layers.{}.mix.qkv",
+        "transformer.blocks.{}.attn.out_proj": "layers.{}.mix.out",
+        "transformer.blocks.{}.norm_2": "layers.{}.norm_mlp",
+        "transformer.blocks.{}.ffn.up_proj": "layers.{}.mlp.up",
+        "transformer.blocks.{}.ffn.down_proj": "layers.{}.mlp.down",
+        "transformer.norm_f": "norm_out",
+        "lm_head": "head",
+    }
+)
+OPT = names(
+    {
+        "embed_tokens": "embed",
+        "embed_positions": "positions.table",
+        "project_in": "project_in",
+        "project_out": "project_out",
+        "layers.{}.self_attn.q_proj": "layers.{}.mix.qkv.q",
+        "layers.{}.self_attn.k_proj": "layers.{}.mix.qkv.k",
+        "layers.{}.self_attn.v_proj": "layers.{}.mix.qkv.v",
+        "layers.{}.self_attn.out_proj": "layers.{}.mix.out",
+        "layers.{}.self_attn_layer_norm": "layers.{}.norm_in",
+        "layers.{}.fc1": "layers.{}.mlp.up",
+        "layers.{}.fc2": "layers.{}.mlp.down",
+        "layers.{}.final_layer_norm": "layers.{}.norm_mlp",
+        "final_layer_norm": "norm_out",
+    },
+    prefix="model.decoder.",
+) | names({"lm_head": "head"})
+
+
+class FalconConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    hidden_act: str = "gelu"
+    tie_word_embeddings: bool = True
+    alibi: bool = False
+    bias: bool = False
+    parallel_attn: bool = True
+    new_decoder_architecture: bool = False
+    num_ln_in_parallel_attn: int | None = None
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config.setdefault("intermediate_size", 4 * config["hidden_size"])
+        if not config.get("new_decoder_architecture"):
+            config["num_key_value_heads"] = 1 if config.get("multi_query", True) else config["num_attention_heads"]
+
+
+class BloomConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    apply_residual_connection_post_layernorm: Never = False
+    tie_word_embeddings: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["intermediate_size"] = 4 * config["hidden_size"]
+
+
+class MPTConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    alibi: Literal[True] = True
+    alibi_bias_max: Factor = 8
+    clip_qkv: Factor | None = None
+    softmax_scale: Factor | None = None
+    max_position_embeddings: Size = 2048
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["intermediate_size"] = int(config.get("expansion_ratio", 4) * config["hidden_size"])
+        config |= {key: value for key, value in (config.get("attn_config") or {}).items() if key not in config}
+
+
+class OPTConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    hidden_act: str = "relu"
+    tie_word_embeddings: bool = True
+    max_position_embeddings: Size = 2048
+    word_embed_proj_dim: Size | None = None
+    do_layer_norm_before: bool = True
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    remove_final_layer_norm: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["remove_final_layer_norm"] = config.get("_remove_final_layer_norm", False)
+
+
+@arch("FalconForCausalLM", config=FalconConfig, hf=BLOOM)
+@arch("RWForCausalLM", config=FalconConfig, hf=BLOOM, verified=relative("Falcon"))
+def falcon(c: FalconConfig) -> Decoder:
+    norm, bias, has_two = LayerNorm(c.hidden_size, c.norm_eps), c.bias, c.num_ln_in_parallel_attn
+    position = {"rope": None, "scores": ALiBi(c.num_attention_heads, scale=c.head_dim**-0.5)} if c.alibi else {}
+    mix, mlp = Attention.of(c, bias=bias, out_bias=bias, **position), PlainMLP.of(c, bias=bias)
+    if c.new_decoder_architecture and has_two in (None, 2):
+        layer = ParallelLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)
+    elif c.parallel_attn:
+        layer = ParallelLayer(norm_in=norm, mix=mix, mlp=mlp)
+    else:
+        layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+
+
+@arch("BloomForCausalLM", config=BloomConfig, hf=BLOOM)
+def bloom(c: BloomConfig) -> Decoder:
+    norm, alibi = LayerNorm(c.hidden_size, c.norm_eps), ALiBi(c.num_attention_heads)
+    mix = Attention.of(c, rope=None, scores=alibi, bias=True, out_bias=True)
+    layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=PlainMLP.of(c, act=Activation("gelu_tanh"), bias=True))
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=norm)
+
+
+@arch("MptForCausalLM", config=MPTConfig, hf=MPT)
+@arch("MPTForCausalLM", config=MPTConfig, hf=MPT, verified=relative("Mpt"))
+def mpt(c: MPTConfig) -> Decoder:
+    norm = LayerNorm(c.hidden_size, c.norm_eps, bias=None)
+    mix = Attention.of(
+        c,
+        rope=None,
+        scores=ALiBi(c.num_attention_heads, most=c.alibi_bias_max),
+        scale=c.softmax_scale,
+        clip=Clip(c.clip_qkv) if c.clip_qkv else None,
+        bias=None,
+        out_bias=None,
+    )
+    layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=PlainMLP.of(c, act=Activation("gelu"), bias=None))
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+
+
+@arch("OPTForCausalLM", config=OPTConfig, hf=OPT)
+def opt(c: OPTConfig) -> Decoder:
+    norm = LayerNorm(c.hidden_size, 1e-5) if c.layer_norm_elementwise_affine else PlainLayerNorm(c.hidden_size, 1e-5)
+    bias = c.enable_bias
+    mix, mlp = Attention.of(c, rope=None, bias=bias, out_bias=bias), PlainMLP.of(c, bias=bias)
+    shape = Layer if c.do_layer_norm_before else PostNormLayer
+    return Decoder(
+        c,
+        [shape(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)] * c.num_hidden_layers,
+        norm_out=norm if c.do_layer_norm_before and not c.remove_final_layer_norm else None,
+        positions=Positions(c.max_position_embeddings, c.hidden_size, offset=2),
+        embed_size=c.word_embed_proj_dim or 0,
+    )

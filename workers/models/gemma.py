@@ -1,0 +1,89 @@
+"""Gemma 1-3: norms stored as w - 1, embeddings times sqrt(hidden). From 2 on norms on both sides of each sublayer and
+local layers; 2 caps scores and logits, 3 norms q and k and rotates local layers by a base of their own."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
+from cableway.workers.models.config import DecoderConfig, Factor, Size, Window, every
+from cableway.workers.models.llama import pre_norm
+from cableway.workers.models.names import HF, SANDWICH_NORMS
+from cableway.workers.models.registry import arch
+
+
+class GemmaConfig(DecoderConfig, frozen=True, kw_only=True):
+    head_dim: Size = 256
+    hidden_act: str = "gelu_pytorch_tanh"
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        # The first release said `gelu` and meant, as it added later, the tanh form.
+        config["hidden_act"] = config.get("hidden_activation") or "gelu_pytorch_tanh"
+
+
+class Gemma2Config(GemmaConfig, frozen=True, kw_only=True):
+    query_pre_attn_scalar: Factor = 256
+    sliding_window: Window = 4096
+    layer_types: list[str] | None = None
+    attn_logit_softcapping: Factor | None = 50.0
+    final_logit_softcapping: Factor | None = 30.0
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        GemmaConfig.derive(config)
+        config.setdefault("layer_types", every(2, config["num_hidden_layers"]))
+
+
+class Gemma3Config(Gemma2Config, frozen=True, kw_only=True):
+    attn_logit_softcapping: Factor | None = None
+    final_logit_softcapping: Factor | None = None
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        GemmaConfig.derive(config)
+        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
+        if not config.get("rope_parameters"):
+            far = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
+            near = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
+            config["rope_parameters"] = {"full_attention": far, "sliding_attention": near}
+
+
+@arch("GemmaForCausalLM", config=GemmaConfig, hf=HF)
+def gemma(c: GemmaConfig) -> Decoder:
+    mixes = [Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias)] * c.num_hidden_layers
+    return pre_norm(c, mixes, norm=RMSNorm(c.hidden_size, c.norm_eps, 1.0), on_embed=Scale(c.hidden_size**0.5))
+
+
+@arch("Gemma2ForCausalLM", config=Gemma2Config, hf=HF | SANDWICH_NORMS)
+def gemma2(c: Gemma2Config) -> Decoder:
+    return sandwich(c, None)
+
+
+@arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | SANDWICH_NORMS)
+def gemma3(c: Gemma3Config) -> Decoder:
+    return sandwich(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))
+
+
+def sandwich(c: Gemma2Config, head_norm: RMSNorm | None) -> Decoder:
+    norm, bias = RMSNorm(c.hidden_size, c.norm_eps, 1.0), c.attention_bias
+    layers = []
+    for kind in c.by_layer(c.layer_types, {kind: kind for kind in ("full_attention", "sliding_attention")}):
+        mix = Attention.of(
+            c,
+            rope=c.rope(kind),
+            window=c.sliding_window if kind == "sliding_attention" else 0,
+            scale=c.query_pre_attn_scalar**-0.5,
+            soft_cap=c.attn_logit_softcapping or 0.0,
+            qk_norm=head_norm,
+            bias=bias,
+            out_bias=bias,
+        )
+        layers.append(Layer(norm_in=norm, mix=mix, norm_mix_out=norm, norm_mlp=norm, mlp=MLP.of(c), norm_mlp_out=norm))
+    on_logits = SoftCap(c.final_logit_softcapping) if c.final_logit_softcapping else None
+    return Decoder(c, layers, norm_out=norm, on_embed=Scale(c.hidden_size**0.5), on_logits=on_logits)

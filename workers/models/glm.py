@@ -1,0 +1,92 @@
+"""GLM: Llama with biases on q, k and v that rotates neighbouring pairs, of half of each head. GLM 4 0414 adds norms
+after each sublayer; ChatGLM 2 to 4 are the same model as GLM under names of its own."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.llama import pre_norm
+from cableway.workers.models.names import HF, Names, interleaved, names
+from cableway.workers.models.registry import arch, relative
+
+GLM4 = HF | names(
+    {
+        "post_self_attn_layernorm": "norm_mix_out",
+        "post_attention_layernorm": "norm_mlp",
+        "post_mlp_layernorm": "norm_mlp_out",
+    },
+    prefix="model.layers.{}.",
+    to="layers.{}.",
+)
+CHATGLM = names(
+    {
+        "embedding.word_embeddings": "embed",
+        "encoder.layers.{}.input_layernorm": "layers.{}.norm_in",
+        "encoder.layers.{}.self_attention.query_key_value": "layers.{}.mix.qkv",
+        "encoder.layers.{}.self_attention.dense": "layers.{}.mix.out",
+        "encoder.layers.{}.post_attention_layernorm": "layers.{}.norm_mlp",
+        "encoder.layers.{}.mlp.dense_h_to_4h": "layers.{}.mlp.gate_up",
+        "encoder.layers.{}.mlp.dense_4h_to_h": "layers.{}.mlp.down",
+        "encoder.final_layernorm": "norm_out",
+        "output_layer": "head",
+    },
+    ignored=("rotary_pos_emb",),
+    prefix="transformer.",
+)
+
+
+class GlmConfig(DecoderConfig, frozen=True, kw_only=True):
+    head_dim: Size = 128
+    norm_eps: float = 1.5625e-07
+    attention_bias: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.5)
+
+
+class ChatGLMConfig(DecoderConfig, frozen=True, kw_only=True):
+    add_qkv_bias: bool = False
+    add_bias_linear: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if config.get("multi_query_attention"):
+            config["num_key_value_heads"] = config["multi_query_group_num"]
+        rotation = {"rope_theta": 10_000.0 * config.get("rope_ratio", 1.0), "partial_rotary_factor": 0.5}
+        config["rope_parameters"] = rotation
+
+
+def halves(scheme: Names) -> Any:
+    """The scheme for a config, whose rotated pairs are neighbours."""
+    return lambda c: interleaved(scheme, c.rope().rotary_dim)
+
+
+@arch("GlmForCausalLM", config=GlmConfig, hf=halves(HF))
+def glm(c: GlmConfig) -> Decoder:
+    return pre_norm(c, [Attention.of(c, bias=c.attention_bias)] * c.num_hidden_layers)
+
+
+@arch("Glm4ForCausalLM", config=GlmConfig, hf=halves(GLM4))
+def glm4(c: GlmConfig) -> Decoder:
+    norm, mix = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c, bias=c.attention_bias)
+    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=norm, norm_mlp=norm, mlp=MLP.of(c), norm_mlp_out=norm)
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+
+
+@arch(
+    "ChatGLMModel",
+    "ChatGLMForConditionalGeneration",
+    config=ChatGLMConfig,
+    hf=halves(CHATGLM),
+    verified=relative("Glm"),
+)
+def chatglm(c: ChatGLMConfig) -> Decoder:
+    bias = c.add_bias_linear
+    mixes = [Attention.of(c, bias=bias or c.add_qkv_bias, out_bias=bias)] * c.num_hidden_layers
+    return pre_norm(c, mixes, MLP.of(c, bias=bias))

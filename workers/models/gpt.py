@@ -1,0 +1,165 @@
+"""GPT-2, BigCode (StarCoder: one KV head), GPT-J and GPT-NeoX (side by side), StarCoder2: LayerNorms and plain MLPs."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder, Positions
+from cableway.workers.blocks.layers import Layer, ParallelLayer
+from cableway.workers.blocks.mlp import PlainMLP
+from cableway.workers.blocks.norm import LayerNorm
+from cableway.workers.models.config import DecoderConfig, Size, Window
+from cableway.workers.models.names import ATTENTION, EMBEDDINGS, PRE_NORMS, Names, Target, by_group, interleaved, names
+from cableway.workers.models.names import transposed as across
+from cableway.workers.models.registry import arch
+
+
+def _gpt2(qkv: Target, layout: Any, prefix: str) -> Names:
+    return names(
+        {
+            "wte": "embed",
+            "wpe": "positions.table",
+            "h.{}.ln_1": "layers.{}.norm_in",
+            "h.{}.attn.c_attn": qkv,
+            "h.{}.attn.c_proj": Target("layers.{}.mix.out", layout=layout),
+            "h.{}.ln_2": "layers.{}.norm_mlp",
+            "h.{}.mlp.c_fc": Target("layers.{}.mlp.up", layout=layout),
+            "h.{}.mlp.c_proj": Target("layers.{}.mlp.down", layout=layout),
+            "ln_f": "norm_out",
+        },
+        ignored=("h.{}.attn.bias", "h.{}.attn.masked_bias"),
+        prefix=prefix,
+    ) | names({"lm_head": "head"})
+
+
+GPT2 = _gpt2(Target("layers.{}.mix.qkv", layout=across), across, "transformer.")
+GPT2 |= _gpt2(Target("layers.{}.mix.qkv", layout=across), across, "")  # as the first release was saved
+BIGCODE = _gpt2(Target("layers.{}.mix.qkv", layout=by_group), Target("").layout, "transformer.")
+GPTJ = names(
+    {
+        "transformer.wte": "embed",
+        "transformer.h.{}.ln_1": "layers.{}.norm_in",
+        "transformer.h.{}.attn.q_proj": "layers.{}.mix.qkv.q",
+        "transformer.h.{}.attn.k_proj": "layers.{}.mix.qkv.k",
+        "transformer.h.{}.attn.v_proj": "layers.{}.mix.qkv.v",
+        "transformer.h.{}.attn.out_proj": "layers.{}.mix.out",
+        "transformer.h.{}.mlp.fc_in": "layers.{}.mlp.up",
+        "transformer.h.{}.mlp.fc_out": "layers.{}.mlp.down",
+        "transformer.ln_f": "norm_out",
+        "lm_head": "head",
+    },
+    ignored=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
+)
+NEOX = names(
+    {
+        "gpt_neox.embed_in": "embed",
+        "gpt_neox.layers.{}.input_layernorm": "layers.{}.norm_in",
+        "gpt_neox.layers.{}.attention.query_key_value": Target("layers.{}.mix.qkv", layout=by_group),
+        "gpt_neox.layers.{}.attention.dense": "layers.{}.mix.out",
+        "gpt_neox.layers.{}.post_attention_layernorm": "layers.{}.norm_mlp",
+        "gpt_neox.layers.{}.mlp.dense_h_to_4h": "layers.{}.mlp.up",
+        "gpt_neox.layers.{}.mlp.dense_4h_to_h": "layers.{}.mlp.down",
+        "gpt_neox.final_layer_norm": "norm_out",
+        "embed_out": "head",
+    },
+    ignored=(
+        "gpt_neox.layers.{}.attention.bias",
+        "gpt_neox.layers.{}.attention.masked_bias",
+        "gpt_neox.layers.{}.attention.rotary_emb",
+    ),
+)
+STARCODER2 = (
+    EMBEDDINGS
+    | ATTENTION
+    | PRE_NORMS
+    | names({"c_fc": "up", "c_proj": "down"}, prefix="model.layers.{}.mlp.", to="layers.{}.mlp.")
+)
+
+
+class GPTConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    hidden_act: str = "gelu_new"
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config.setdefault("intermediate_size", 4 * config["hidden_size"])
+
+
+class GPT2Config(GPTConfig, frozen=True, kw_only=True):
+    max_position_embeddings: Size = 1024
+    tie_word_embeddings: bool = True
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    multi_query: bool = True
+
+
+class BigCodeConfig(GPT2Config, frozen=True, kw_only=True):
+    hidden_act: str = "gelu_pytorch_tanh"
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        GPTConfig.derive(config)
+        config["num_key_value_heads"] = 1 if config.get("multi_query", True) else config["num_attention_heads"]
+
+
+class GPTJConfig(GPTConfig, frozen=True, kw_only=True):
+    rotary_dim: Size = 64
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        GPTConfig.derive(config)
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+        config["partial_rotary_factor"] = (config.get("rotary_dim") or head_dim) / head_dim
+
+
+class NeoXConfig(GPTConfig, frozen=True, kw_only=True):
+    hidden_act: str = "gelu"
+    use_parallel_residual: bool = True
+    attention_bias: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.25)
+
+
+class StarCoder2Config(GPTConfig, frozen=True, kw_only=True):
+    hidden_act: str = "gelu_pytorch_tanh"
+    sliding_window: Window | None = None
+    use_bias: bool = True
+    tie_word_embeddings: bool = True
+
+
+@arch("GPT2LMHeadModel", config=GPT2Config, hf=GPT2)
+@arch("GPTBigCodeForCausalLM", config=BigCodeConfig, hf=BIGCODE)
+def gpt2(c: GPT2Config) -> Decoder:
+    norm, mlp = LayerNorm(c.hidden_size, c.norm_eps), PlainMLP.of(c, bias=True)
+    scale = c.head_dim**-0.5 if c.scale_attn_weights else 1.0
+    by_depth = c.scale_attn_by_inverse_layer_idx
+    scales = [scale / (i + 1) if by_depth else scale for i in range(c.num_hidden_layers)]
+    mixes = [Attention.of(c, rope=None, scale=scale, bias=True, out_bias=True) for scale in scales]
+    layers = [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp) for mix in mixes]
+    return Decoder(c, layers, norm_out=norm, positions=Positions(c.max_position_embeddings, c.hidden_size))
+
+
+@arch("GPTJForCausalLM", config=GPTJConfig, hf=lambda c: interleaved(GPTJ, c.rotary_dim))
+def gptj(c: GPTJConfig) -> Decoder:
+    norm = LayerNorm(c.hidden_size, c.norm_eps)
+    layer = ParallelLayer(norm_in=norm, mix=Attention.of(c), mlp=PlainMLP.of(c, bias=True))
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, head_bias=True)
+
+
+@arch("GPTNeoXForCausalLM", config=NeoXConfig, hf=NEOX)
+def neox(c: NeoXConfig) -> Decoder:
+    norm, bias = LayerNorm(c.hidden_size, c.norm_eps), c.attention_bias
+    shape = ParallelLayer if c.use_parallel_residual else Layer
+    mix, mlp = Attention.of(c, bias=bias, out_bias=bias), PlainMLP.of(c, bias=True)
+    layer = shape(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+
+
+@arch("Starcoder2ForCausalLM", config=StarCoder2Config, hf=STARCODER2)
+def starcoder2(c: StarCoder2Config) -> Decoder:
+    norm, bias = LayerNorm(c.hidden_size, c.norm_eps), c.use_bias
+    mix = Attention.of(c, window=c.sliding_window or 0, bias=bias, out_bias=bias)
+    layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=PlainMLP.of(c, bias=bias))
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)

@@ -1,0 +1,445 @@
+"""Mixtures of experts on Llama's frame: Mixtral, PhiMoE, OLMoE, Qwen 2 and 3, GLM 4.5, Dots, Ernie 4.5, Hunyuan, Solar
+Open, MiniMax M2, Granite, DBRX, GPT-OSS, DeepSeek V1, Bailing. Routers differ, and which layers are dense."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention, LateNormAttention, Sinks
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer
+from cableway.workers.blocks.mlp import MLP, Activation, ClampedGate
+from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer, sigmoid
+from cableway.workers.blocks.norm import Clip, LayerNorm, RMSNorm, Scale
+from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window, every
+from cableway.workers.models.glm import halves
+from cableway.workers.models.llama import pre_norm
+from cableway.workers.models.names import (
+    ATTENTION,
+    EMBEDDINGS,
+    HF,
+    PRE_NORMS,
+    Names,
+    Target,
+    experts,
+    flat,
+    names,
+    stacked,
+    stacked_in_turns,
+    stacked_transposed,
+    without_predictors,
+)
+from cableway.workers.models.olmo import joint_norms
+from cableway.workers.models.registry import arch, relative
+
+LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
+SHARED = {"gate_proj": "gate_up.gate", "up_proj": "gate_up.up", "down_proj": "down"}
+MIXTRAL = (
+    EMBEDDINGS
+    | ATTENTION
+    | PRE_NORMS
+    | names({"block_sparse_moe.gate": "mlp.router.gate"}, **LAYER)
+    | experts("block_sparse_moe.experts", "w1", "w3", "w2")
+)
+QWEN_MOE = (
+    HF
+    | experts("mlp.experts")
+    | names({"mlp.gate": "mlp.router.gate", "mlp.shared_expert_gate": "mlp.shared_gate"}, **LAYER)
+    | names({f"mlp.shared_expert.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()}, **LAYER)
+)
+DEEPSEEK_MOE = (
+    HF
+    | experts("mlp.experts")
+    | names(
+        {
+            "mlp.gate": "mlp.router.gate",
+            "mlp.gate.e_score_correction_bias": "mlp.router.correction",
+            **{f"mlp.shared_experts.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+        },
+        **LAYER,
+    )
+)
+ERNIE_MOE = DEEPSEEK_MOE | names(
+    {"mlp.moe_statics.e_score_correction_bias": Target("mlp.router.correction", layout=flat)}, **LAYER
+)
+HUNYUAN_MOE = (
+    HF
+    | experts("mlp.experts")
+    | names(
+        {
+            "self_attn.query_layernorm": "mix.q_norm",
+            "self_attn.key_layernorm": "mix.k_norm",
+            "mlp.gate.wg": "mlp.router.gate",
+            **{f"mlp.shared_mlp.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+        },
+        **LAYER,
+    )
+)
+MINIMAX_M2 = MIXTRAL | names({"block_sparse_moe.e_score_correction_bias": "mlp.router.correction"}, **LAYER)
+GRANITE_MOE = HF | names(
+    {
+        "block_sparse_moe.router.layer": "mlp.router.gate",
+        "block_sparse_moe.input_linear": Target("mlp.gate_up", layout=stacked),
+        "block_sparse_moe.output_linear": Target("mlp.down", layout=stacked),
+        "shared_mlp.input_linear": "mlp.shared.gate_up",
+        "shared_mlp.output_linear": "mlp.shared.down",
+    },
+    **LAYER,
+)
+GPT_OSS = (
+    EMBEDDINGS
+    | ATTENTION
+    | PRE_NORMS
+    | names(
+        {
+            "self_attn.sinks": "mix.scores.logits",
+            "mlp.router": "mlp.router.gate",
+            "mlp.experts.gate_up_proj": Target("mlp.gate_up", layout=stacked_in_turns),
+            "mlp.experts.gate_up_proj_bias": Target("mlp.gate_up", layout=stacked_in_turns, leaf="bias"),
+            "mlp.experts.down_proj": Target("mlp.down", layout=stacked_in_turns),
+            "mlp.experts.down_proj_bias": Target("mlp.down", layout=stacked_in_turns, leaf="bias"),
+        },
+        **LAYER,
+    )
+)
+"""A part of one expert alone is `in_turns` with itself: as it is."""
+DBRX = names(
+    {
+        "wte": "embed",
+        "blocks.{}.norm_attn_norm.norm_1": "layers.{}.norm_in",
+        "blocks.{}.norm_attn_norm.attn.Wqkv": "layers.{}.mix.qkv",
+        "blocks.{}.norm_attn_norm.attn.out_proj": "layers.{}.mix.out",
+        "blocks.{}.norm_attn_norm.norm_2": "layers.{}.norm_mlp",
+        "blocks.{}.ffn.router.layer": "layers.{}.mlp.router.gate",
+        "blocks.{}.ffn.experts.mlp.w1": Target("layers.{}.mlp.gate_up", layout=stacked, parts=("gate",)),
+        "blocks.{}.ffn.experts.mlp.v1": Target("layers.{}.mlp.gate_up", layout=stacked, parts=("up",)),
+        "blocks.{}.ffn.experts.mlp.w2": Target("layers.{}.mlp.down", layout=stacked_transposed),
+        "norm_f": "norm_out",
+    },
+    prefix="transformer.",
+) | names({"lm_head": "head"})
+BAILING = names(
+    {
+        "model.word_embeddings": "embed",
+        "model.layers.{}.attention.query_key_value": "layers.{}.mix.qkv",
+        "model.layers.{}.attention.dense": "layers.{}.mix.out",
+    }
+)
+
+
+class MixtralConfig(MoEConfig, frozen=True, kw_only=True):
+    sliding_window: Window | None = None
+
+
+class PhiMoEConfig(MixtralConfig, frozen=True, kw_only=True):
+    router_jitter_noise: Factor = 0.01
+    attention_bias: bool = False
+    lm_head_bias: bool = False
+
+
+class OlmoeConfig(MoEConfig, frozen=True, kw_only=True):
+    attention_bias: bool = False
+    clip_qkv: Factor | None = None
+
+
+class QwenMoEConfig(MoEConfig, frozen=True, kw_only=True):
+    """Every `decoder_sparse_step`-th layer has experts, but for those of `mlp_only_layers`."""
+
+    shared_expert_intermediate_size: Count = 0
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    qkv_bias: bool = True
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: Count | None = None
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+
+    def windows(self) -> list[int]:
+        window = (self.use_sliding_window and self.sliding_window) or 0
+        if self.layer_types is None:
+            return [window if i < self.max_window_layers and i % 2 == 0 else 0 for i in range(self.num_hidden_layers)]
+        return self.by_layer(self.layer_types, {"full_attention": 0, "sliding_attention": window})
+
+    def is_sparse(self, layer: int) -> bool:
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+
+class DeepseekMoEConfig(MoEConfig, frozen=True, kw_only=True):
+    moe_layer_freq: Size = 1
+    attention_bias: bool = False
+    use_qk_norm: bool = False
+    num_nextn_predict_layers: Count = 0
+
+    def is_sparse(self, layer: int) -> bool:
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+
+class BailingConfig(DeepseekMoEConfig, frozen=True, kw_only=True):
+    use_qkv_bias: bool = False
+    use_bias: bool = False
+    norm_topk_prob: bool = True
+
+
+class SolarOpenConfig(DeepseekMoEConfig, frozen=True, kw_only=True):
+    norm_topk_prob: bool = True
+
+
+class Glm4MoEConfig(SolarOpenConfig, frozen=True, kw_only=True):
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.5)
+
+
+class Dots1Config(DeepseekMoEConfig, frozen=True, kw_only=True):
+    sliding_window: Window | None = None
+    max_window_layers: Count = 62
+    layer_types: list[str] | None = None
+
+    def windows(self) -> list[int]:
+        window = self.sliding_window or 0
+        if self.layer_types is None:
+            return [window if i >= self.max_window_layers else 0 for i in range(self.num_hidden_layers)]
+        return self.by_layer(self.layer_types, {"full_attention": 0, "sliding_attention": window})
+
+
+class ErnieMoEConfig(MoEConfig, frozen=True, kw_only=True):
+    use_bias: bool = False
+    moe_layer_start_index: Count = 1
+    moe_layer_end_index: int = -1
+    moe_layer_interval: Size = 1
+    tie_word_embeddings: bool = True
+
+    def is_sparse(self, layer: int) -> bool:
+        end = self.num_hidden_layers - 1 if self.moe_layer_end_index == -1 else self.moe_layer_end_index
+        return (layer + 1) % self.moe_layer_interval == 0 and self.moe_layer_start_index <= layer <= end
+
+
+class HunyuanMoEConfig(MoEConfig, frozen=True, kw_only=True):
+    attention_bias: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        for key in ("moe_topk", "num_shared_expert", "moe_intermediate_size", "num_experts_per_tok"):
+            if isinstance(config.get(key), list):  # one a layer, and all alike in what is published
+                config[key] = config[key][0]
+
+
+class MiniMaxM2Config(MoEConfig, frozen=True, kw_only=True):
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if not config.get("rope_parameters") and config.get("rotary_dim"):
+            config["partial_rotary_factor"] = config["rotary_dim"] / config["head_dim"]
+
+
+class GraniteMoEConfig(MoEConfig, frozen=True, kw_only=True):
+    attention_bias: bool = False
+    embedding_multiplier: Factor = 1.0
+    residual_multiplier: Factor = 1.0
+    attention_multiplier: Factor = 1.0
+    logits_scaling: Factor = 1.0
+    shared_intermediate_size: Count = 0
+
+
+class DbrxConfig(MoEConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    clip_qkv: Factor | None = None
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        attention, ffn = config["attn_config"], config["ffn_config"]
+        if ffn.get("moe_normalize_expert_weights") not in (1, None):
+            raise ValueError("moe_normalize_expert_weights is neither 1 nor null")
+        config |= {
+            "num_key_value_heads": attention.get("kv_n_heads", 1),
+            "clip_qkv": attention.get("clip_qkv"),
+            "rope_theta": attention.get("rope_theta", config.get("rope_theta")),
+            "intermediate_size": ffn["ffn_hidden_size"],
+            "num_experts": ffn["moe_num_experts"],
+            "num_experts_per_tok": ffn["moe_top_k"],
+            "norm_topk_prob": ffn.get("moe_normalize_expert_weights") is not None,
+            "hidden_act": (ffn.get("ffn_act_fn") or {}).get("name", "silu"),
+        }
+
+
+class GptOssConfig(MoEConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    sliding_window: Window = 128
+    layer_types: list[str] | None = None
+    attention_bias: bool = True
+    swiglu_alpha: Factor = 1.702
+    swiglu_limit: Factor = 7.0
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config.setdefault("layer_types", every(2, config["num_hidden_layers"]))
+
+
+def on_frame(c: MoEConfig, mixes: list[Attention], mlps: list[Any], norm: Any = None, **out: Any) -> Decoder:
+    """A norm before each mixer and each MLP, and one at the end."""
+    norm = norm or RMSNorm(c.hidden_size, c.norm_eps)
+    layers = [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp) for mix, mlp in zip(mixes, mlps, strict=True)]
+    return Decoder(c, layers, norm_out=norm, **out)
+
+
+def mixture(c: MoEConfig, *, shared: Any = None, shared_gate: bool = False, **router: Any) -> MoE:
+    """Experts chosen by softmax unless it is said otherwise."""
+    router = {"renorm": 0.0 if c.norm_topk_prob else None, **router}
+    return MoE(
+        c.hidden_size,
+        c.moe_intermediate_size,
+        c.num_experts,
+        router=Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, **router),
+        act=Activation(c.hidden_act),
+        shared=shared,
+        shared_gate=shared_gate,
+    )
+
+
+def shared_experts(c: MoEConfig, **options: Any) -> MLP | None:
+    """Experts that every token goes through, as one MLP."""
+    return MLP.of(c, ffn_size=c.moe_intermediate_size * c.n_shared_experts, **options) if c.n_shared_experts else None
+
+
+def sigmoid_mixture(c: MoEConfig) -> MoE:
+    """The experts of DeepSeek V3: sigmoid scores, corrected and grouped for the choice."""
+    return mixture(
+        c,
+        shared=shared_experts(c),
+        score=sigmoid,
+        correction=True,
+        groups=Groups(c.n_group, c.topk_group, 2),
+        renorm=1e-20 if c.norm_topk_prob else None,
+        scale=c.routed_scaling_factor,
+    )
+
+
+def some_sparse(c: Any, moe: MoE, dense: MLP) -> list[Any]:
+    return [moe if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)]
+
+
+@arch("MixtralForCausalLM", config=MixtralConfig, hf=MIXTRAL)
+def mixtral(c: MixtralConfig) -> Decoder:
+    return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers, mixture(c, renorm=0.0))
+
+
+@arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=MIXTRAL)
+@arch("PhiMoEForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, verified=relative("Phimoe"))
+def phimoe(c: PhiMoEConfig) -> Decoder:
+    bias = c.attention_bias
+    mix = Attention.of(c, window=c.sliding_window or 0, bias=bias, out_bias=bias)
+    router = SparseMixer(c.hidden_size, c.num_experts, c.num_experts_per_tok, jitter=c.router_jitter_noise)
+    moe = MoE(c.hidden_size, c.intermediate_size, c.num_experts, router=router)
+    norm = LayerNorm(c.hidden_size, c.norm_eps)
+    return pre_norm(c, [mix] * c.num_hidden_layers, moe, norm, head_bias=c.lm_head_bias)
+
+
+@arch("OlmoeForCausalLM", config=OlmoeConfig, hf=QWEN_MOE)
+def olmoe(c: OlmoeConfig) -> Decoder:
+    bias, clip = c.attention_bias, Clip(c.clip_qkv) if c.clip_qkv else None
+    mix = Attention.of(c, qk_norm=joint_norms(c), bias=bias, out_bias=bias, clip=clip)
+    return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c))
+
+
+@arch("Qwen2MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE)
+def qwen2_moe(c: QwenMoEConfig) -> Decoder:
+    mixes = [Attention.of(c, window=window, bias=c.qkv_bias) for window in c.windows()]
+    moe = mixture(c, shared=MLP.of(c, ffn_size=c.shared_expert_intermediate_size), shared_gate=True)
+    return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c)))
+
+
+@arch("Qwen3MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE)
+def qwen3_moe(c: QwenMoEConfig) -> Decoder:
+    norm, bias, window = (
+        RMSNorm(c.head_dim, c.norm_eps),
+        c.attention_bias,
+        (c.use_sliding_window and c.sliding_window) or 0,
+    )
+    mixes = [Attention.of(c, window=window, qk_norm=norm, bias=bias, out_bias=bias)] * c.num_hidden_layers
+    return on_frame(c, mixes, some_sparse(c, mixture(c), MLP.of(c)))
+
+
+@arch("DeepseekForCausalLM", config=DeepseekMoEConfig, hf=DEEPSEEK_MOE, verified=relative("Qwen2Moe"))
+def deepseek(c: DeepseekMoEConfig) -> Decoder:
+    moe = mixture(c, shared=shared_experts(c))
+    bias = c.attention_bias
+    mixes = [Attention.of(c, bias=bias, out_bias=bias)] * c.num_hidden_layers
+    return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c)))
+
+
+@arch("BailingMoeForCausalLM", config=BailingConfig, hf=DEEPSEEK_MOE | BAILING, verified=relative("Qwen2Moe"))
+def bailing(c: BailingConfig) -> Decoder:
+    mixes = [Attention.of(c, bias=c.use_qkv_bias or c.use_bias, out_bias=c.use_bias)] * c.num_hidden_layers
+    return on_frame(c, mixes, some_sparse(c, mixture(c, shared=shared_experts(c)), MLP.of(c)))
+
+
+def _with_predictors(c: DeepseekMoEConfig) -> Names:
+    return DEEPSEEK_MOE | without_predictors(c)
+
+
+@arch("Glm4MoeForCausalLM", config=Glm4MoEConfig, hf=_with_predictors)
+@arch("SolarOpenForCausalLM", config=SolarOpenConfig, hf=_with_predictors)
+def glm4_moe(c: SolarOpenConfig) -> Decoder:
+    head_norm = RMSNorm(c.head_dim, c.norm_eps) if c.use_qk_norm else None
+    mixes = [Attention.of(c, bias=c.attention_bias, qk_norm=head_norm)] * c.num_hidden_layers
+    return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+
+
+@arch("Dots1ForCausalLM", config=Dots1Config, hf=DEEPSEEK_MOE)
+def dots1(c: Dots1Config) -> Decoder:
+    norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
+    mixes = [Attention.of(c, window=window, qk_norm=norm, bias=bias, out_bias=bias) for window in c.windows()]
+    return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+
+
+@arch("Ernie4_5_MoeForCausalLM", config=ErnieMoEConfig, hf=halves(ERNIE_MOE))
+def ernie_moe(c: ErnieMoEConfig) -> Decoder:
+    bias = c.use_bias
+    mixes = [Attention.of(c, bias=bias, out_bias=bias)] * c.num_hidden_layers
+    moe = mixture(c, shared=shared_experts(c, bias=bias), correction=True, renorm=0.0)
+    return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c, bias=bias)))
+
+
+@arch("HunYuanMoEV1ForCausalLM", config=HunyuanMoEConfig, hf=HUNYUAN_MOE)
+def hunyuan_moe(c: HunyuanMoEConfig) -> Decoder:
+    norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
+    mix = LateNormAttention.of(c, qk_norm=norm, bias=bias, out_bias=bias)
+    return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c, shared=MLP.of(c), renorm=0.0))
+
+
+@arch("MiniMaxM2ForCausalLM", config=MiniMaxM2Config, hf=MINIMAX_M2)
+def minimax_m2(c: MiniMaxM2Config) -> Decoder:
+    mixes = [Attention.of(c, qk_norm=joint_norms(c))] * c.num_hidden_layers
+    return pre_norm(c, mixes, mixture(c, score=sigmoid, correction=True, renorm=0.0))
+
+
+@arch("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM", config=GraniteMoEConfig, hf=GRANITE_MOE)
+def granite_moe(c: GraniteMoEConfig) -> Decoder:
+    norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
+    mix = Attention.of(c, bias=bias, out_bias=bias, scale=c.attention_multiplier)
+    shared = MLP.of(c, ffn_size=c.shared_intermediate_size) if c.shared_intermediate_size else None
+    moe = mixture(c, shared=shared, renorm=0.0)
+    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=moe, norm_mlp_out=less)
+    embed, logits = Scale(c.embedding_multiplier), Scale(1 / c.logits_scaling)
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
+
+
+@arch("DbrxForCausalLM", config=DbrxConfig, hf=DBRX)
+def dbrx(c: DbrxConfig) -> Decoder:
+    mix = Attention.of(c, clip=Clip(c.clip_qkv) if c.clip_qkv else None)
+    return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c), LayerNorm(c.hidden_size, c.norm_eps, bias=False))
+
+
+@arch("GptOssForCausalLM", config=GptOssConfig, hf=GPT_OSS)
+def gpt_oss(c: GptOssConfig) -> Decoder:
+    sinks, bias = Sinks(c.num_attention_heads), c.attention_bias
+    windows = c.by_layer(c.layer_types, {"full_attention": 0, "sliding_attention": c.sliding_window})
+    mixes = [Attention.of(c, window=window, scores=sinks, bias=bias, out_bias=bias) for window in windows]
+    moe = MoE(
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_experts,
+        router=Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, renorm=0.0, bias=True),
+        act=ClampedGate(c.swiglu_alpha, c.swiglu_limit),
+        bias=True,
+    )
+    return on_frame(c, mixes, [moe] * c.num_hidden_layers)

@@ -1,0 +1,124 @@
+"""OLMo: LayerNorms without weights. OLMo 2 and 3, Exaone 4: norms after each sublayer instead of before, and norms of q
+and k; in OLMo 3 and the larger Exaone 4 most layers see a window, and Exaone's others know no positions."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer
+from cableway.workers.blocks.linear import Axis
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import Clip, JointNorm, PlainLayerNorm, RMSNorm
+from cableway.workers.models.config import DecoderConfig, Factor, Window, every
+from cableway.workers.models.llama import pre_norm
+from cableway.workers.models.names import ATTENTION, EMBEDDINGS, GATED_MLP, HF, names
+from cableway.workers.models.registry import arch, relative
+
+POST_NORMS = names(
+    {"post_attention_layernorm": "norm_mix_out", "post_feedforward_layernorm": "norm_mlp_out"},
+    prefix="model.layers.{}.",
+    to="layers.{}.",
+)
+OLMO2 = EMBEDDINGS | ATTENTION | GATED_MLP | POST_NORMS
+EXAONE = names(
+    {
+        "transformer.wte": "embed",
+        "transformer.h.{}.ln_1": "layers.{}.norm_in",
+        "transformer.h.{}.attn.attention.q_proj": "layers.{}.mix.qkv.q",
+        "transformer.h.{}.attn.attention.k_proj": "layers.{}.mix.qkv.k",
+        "transformer.h.{}.attn.attention.v_proj": "layers.{}.mix.qkv.v",
+        "transformer.h.{}.attn.attention.out_proj": "layers.{}.mix.out",
+        "transformer.h.{}.ln_2": "layers.{}.norm_mlp",
+        "transformer.h.{}.mlp.c_fc_0": "layers.{}.mlp.gate_up.gate",
+        "transformer.h.{}.mlp.c_fc_1": "layers.{}.mlp.gate_up.up",
+        "transformer.h.{}.mlp.c_proj": "layers.{}.mlp.down",
+        "transformer.ln_f": "norm_out",
+        "lm_head": "head",
+    },
+    ignored=("transformer.h.{}.attn.attention.rotary", "transformer.rotary"),
+)
+
+
+class OlmoConfig(DecoderConfig, frozen=True, kw_only=True):
+    attention_bias: bool = False
+    clip_qkv: Factor | None = None
+
+
+class Olmo2Config(DecoderConfig, frozen=True, kw_only=True):
+    attention_bias: bool = False
+
+
+class Olmo3Config(Olmo2Config, frozen=True, kw_only=True):
+    sliding_window: Window = 4096
+    layer_types: list[str] | None = None
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config.setdefault("layer_types", every(4, config["num_hidden_layers"]))
+
+
+class Exaone4Config(DecoderConfig, frozen=True, kw_only=True):
+    sliding_window: Window | None = 4096
+    layer_types: list[str] | None = None
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        period = config.get("sliding_window_pattern") or 1
+        if isinstance(period, str):  # LLLG: local layers, then a global one
+            period = len(period)
+        config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
+
+
+@arch("OlmoForCausalLM", config=OlmoConfig, hf=HF)
+def olmo(c: OlmoConfig) -> Decoder:
+    clip, bias = Clip(c.clip_qkv) if c.clip_qkv else None, c.attention_bias
+    mixes = [Attention.of(c, bias=bias, out_bias=bias, clip=clip)] * c.num_hidden_layers
+    return pre_norm(c, mixes, norm=PlainLayerNorm(c.hidden_size, 1e-5))
+
+
+def post_norm(c: DecoderConfig, mixes: list[Attention]) -> Decoder:
+    norm = RMSNorm(c.hidden_size, c.norm_eps)
+    layers = [Layer(mix=mix, norm_mix_out=norm, mlp=MLP.of(c), norm_mlp_out=norm) for mix in mixes]
+    return Decoder(c, layers, norm_out=norm)
+
+
+def joint_norms(c: DecoderConfig) -> tuple[JointNorm, JointNorm]:
+    """Of all heads of q together, and of all heads of k."""
+    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+    sizes = (Axis("heads", heads, c.head_dim), Axis("kv_heads", kv_heads, c.head_dim))
+    return JointNorm(sizes[0], c.norm_eps), JointNorm(sizes[1], c.norm_eps)
+
+
+@arch("Olmo2ForCausalLM", config=Olmo2Config, hf=OLMO2)
+def olmo2(c: Olmo2Config) -> Decoder:
+    bias = c.attention_bias
+    return post_norm(c, [Attention.of(c, qk_norm=joint_norms(c), bias=bias, out_bias=bias)] * c.num_hidden_layers)
+
+
+@arch("Olmo3ForCausalLM", config=Olmo3Config, hf=OLMO2)
+def olmo3(c: Olmo3Config) -> Decoder:
+    kinds = {
+        kind: Attention.of(
+            c,
+            rope=c.rope(kind),
+            window=window,
+            qk_norm=joint_norms(c),
+            bias=c.attention_bias,
+            out_bias=c.attention_bias,
+        )
+        for kind, window in (("full_attention", 0), ("sliding_attention", c.sliding_window))
+    }
+    return post_norm(c, c.by_layer(c.layer_types, kinds))
+
+
+@arch("Exaone4ForCausalLM", config=Exaone4Config, hf=OLMO2)
+def exaone4(c: Exaone4Config) -> Decoder:
+    norm, window = RMSNorm(c.head_dim, c.norm_eps), c.sliding_window
+    near = Attention.of(c, window=window or 0, qk_norm=norm)
+    far = Attention.of(c, qk_norm=norm, rope=None) if window else near
+    return post_norm(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))
+
+
+@arch("ExaoneForCausalLM", config=DecoderConfig, hf=EXAONE, verified=relative("Llama"))
+def exaone(c: DecoderConfig) -> Decoder:
+    return pre_norm(c, [Attention.of(c)] * c.num_hidden_layers)

@@ -1,0 +1,55 @@
+"""Phi 1 and 2: attention and MLP side by side after one LayerNorm. Phi 3 and 4: Llama, fused matrices, longrope."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import ParallelLayer
+from cableway.workers.blocks.mlp import PlainMLP
+from cableway.workers.blocks.norm import LayerNorm
+from cableway.workers.models.config import DecoderConfig, Window
+from cableway.workers.models.llama import pre_norm
+from cableway.workers.models.names import HF, names
+from cableway.workers.models.registry import arch
+
+PHI = HF | names(
+    {
+        "model.final_layernorm": "norm_out",
+        "model.layers.{}.self_attn.dense": "layers.{}.mix.out",
+        "model.layers.{}.self_attn.q_layernorm": "layers.{}.mix.q_norm",
+        "model.layers.{}.self_attn.k_layernorm": "layers.{}.mix.k_norm",
+        "model.layers.{}.mlp.fc1": "layers.{}.mlp.up",
+        "model.layers.{}.mlp.fc2": "layers.{}.mlp.down",
+    }
+)
+
+
+class PhiConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    hidden_act: str = "gelu_new"
+    qk_layernorm: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.5)
+
+
+class Phi3Config(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    sliding_window: Window | None = None
+
+
+@arch("PhiForCausalLM", config=PhiConfig, hf=PHI)
+def phi(c: PhiConfig) -> Decoder:
+    norm = LayerNorm(c.hidden_size, c.norm_eps)
+    head_norm = LayerNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else None
+    layer = ParallelLayer(
+        norm_in=norm, mix=Attention.of(c, bias=True, out_bias=True, qk_norm=head_norm), mlp=PlainMLP.of(c, bias=True)
+    )
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, head_bias=True)
+
+
+@arch("Phi3ForCausalLM", config=Phi3Config, hf=HF)
+def phi3(c: Phi3Config) -> Decoder:
+    return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers)

@@ -1,0 +1,160 @@
+"""Gated delta nets with attention in every fourth layer. Qwen3-Next and the text of Qwen3.5: that attention is gated,
+norms are stored as w - 1; experts, or in the smaller Qwen3.5 a plain MLP. OLMo Hybrid: norms after its attention."""
+
+from functools import partial
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention, GatedAttention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer
+from cableway.workers.blocks.mamba import GatedDeltaNet
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.models.config import Count, DecoderConfig, MoEConfig, Size
+from cableway.workers.models.moe import QWEN_MOE, mixture, on_frame
+from cableway.workers.models.names import HF, Names, Target, by_group, names
+from cableway.workers.models.olmo import joint_norms
+from cableway.workers.models.registry import arch
+
+
+class Qwen3NextConfig(MoEConfig, frozen=True, kw_only=True):
+    head_dim: Size = 256
+    attention_bias: bool = False
+    layer_types: list[str]
+    linear_num_value_heads: Size = 32
+    linear_num_key_heads: Size = 16
+    linear_value_head_dim: Size = 128
+    linear_key_head_dim: Size = 128
+    linear_conv_kernel_dim: Size = 4
+    norm_topk_prob: bool = True
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    shared_expert_intermediate_size: Count = 0
+    num_experts: Count = 0
+    num_experts_per_tok: Count = 0
+
+    def __post_init__(self) -> None:
+        if self.num_experts:
+            MoEConfig.__post_init__(self)
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        period = config.get("full_attention_interval") or 4
+        kinds = [
+            "linear_attention" if (i + 1) % period else "full_attention" for i in range(config["num_hidden_layers"])
+        ]
+        config.setdefault("layer_types", kinds)
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.25)
+
+    def is_sparse(self, layer: int) -> bool:
+        return (
+            bool(self.num_experts) and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+
+def _names(c: Qwen3NextConfig) -> Names:
+    by_key_head = partial(by_group, num_groups=c.linear_num_key_heads)
+    mixers = {
+        "self_attn.q_proj": Target("mix.qkv", layout=by_group, parts=("q", "gate")),
+        "linear_attn.in_proj_qkvz": Target("mix.project", layout=by_key_head),
+        "linear_attn.in_proj_ba": Target("mix.steps", layout=by_key_head),
+        "linear_attn.in_proj_qkv": Target("mix.project", parts=("q", "k", "v")),
+        "linear_attn.in_proj_z": "mix.project.z",
+        "linear_attn.in_proj_b": "mix.steps.b",
+        "linear_attn.in_proj_a": "mix.steps.a",
+        "linear_attn.conv1d": "mix.conv",
+        "linear_attn.A_log": "mix.a_log",
+        "linear_attn.dt_bias": "mix.dt_bias",
+        "linear_attn.norm": "mix.norm",
+        "linear_attn.out_proj": "mix.out",
+    }
+    return QWEN_MOE | names(mixers, prefix="model.layers.{}.", to="layers.{}.") | Names(beyond=("mtp.",))
+
+
+@arch("Qwen3NextForCausalLM", config=Qwen3NextConfig, hf=_names)
+@arch("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", config=Qwen3NextConfig, hf=_names)
+def qwen3_next(c: Qwen3NextConfig) -> Decoder:
+    bias, head_norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps, 1.0)
+    attention = GatedAttention.of(c, qk_norm=head_norm, bias=bias, out_bias=bias)
+    linear = GatedDeltaNet(
+        c.hidden_size,
+        c.linear_num_value_heads,
+        c.linear_num_key_heads,
+        c.linear_value_head_dim,
+        c.linear_key_head_dim,
+        c.linear_conv_kernel_dim,
+        norm_eps=c.norm_eps,
+    )
+    dense, moe = MLP.of(c), None
+    if c.num_experts:
+        moe = mixture(c, shared=MLP.of(c, ffn_size=c.shared_expert_intermediate_size), shared_gate=True)
+    mlps = [moe if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)]
+    mixes = c.by_layer(c.layer_types, {"full_attention": attention, "linear_attention": linear})
+    return on_frame(c, mixes, mlps, RMSNorm(c.hidden_size, c.norm_eps, 1.0))
+
+
+class OlmoHybridConfig(DecoderConfig, frozen=True, kw_only=True):
+    attention_bias: bool = False
+    layer_types: list[str]
+    has_rope: bool = True
+    linear_num_value_heads: Size
+    linear_num_key_heads: Size
+    linear_value_head_dim: Size
+    linear_key_head_dim: Size
+    linear_conv_kernel_dim: Size = 4
+    linear_allow_neg_eigval: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["has_rope"] = bool(config.get("rope_parameters") or config.get("rope_theta"))
+
+
+def _olmo_names(c: OlmoHybridConfig) -> Names:
+    linear = {
+        "q_proj": "project.q",
+        "k_proj": "project.k",
+        "v_proj": "project.v",
+        "g_proj": "project.z",
+        "a_proj": "steps.a",
+        "b_proj": "steps.b",
+        "q_conv1d": "conv.q",
+        "k_conv1d": "conv.k",
+        "v_conv1d": "conv.v",
+        "A_log": "a_log",
+        "dt_bias": "dt_bias",
+        "o_norm": "norm",
+        "o_proj": "out",
+    }
+    after = {
+        "model.layers.{}.attention_layer_norm": "layers.{}.norm_in",
+        "model.layers.{}.feedforward_layer_norm": "layers.{}.norm_mlp",
+    }
+    for i, kind in enumerate(c.layer_types):
+        if kind == "full_attention":
+            after[f"model.layers.{i}.post_attention_layernorm"] = f"layers.{i}.norm_mix_out"
+            after[f"model.layers.{i}.feedforward_layer_norm"] = f"layers.{i}.norm_mix_out"  # as transformers saves it
+            after[f"model.layers.{i}.post_feedforward_layernorm"] = f"layers.{i}.norm_mlp_out"
+    return HF | names(linear, prefix="model.layers.{}.linear_attn.", to="layers.{}.mix.") | names(after)
+
+
+@arch("OlmoHybridForCausalLM", config=OlmoHybridConfig, hf=_olmo_names)
+def olmo_hybrid(c: OlmoHybridConfig) -> Decoder:
+    norm, bias, mlp = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, MLP.of(c)
+    position = {} if c.has_rope else {"rope": None}
+    attention = Attention.of(c, qk_norm=joint_norms(c), bias=bias, out_bias=bias, **position)
+    linear = GatedDeltaNet(
+        c.hidden_size,
+        c.linear_num_value_heads,
+        c.linear_num_key_heads,
+        c.linear_value_head_dim,
+        c.linear_key_head_dim,
+        c.linear_conv_kernel_dim,
+        norm_eps=1e-5,
+        most=2.0 if c.linear_allow_neg_eigval else 1.0,
+    )
+    kinds = {
+        "linear_attention": Layer(norm_in=norm, mix=linear, norm_mlp=norm, mlp=mlp),
+        "full_attention": Layer(mix=attention, norm_mix_out=norm, mlp=mlp, norm_mlp_out=norm),
+    }
+    return Decoder(c, c.by_layer(c.layer_types, kinds), norm_out=norm)
