@@ -11,6 +11,8 @@ from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.moe import sigmoid
 from cableway.workers.blocks.norm import RMSNorm, RMSScale, Scale
 from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Never, Size
+from cableway.workers.models.gguf_names import GGUF
+from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
 from cableway.workers.models.moe import GRANITE_MOE, mixture, on_frame
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, Names, Target, experts, names, scaled
 from cableway.workers.models.registry import arch
@@ -351,12 +353,12 @@ def falcon_h1(c: FalconH1Config) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
-@arch("MambaForCausalLM", config=MambaConfig, hf=MAMBA)
+@arch("MambaForCausalLM", config=MambaConfig, hf=MAMBA, gguf=GGUF)
 def mamba(c: MambaConfig) -> Decoder:
     return mamba_decoder(c, None)
 
 
-@arch("FalconMambaForCausalLM", config=MambaConfig, hf=MAMBA)
+@arch("FalconMambaForCausalLM", config=MambaConfig, hf=MAMBA, gguf=GGUF)
 def falcon_mamba(c: MambaConfig) -> Decoder:
     sizes, eps = (c.time_step_rank, c.state_size), c.mixer_rms_eps
     return mamba_decoder(c, (RMSScale(sizes[0], eps), RMSScale(sizes[1], eps), RMSScale(sizes[1], eps)))
@@ -377,7 +379,7 @@ def mamba_decoder(c: MambaConfig, norms: Any) -> Decoder:
     return Decoder(c, [MixerLayer(norm_in=norm, mix=mix)] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("Mamba2ForCausalLM", config=Mamba2Config, hf=MAMBA)
+@arch("Mamba2ForCausalLM", config=Mamba2Config, hf=MAMBA, gguf=GGUF | GGUF_MAMBA2)
 def mamba2(c: Mamba2Config) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Mamba2(
@@ -395,7 +397,7 @@ def mamba2(c: Mamba2Config) -> Decoder:
     return Decoder(c, [MixerLayer(norm_in=norm, mix=mix)] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("JambaForCausalLM", config=JambaConfig, hf=JAMBA)
+@arch("JambaForCausalLM", config=JambaConfig, hf=JAMBA, gguf=GGUF)
 def jamba(c: JambaConfig) -> Decoder:
     sizes, eps = (c.mamba_dt_rank, c.mamba_d_state, c.mamba_d_state), c.norm_eps
     dt_norm, b_norm, c_norm = (RMSNorm(size, eps) for size in sizes)
