@@ -1,0 +1,186 @@
+"""Every family that llama.cpp's converter knows, through GGUF files as it writes them: the logits of transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from cableway.workers import models
+from tests.checkpoints import save
+from tests.models.converted import CONVERSIONS, convert, rounded
+from tests.models.harness import load, logits_of
+from tests.models.rewritten import REWRITTEN
+from tests.models.test_zoo import close, ids_of, oracle, prompt
+from tests.models.zoo import (
+    BY_TYPE,
+    DEEPSEEK,
+    EXPERTS,
+    FEW,
+    HALF,
+    LATENT,
+    LINEAR,
+    LLAMA3,
+    LOCAL,
+    LONG,
+    MAMBA2,
+    MULTIPLIERS,
+    SOME_NEAR,
+    SPARSE,
+    YARN,
+)
+
+WHOLE = {**EXPERTS, "moe_intermediate_size": 32}
+BLOCKS = {"vocab_size": 320, "moe_intermediate_size": 32, "intermediate_size": 96}
+REPEATED = {"sliding_window": 9, "num_hidden_layers": 7}
+"""Layers whose window the format does not give: those of the family's published pattern."""
+FULL = {"rope_type": "default", "rope_theta": 500.0}
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "LlamaForCausalLM": [
+        {"rope_parameters": LLAMA3},
+        {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True},
+        {"rope_parameters": YARN, "head_dim": 24},
+    ],
+    "MistralForCausalLM": [{"sliding_window": None}],
+    "MixtralForCausalLM": [{**WHOLE, "sliding_window": None}],
+    "Qwen2ForCausalLM": [{"rope_parameters": FULL}],
+    "Qwen3ForCausalLM": [{"head_dim": 24}],
+    "Qwen2MoeForCausalLM": [{**FEW, **SPARSE}],
+    "Qwen3MoeForCausalLM": [{**WHOLE, "norm_topk_prob": True}],
+    "GemmaForCausalLM": [{}],
+    "Gemma2ForCausalLM": [
+        {
+            **REPEATED,
+            "num_hidden_layers": 3,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.0,
+        }
+    ],
+    "Gemma3ForCausalLM": [
+        {**REPEATED, "query_pre_attn_scalar": 16, "rope_parameters": {**BY_TYPE, "full_attention": LINEAR}}
+    ],
+    "PhiForCausalLM": [{"rope_parameters": HALF, "intermediate_size": 256, "num_key_value_heads": 4}],
+    "Phi3ForCausalLM": [
+        {"sliding_window": 11, "rope_parameters": HALF, "original_max_position_embeddings": 256},
+        {"rope_parameters": LONG, "original_max_position_embeddings": 32, "max_position_embeddings": 128},
+    ],
+    "Starcoder2ForCausalLM": [{}, {"use_bias": False, "tie_word_embeddings": False}],
+    "GPTBigCodeForCausalLM": [{}],
+    "GPT2LMHeadModel": [{}, {"tie_word_embeddings": False}],
+    "GPTNeoXForCausalLM": [{"rope_parameters": HALF}, {"use_parallel_residual": False}],
+    "FalconForCausalLM": [
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        {"multi_query": True, "num_kv_heads": 1},
+    ],
+    "BloomForCausalLM": [{}],
+    "MptForCausalLM": [{"attn_config": {"clip_qkv": 0.7}, "layer_norm_epsilon": 1e-5}],
+    "StableLmForCausalLM": [
+        {"rope_parameters": HALF, "qk_layernorm": True},
+        {"use_parallel_residual": True, "use_qkv_bias": True},
+    ],
+    "CohereForCausalLM": [{"logit_scale": 0.3, "use_qk_norm": True}, {"attention_bias": True}],
+    "Cohere2ForCausalLM": [{**REPEATED, "num_hidden_layers": 5, "logit_scale": 0.3}],
+    "OlmoForCausalLM": [{"clip_qkv": 0.8}],
+    "Olmo2ForCausalLM": [{}],
+    "Olmo3ForCausalLM": [{**SOME_NEAR}],
+    "OlmoeForCausalLM": [{**EXPERTS}],
+    "DeepseekV2ForCausalLM": [
+        {**LATENT, **DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
+        {**LATENT, **DEEPSEEK, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None}
+        | {"norm_topk_prob": False},
+    ],
+    "DeepseekV3ForCausalLM": [
+        {**LATENT, **DEEPSEEK, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
+    ],
+    "GraniteForCausalLM": [{**MULTIPLIERS}, {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}],
+    "GraniteMoeForCausalLM": [{**LOCAL, **MULTIPLIERS}],
+    "GraniteMoeSharedForCausalLM": [{**LOCAL, **MULTIPLIERS, "shared_intermediate_size": 56}],
+    "MiniCPM3ForCausalLM": [{**LATENT, "v_head_dim": 16, "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256}],
+    "MambaForCausalLM": [{"state_size": 6, "time_step_rank": 5, "conv_kernel": 3, "intermediate_size": 128}],
+    "FalconMambaForCausalLM": [{"state_size": 6, "time_step_rank": 5, "conv_kernel": 3, "intermediate_size": 128}],
+    "Mamba2ForCausalLM": [{**MAMBA2, "conv_kernel": 3}],
+    "JambaForCausalLM": [
+        {
+            **LOCAL,
+            "mamba_d_state": 6,
+            "mamba_dt_rank": 5,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_hidden_layers": 4,
+            "use_mamba_kernels": False,
+        },
+    ],
+    "GlmForCausalLM": [{"rope_parameters": HALF}],
+    "Glm4ForCausalLM": [{"rope_parameters": HALF}],
+    "Exaone4ForCausalLM": [{**SOME_NEAR}],
+    "NemotronForCausalLM": [{"rope_parameters": HALF}, {"attention_bias": True, "mlp_bias": True}],
+    "ArceeForCausalLM": [{}],
+    "SmolLM3ForCausalLM": [{"num_hidden_layers": 5, "no_rope_layer_interval": 4}],
+    "SeedOssForCausalLM": [{"attention_bias": True}],
+    "Ernie4_5ForCausalLM": [{}],
+    "HunYuanDenseV1ForCausalLM": [{}],
+    "Glm4MoeForCausalLM": [{**DEEPSEEK, "rope_parameters": HALF, "use_qk_norm": True, "attention_bias": True}],
+    "Dots1ForCausalLM": [{**DEEPSEEK}],
+    "MiniMaxM2ForCausalLM": [{**EXPERTS, "rope_parameters": HALF}],
+    "GptOssForCausalLM": [
+        {
+            **EXPERTS,
+            "sliding_window": 9,
+            "rope_parameters": {**YARN, "truncate": False, "original_max_position_embeddings": 256},
+        }
+    ],
+}
+REMOTE: dict[str, dict[str, Any]] = {
+    "ExaoneForCausalLM": {},
+    "InternLM2ForCausalLM": {},
+    "MiniCPMForCausalLM": {},
+    "OrionForCausalLM": {},
+    "BaiChuanForCausalLM": {},
+    "XverseForCausalLM": {},
+    "QWenLMHeadModel": {},
+    "DeepseekForCausalLM": {"norm_topk_prob": False},
+}
+"""Those whose checkpoints are a relative's, rewritten."""
+CASES = [(name, fields) for name, variants in VARIANTS.items() for fields in variants]
+CASES += REMOTE.items()
+
+
+def written(folder: Path, name: str, fields: dict[str, Any], kind: Kind) -> tuple[Path, torch.Tensor]:
+    """A random model as a GGUF file, and transformers' logits of a prompt."""
+    rewritten = REWRITTEN[name] if name in REMOTE else None
+    model = oracle(rewritten.relative, {**rewritten.fields, **fields}) if rewritten else oracle(name, fields)
+    if rewritten:
+        rewritten.prepare(model)
+    if kind != Kind.F32:
+        rounded(model, kind)
+    save(model, folder)
+    if rewritten:
+        rewritten.rewrite(name, folder)
+    path = folder / "model.gguf"
+    convert(folder, path, kind)
+    with torch.inference_mode():
+        return path, model(prompt(40)[None] % model.config.vocab_size).logits[0]
+
+
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
+    path, expected = written(tmp_path, name, fields, Kind.F32)
+    close(logits_of(load(path), ids_of(expected)), expected, name)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0])
+@pytest.mark.parametrize(
+    "name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM", "FalconForCausalLM"]
+)
+def test_matrices_and_experts_in_blocks(tmp_path: Path, name: str, kind: Kind) -> None:
+    path, expected = written(tmp_path, name, VARIANTS[name][0], kind)
+    close(logits_of(load(path), ids_of(expected)), expected, name)
+
+
+def test_what_is_known_in_gguf_files_is_what_is_tested() -> None:
+    known = {architecture.name for architecture in models.architectures() if "gguf" in architecture.schemes}
+    others = {"BaichuanForCausalLM", "Glm4MoeLiteForCausalLM"}  # by the same scheme
+    assert known - others | {"MistralForCausalLM"} == CONVERSIONS.keys() == VARIANTS.keys() | REMOTE.keys()
