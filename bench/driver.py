@@ -104,6 +104,17 @@ class Driver:
             self.running[logprobs.key].logprobs.update(_positions(logprobs))
         return result
 
+    def plan_ahead(self) -> StepPlan:
+        """A step over all that each row has, to be begun before the one before has ended.
+
+        The tokens that it draws count as drawn; -1 stands for them, and nobody is told what they are.
+        """
+        requests = list(self.running.values())
+        plan = self._plan(requests, [len(request.tokens) - request.num_computed for request in requests])
+        for request in requests:
+            request.tokens.append(-1)
+        return plan
+
     def generate(self, num_tokens: int) -> None:
         """Step until every running request has `num_tokens` tokens of output."""
         while rows := {

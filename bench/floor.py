@@ -61,6 +61,18 @@ def floor_s(
     return flops / rates.matmul_flop_s + (weights + kv) / rates.copy_bytes_s
 
 
+def step_floor_s(shape: Shape, rates: Rates, rows: int, length: int, item_bytes: int) -> float:
+    """Seconds below which no engine can do one step: `rows` tokens after `length` others each, or, where there are no
+    rows, one prompt of `length`."""
+    width = shape.num_layers * shape.head_dim
+    if not rows:
+        flops = length * (2 * shape.body_params + 2 * width * shape.num_heads * length) + 2 * shape.head_params
+        return flops / rates.matmul_flop_s
+    values = shape.body_params + shape.head_params + rows * length * 2 * width * shape.num_kv_heads
+    flops = 2 * rows * (shape.body_params + shape.head_params)
+    return max(values * item_bytes / rates.copy_bytes_s, flops / rates.matmul_flop_s)
+
+
 _MEASURE = """
 import json, sys, time, torch
 device, dtype = sys.argv[1], getattr(torch, sys.argv[2])

@@ -1,13 +1,15 @@
 """`cableway bench step`: where the time of a step goes, in this process: no HTTP, no core, no messages.
 
-A shape is `decode:ROWS@CONTEXT` (each row computes one token after CONTEXT others) or `prefill:LENGTH`.
+A shape is `decode:ROWS@CONTEXT` (each row computes one token after CONTEXT others) or `prefill:LENGTH`. How to read
+what it prints: docs/profiling.md.
 """
 
 import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +20,10 @@ from rich.table import Table
 from torch import Tensor
 
 from cableway.bench.driver import Driver
+from cableway.bench.floor import Shape as ModelShape
+from cableway.bench.floor import measure_rates
+from cableway.bench.gpu_step import GpuStep, GpuTiming
+from cableway.ipc import modelfiles
 from cableway.ipc.config import Options, WorkerConfig
 from cableway.ipc.messages import Sampling
 from cableway.ipc.resolve import resolve
@@ -26,7 +32,7 @@ from cableway.workers.batch import Batch, Decoder, StateSpec
 from cableway.workers.runner import Runner
 
 _SHAPE = re.compile(r"decode:(\d+)@(\d+)|prefill:(\d+)")
-_VOCAB = 10_000  # token ids that every model has
+_VOCAB = 10_000  # token ids that every large model has
 
 
 class Timing(msgspec.Struct, kw_only=True):
@@ -68,6 +74,7 @@ class TimedDecoder:
 @click.option("--model", default="smollm2-135m", show_default=True, help="Alias, .gguf file, folder or hub id.")
 @click.option("--load-format", default="auto", type=click.Choice(["auto", "dummy"]))
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "float16", "bfloat16"]))
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--max-model-len", default=4096, show_default=True, type=click.IntRange(16))
 @click.option("--num-threads", default=0, type=click.IntRange(0), help="0: automatic.")
 @click.option("--batch-invariant", is_flag=True)
@@ -76,43 +83,64 @@ class TimedDecoder:
 )
 @click.option("--steps", default=48, show_default=True, type=click.IntRange(1), help="Timed steps of a decode.")
 @click.option("--temperature", default=0.0, show_default=True)
-@click.option("--profile", is_flag=True, help="Also print the time of every operation.")
+@click.option("--enforce-eager", is_flag=True, help="No CUDA graphs.")
+@click.option("--profile", type=click.Path(dir_okay=False, path_type=Path), help="Write a torch-profiler trace here.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line a shape.")
-def command(shapes: str, steps: int, temperature: float, profile: bool, as_json: bool, **options: Any) -> None:
+def command(
+    model: str, shapes: str, steps: int, temperature: float, profile: Path | None, as_json: bool, **options: Any
+) -> None:
     """Show where the time of a worker's step goes."""
-    config = resolve(Options(max_num_seqs=256, **options)).worker
-    decoder = TimedDecoder(runners.load(config))
-    measured = []
-    for shape in shapes.split(","):
-        measure = _measurement(shape, Sampling(temperature=temperature, max_tokens=1 << 20, seed=1))
-        measured.append(measure(decoder, config, steps))
+    config = resolve(Options(model=model, max_num_seqs=256, **options)).worker
+    sampling = Sampling(temperature=temperature, max_tokens=1 << 20, seed=1)
+    chosen = {shape: _parsed(shape) for shape in shapes.split(",")}
+    if profile and len(chosen) > 1:
+        raise click.BadParameter("a trace is of one shape", param_hint="--profile")
+    on_device = _on_gpu if config.device == "cuda" else _on_cpu
+    for timing, table in on_device(config, chosen, sampling, steps, profile):
         if as_json:
-            print(json.dumps(msgspec.to_builtins(measured[-1])), flush=True)
-        if profile:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
-                measure(decoder, config, steps)
-            print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=30))
-    if not as_json:
-        Console().print(_table(measured))
+            print(json.dumps(msgspec.to_builtins(timing)), flush=True)
+        else:
+            Console().print(table)
 
 
-Measurement = Callable[[TimedDecoder, WorkerConfig, int], Timing]
-
-
-def _measurement(shape: str, sampling: Sampling) -> Measurement:
+def _parsed(shape: str) -> tuple[int, int]:
+    """(rows, context), or (0, length) of a prompt."""
     parsed = _SHAPE.fullmatch(shape)
     if parsed is None:
         raise click.BadParameter(f"{shape!r} is neither decode:ROWS@CONTEXT nor prefill:LENGTH", param_hint="--shapes")
     rows, context, length = (int(number or 0) for number in parsed.groups())
+    return rows, context or length
 
-    def measure(decoder: TimedDecoder, config: WorkerConfig, steps: int) -> Timing:
-        timed = (
-            _decode(decoder, config, sampling, rows, context, steps)
-            if rows
-            else _prefill(decoder, config, sampling, length)
-        )
+
+Shapes = dict[str, tuple[int, int]]
+
+
+def _on_gpu(
+    config: WorkerConfig, shapes: Shapes, sampling: Sampling, steps: int, profile: Path | None
+) -> Iterator[tuple[GpuTiming, Table]]:
+    for shape, (rows, length) in shapes.items():
+        if not rows and length > config.max_num_batched_tokens:
+            raise click.BadParameter(
+                f"{shape} is more than the {config.max_num_batched_tokens} tokens of one step", param_hint="--shapes"
+            )
+    rates = measure_rates(config.device, config.dtype)
+    model = ModelShape.of(modelfiles.locate(config.model, config.load_format).config)
+    runner = runners.build(config)
+    for shape, (rows, length) in shapes.items():
+        step = GpuStep(runner, config, sampling, rows, length)
+        timing = step.measure(shape, steps, model, rates, profile)
+        yield timing, _gpu_table(timing)
+
+
+def _on_cpu(
+    config: WorkerConfig, shapes: Shapes, sampling: Sampling, steps: int, profile: Path | None
+) -> Iterator[tuple[Timing, Table]]:
+    decoder = TimedDecoder(runners.load(config))
+    for shape, (rows, length) in shapes.items():
+        measure = _decode if rows else _prefill
+        timed = measure(decoder, config, sampling, rows, length, steps)
         step_s, body_s, head_s = (statistics.median(column) for column in zip(*timed, strict=True))
-        return Timing(
+        timing = Timing(
             shape=shape,
             step_ms=1000 * step_s,
             body_ms=1000 * body_s,
@@ -120,8 +148,11 @@ def _measurement(shape: str, sampling: Sampling) -> Measurement:
             runner_ms=1000 * statistics.median(step - body - head for step, body, head in timed),
             tok_s=(rows or length) / step_s,
         )
-
-    return measure
+        yield timing, _cpu_table(timing)
+        if profile:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+                measure(decoder, config, sampling, rows, length, steps)
+            trace.export_chrome_trace(str(profile))
 
 
 def _decode(
@@ -129,7 +160,7 @@ def _decode(
 ) -> Sequence[tuple[float, float, float]]:
     driver = Driver(Runner(decoder, config), config.block_size, config.max_num_seqs)
     for row in range(rows):
-        driver.add(_prompt(context, row), sampling)
+        driver.add(_prompt(context, row, decoder.vocab_size), sampling)
         driver.step({row: context})
     for _ in range(4):
         driver.step()
@@ -137,12 +168,12 @@ def _decode(
 
 
 def _prefill(
-    decoder: TimedDecoder, config: WorkerConfig, sampling: Sampling, length: int
+    decoder: TimedDecoder, config: WorkerConfig, sampling: Sampling, _rows: int, length: int, _steps: int
 ) -> Sequence[tuple[float, float, float]]:
     driver = Driver(Runner(decoder, config), config.block_size, config.max_num_seqs)
     timed = []
     for seed in range(6):
-        request = driver.add(_prompt(length, seed), sampling)
+        request = driver.add(_prompt(length, seed, decoder.vocab_size), sampling)
         timed.append(_timed_step(decoder, driver))
         driver.remove(request)
     return timed[1:]
@@ -155,16 +186,29 @@ def _timed_step(decoder: TimedDecoder, driver: Driver) -> tuple[float, float, fl
     return step_s, decoder.body_s, decoder.head_s
 
 
-def _prompt(length: int, seed: int) -> list[int]:
+def _prompt(length: int, seed: int, vocab_size: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, _VOCAB, (length,), generator=generator).tolist()
+    return torch.randint(10, min(_VOCAB, vocab_size), (length,), generator=generator).tolist()
 
 
-def _table(measured: Sequence[Timing]) -> Table:
+def _cpu_table(timing: Timing) -> Table:
     table = Table("shape", "step ms", "body ms", "head ms", "runner ms", "tok/s")
-    for timing in measured:
-        times = (timing.step_ms, timing.body_ms, timing.head_ms, timing.runner_ms)
-        table.add_row(timing.shape, *(f"{value:.2f}" for value in times), f"{timing.tok_s:.0f}")
+    times = (timing.step_ms, timing.body_ms, timing.head_ms, timing.runner_ms)
+    table.add_row(timing.shape, *(f"{value:.2f}" for value in times), f"{timing.tok_s:.0f}")
+    return table
+
+
+def _gpu_table(timing: GpuTiming) -> Table:
+    title = (
+        f"{timing.shape}: {timing.step_ms:.3f} ms a step, {timing.tok_s:,.0f} tokens/s; host {timing.host_ms:.3f} ms; "
+        f"kernels {timing.kernels_ms:.3f} ms; floor {timing.floor_ms:.3f} ms, fraction_of_floor "
+        f"{timing.floor_fraction:.2f}"
+    )
+    table = Table("kernel", "calls", "device us", "MB", "of copy", title=title, title_justify="left")
+    for kernel in timing.kernels:
+        megabytes, fraction = (f"{kernel.num_bytes / 1e6:,.2f}", f"{kernel.copy_fraction:.2f}")
+        known = (megabytes, fraction) if kernel.num_bytes else ("", "")
+        table.add_row(kernel.name, f"{kernel.calls:g}", f"{kernel.device_us:,.1f}", *known)
     return table
 
 

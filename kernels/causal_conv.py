@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, loops, tl, triton
+from cableway.kernels.lang import jit, scans, tl, triton
 from cableway.kernels.recurrence import RecurrentPlan, check_states, make_plan
 from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
 
@@ -140,9 +140,9 @@ def causal_conv(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: Re
     (num_tokens, channels), width = x.shape, w.shape[1]
     y = torch.empty(num_tokens, channels, dtype=x.dtype)
     parts = -(-channels // _CHANNELS)
-    loops.run(
-        loops.convolve, plan.num_seqs * parts, _CHANNELS * width * (num_tokens // plan.num_seqs + 1), x.data_ptr(),
-        x.stride(0), loops.KINDS[x.dtype], w.data_ptr(), 0 if b is None else b.data_ptr(), states.data_ptr(),
+    scans.run(
+        scans.convolve, plan.num_seqs * parts, _CHANNELS * width * (num_tokens // plan.num_seqs + 1), x.data_ptr(),
+        x.stride(0), scans.KINDS[x.dtype], w.data_ptr(), 0 if b is None else b.data_ptr(), states.data_ptr(),
         states.stride(0), y.data_ptr(), plan.query_start.data_ptr(), plan.seq_lens.data_ptr(),
         plan.block_table.data_ptr(), plan.block_table.stride(0), plan.block_size, channels, width, silu, _CHANNELS,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, loops, tl, triton
+from cableway.kernels.lang import jit, scans, tl, triton
 from cableway.kernels.recurrence import RecurrentPlan, check_states, make_plan
 from cableway.kernels.registry import Call, are_contiguous, call, check, grid, kernel, nbytes
 
@@ -133,8 +133,8 @@ def delta_scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states:
         return launch(q, k, v, g, beta, states, plan)
     (num_tokens, num_heads, head_dim), key_dim = v.shape, k.shape[2]
     y = torch.empty_like(v)
-    loops.run(
-        loops.correct, plan.num_seqs * num_heads, 6 * head_dim * key_dim * (num_tokens // plan.num_seqs + 1),
+    scans.run(
+        scans.correct, plan.num_seqs * num_heads, 6 * head_dim * key_dim * (num_tokens // plan.num_seqs + 1),
         q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), beta.data_ptr(), states.data_ptr(), states.stride(0),
         y.data_ptr(), plan.query_start.data_ptr(), plan.seq_lens.data_ptr(), plan.block_table.data_ptr(),
         plan.block_table.stride(0), plan.block_size, num_heads, k.shape[1], head_dim, key_dim,

@@ -99,7 +99,7 @@ _BYTES_A_THREAD = 64
 
 _MEASURED = {
     (4096, 1024, False): Tuning(4, 1),
-    (1024, 2048, False): Tuning(1, 2),
+    (1024, 2048, False): Tuning(2, 4),
     (3072, 1024, True): Tuning(4, 2),
     (1024, 3072, False): Tuning(4, 8),
     (151_936, 1024, False): Tuning(4, 2),

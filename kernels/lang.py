@@ -24,6 +24,8 @@ class _AtFirstUse:
 
 
 loops = _AtFirstUse("cableway.kernels.cpu.loops")
+scans = _AtFirstUse("cableway.kernels.cpu.scans")
+products = _AtFirstUse("cableway.kernels.cpu.products")
 
 try:
     import triton
@@ -55,14 +57,6 @@ except ModuleNotFoundError as missing:
         return Absent(function) if function else Absent
 
     gluon_jit = jit
-
-
-@jit
-def ask_for(ptr):
-    """Have the lines of memory that `ptr` [...] points into brought to the L2 cache, without waiting for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 def overlapping() -> dict[str, Any]:

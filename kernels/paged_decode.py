@@ -7,10 +7,13 @@ arrives last puts them together: a sequence that is not cut costs no second kern
 
 Bound: bytes (keys and values of every sequence).
 
-PERF, predicted and still to be measured (H200, 8 KV heads of 128, bf16; one launch in a graph): a chain of latencies
-bounds 1 x 128 tokens (5 µs: item, blocks, two tiles, result) and 1 x 2,000 (9 µs: and the parts, there and back);
-bytes bound 1 x 32,768 (40 µs, floor 31), 64 x 1,024 (72, 63), 256 x 128 (40, 31) and 256 x 1,024 (265, 250).
-decode_work.py adds 3 µs a step.
+Bytes bound many sequences. A few leave most of a GPU idle and wait for one program's chain of steps: it loads its first
+tile before the kernel that makes the newest key is done (EARLY), and has more warps on longer tiles.
+
+PERF, H200, 8 KV heads of 128, bf16, us a launch in a graph whose caches do not fit the L2 cache; in brackets the bytes
+at 4.3 TB/s: 4 x 200 6.5 (1), 16 x 200 8.8 (3), 64 x 200 19 (12), 64 x 1,024 65 (62), 256 x 160 48 (39), 256 x 700 171
+(171). In a step of one token: 3.3 a layer to 256 keys, 5.8 to 512. Sums over keys without matrix units, two tiles at
+once or prefetches of later tiles to the L2 cache: all slower.
 """
 
 from __future__ import annotations
@@ -39,9 +42,12 @@ class Tuning(NamedTuple):
     early: bool = False  # the first tile is loaded before the kernel before is done, and none through shared memory
 
 
-MANY = Tuning()
-FEW = Tuning(tile_bytes=1 << 15, most_tile_keys=128, num_warps=8, num_stages=1, early=True)
-_MOST_FEW = 2
+MANY = Tuning(num_warps=2, num_stages=2)
+FEW = Tuning(
+    tile_bytes=1 << 15, most_tile_keys=128, num_warps=8, num_stages=1, shares_a_processor=1, least_stretch_keys=512,
+    early=True,
+)  # fmt: skip
+_MOST_FEW = 16
 """Sequences that leave most of the GPU idle: what counts is how long the last program takes."""
 
 
@@ -96,22 +102,24 @@ def _attend(
     block = tl.load(table_ptr + (key + HAS_TILE * TILE) // BLOCK_SIZE, mask=key + HAS_TILE * TILE < end_key, other=0)
     for _ in range(first_key, end_key, TILE):
         key_inside, distance = key < end_key, newest - key
-        key += TILE
+        next_key = key + TILE
         if HAS_TILE:
             this_k, this_v = k, v
-            place, inside = _places(block, key, end_key, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
+            place, inside = _places(block, next_key, end_key, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
             k = tl.load(keys_ptr + place, mask=inside, other=0.0)
             v = tl.load(keys_ptr + value_offset + place, mask=inside, other=0.0)
-            block = tl.load(table_ptr + (key + TILE) // BLOCK_SIZE, mask=key + TILE < end_key, other=0)
+            after = next_key + TILE
         else:
-            place, inside = _places(block, key - TILE, end_key, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
+            place, inside = _places(block, key, end_key, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
             this_k = tl.load(keys_ptr + place, mask=inside, other=0.0)
             this_v = tl.load(keys_ptr + value_offset + place, mask=inside, other=0.0)
-            # The next tile's blocks are known before its keys are asked for.
-            block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < end_key, other=0)
+            after = next_key
+        # The blocks of a tile are known before its keys are asked for.
+        block = tl.load(table_ptr + after // BLOCK_SIZE, mask=after < end_key, other=0)
         top, mass, sums = _add_tile(
             q, this_k, this_v, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP, HAS_SLOPES
         )
+        key = next_key
     return top, mass, sums
 
 
@@ -160,13 +168,11 @@ def _paged_decode(
 ):  # fmt: skip
     """One item of the work, for the query heads of one KV head. Heads of a token lie side by side, and so they run.
 
-    IS_FIRST: the work was made just now. Later layers' kernels start once all programs of this one know that it is.
+    IS_FIRST: the work was made by the kernel before.
     """
     kv_head, item = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        if IS_FIRST:
-            gdc_wait()
-        gdc_launch_dependents()
+    if PDL and IS_FIRST:
+        gdc_wait()
     sequence = tl.load(work_ptr + item * 5).to(tl.int64)
     first_key, end_key = tl.load(work_ptr + item * 5 + 1), tl.load(work_ptr + item * 5 + 2)
     first_item, num_parts = tl.load(work_ptr + item * 5 + 3), tl.load(work_ptr + item * 5 + 4)
@@ -187,6 +193,9 @@ def _paged_decode(
             newest_ptr = cache_ptr + ((block * BLOCK_SIZE + newest % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
         if PDL and not IS_FIRST:
             gdc_wait()
+        if PDL:
+            # Not sooner: what the next kernels load ahead would stand in the way of what all of them wait for.
+            gdc_launch_dependents()
         head = tl.arange(0, BLOCK_ROWS)
         inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
         element = head[:, None] * HEAD_DIM + dim[None, :]
@@ -272,7 +281,8 @@ def launch_tuned(
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=soft_cap > 0,
         HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
-        BLOCK_PARTS=max((1 << 13) // (block_group * block_dim), 1), BLOCK_GROUP=block_group, EARLY=tuning.early,
+        BLOCK_PARTS=max(512 * tuning.num_warps // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
+        EARLY=tuning.early,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
         IS_FIRST=len(plan._decode_works) > num_works, **overlapping(),
     )  # fmt: skip
@@ -283,7 +293,7 @@ def _spans(*lengths: int) -> tuple[tuple[int, int], ...]:
     return tuple((1, length) for length in lengths)
 
 
-SHORT, LONG = _spans(5, 33, 1, 64), _spans(1500)
+SHORT, LONG, MANY_SHORT = _spans(5, 33, 1, 64), _spans(1500), _spans(*range(1, 200, 11))
 UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
 
 
@@ -293,6 +303,7 @@ UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
     make=make,
     cases=[
         *grid(spans=(SHORT, LONG, UNEVEN), heads=((9, 3, 64), (4, 1, 128)), dtype=FLOATS),
+        *grid(spans=(MANY_SHORT,), heads=((4, 2, 128), (3, 3, 96)), dtype=FLOATS, window=(0, 50)),
         *grid(spans=(LONG, UNEVEN), heads=((6, 2, 80),), dtype=FLOATS, window=(16, 600), block_size=(32,)),
         *grid(spans=(UNEVEN,), heads=((6, 2, 112),), dtype=FLOATS, window=(0, 300), soft_cap=(2.0,)),
         *grid(spans=(LONG, UNEVEN), heads=((6, 2, 32),), dtype=FLOATS, slopes=(False, True), sinks=(True,)),

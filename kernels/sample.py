@@ -120,10 +120,11 @@ def _threshold(row_ptr, vocab, temperature, top, k, p, BLOCK: tl.constexpr):
     return key
 
 
-_VARYING = ("arrivals_ptr", "scores_ptr", "groups_ptr")  # whose alignment depends on the number of rows
+_ALIGNED_BY_CHANCE = ("arrivals_ptr", "scores_ptr", "groups_ptr", "rows_ptr", "positions_ptr", "out_ptr")
+"""As the number of rows has it: one compilation for all."""
 
 
-@jit(do_not_specialize=_VARYING)
+@jit(do_not_specialize=_ALIGNED_BY_CHANCE)
 def _likeliest(
     logits_ptr, stride, tops_ptr, tokens_ptr, arrivals_ptr, vocab, stretch, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
@@ -189,7 +190,7 @@ def _give(token, row, option_row, position, out_ptr, tokens_ptr, tokens_stride, 
         tl.store(tokens_ptr + option_row.to(tl.int64) * tokens_stride + position, tl.maximum(token, 0))
 
 
-@jit(do_not_specialize=_VARYING)
+@jit(do_not_specialize=_ALIGNED_BY_CHANCE)
 def _sample(
     logits_ptr, stride, rows_ptr, fractions_ptr, integers_ptr, seeds_ptr, positions_ptr, out_ptr, to_ptr, to_stride,
     tops_ptr, tokens_ptr, scores_ptr, groups_ptr, arrivals_ptr, num_table_rows, vocab, stretch,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, loops, tl, triton
+from cableway.kernels.lang import jit, scans, tl, triton
 from cableway.kernels.recurrence import RecurrentPlan, check_states, make_plan
 from cableway.kernels.registry import Call, are_contiguous, call, check, grid, kernel, nbytes
 
@@ -143,8 +143,8 @@ def state_scan(
         return launch(x, dt, a, b, c, d, states, plan)
     (num_tokens, num_heads, head_dim), state = x.shape, a.shape[1]
     y = torch.empty_like(x)
-    loops.run(
-        loops.scan, plan.num_seqs * num_heads, 4 * head_dim * state * (num_tokens // plan.num_seqs + 1), x.data_ptr(),
+    scans.run(
+        scans.scan, plan.num_seqs * num_heads, 4 * head_dim * state * (num_tokens // plan.num_seqs + 1), x.data_ptr(),
         dt.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), states.data_ptr(), states.stride(0),
         y.data_ptr(), plan.query_start.data_ptr(), plan.seq_lens.data_ptr(), plan.block_table.data_ptr(),
         plan.block_table.stride(0), plan.block_size, num_heads, b.shape[1], head_dim, state,

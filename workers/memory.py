@@ -148,32 +148,41 @@ def _gpu_available_bytes(decoder: Decoder, config: WorkerConfig, dtype: torch.dt
 
 
 def _dry_run_bytes(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """What the largest step takes on a GPU beside weights and cache: nobody's tokens, as many as fit."""
-    groups, num_seqs, num_tokens = decoder.state_groups(), config.max_num_seqs, config.max_num_batched_tokens
-    cache = _make(groups, config, 1, dtype, device)
+    """What the largest step takes on a GPU beside weights and cache."""
+    cache = _make(decoder.state_groups(), config, 1, dtype, device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
-    integers = {"dtype": torch.int32, "device": device}
-    query_start = torch.zeros(num_seqs + 1, **integers)
-    query_start[-1] = num_tokens
-    max_blocks = -(-config.max_model_len // config.block_size)
+    dry_run(decoder, config, cache)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device) - before
+
+
+def dry_run(decoder: Decoder, config: WorkerConfig, cache: KVCache) -> None:
+    """The largest step, of nobody's tokens: nothing is written to the cache."""
+    num_seqs, num_tokens, device = config.max_num_seqs, config.max_num_batched_tokens, cache.tensors[0].device
+    max_blocks, num_groups = -(-config.max_model_len // config.block_size), len(decoder.state_groups())
+    query_start, *tables = (
+        torch.zeros(shape, dtype=torch.int32, device=device)
+        for shape in ((num_seqs + 1,), *[(num_seqs, max_blocks)] * num_groups)
+    )
+    query_start[1:] = num_tokens
+    token_ids, positions = torch.zeros(2, num_tokens, dtype=torch.int32, device=device)
+    slots = torch.full((num_groups, num_tokens), -1, dtype=torch.int64, device=device)
     batch = Batch(
-        token_ids=torch.zeros(num_tokens, **integers),
-        positions=torch.zeros(num_tokens, **integers),
+        token_ids=token_ids,
+        positions=positions,
         query_start=query_start,
-        seq_lens=torch.zeros(num_seqs, **integers),
+        seq_lens=torch.zeros(num_seqs, dtype=torch.int32, device=device),
         max_query_len=num_tokens,
         max_seq_len=config.max_model_len,
-        block_tables=[torch.zeros(num_seqs, max_blocks, **integers) for _ in groups],
-        slots=[torch.full((num_tokens,), -1, dtype=torch.int64, device=device) for _ in groups],
+        block_tables=tables,
+        slots=list(slots),
         logits_at=torch.zeros(min(num_seqs, num_tokens), dtype=torch.int64, device=device),
         invariant=config.batch_invariant,
         block_size=config.block_size,
     )
     hidden = decoder.forward(batch, cache.layers)
     decoder.logits(hidden.index_select(0, batch.logits_at))
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_reserved(device) - before
 
 
 def block_memory(group: StateSpec, block_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

@@ -17,7 +17,7 @@ class Parking:
     """
 
     def __init__(self, model: Block) -> None:
-        storages = [tensor.untyped_storage() for tensor in _tensors(model) if tensor.is_cuda]
+        storages = [tensor.untyped_storage() for tensor in _tensors(model)]
         self._storages = list({storage.data_ptr(): storage for storage in storages}.values())
         self._copies: list[Tensor] = []
 
@@ -25,11 +25,11 @@ class Parking:
         """Give the GPU's memory back."""
         if not self._copies:
             self._copies = [
-                torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True) for storage in self._storages
+                torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.is_cuda)
+                for storage in self._storages
             ]
             for copy, storage in zip(self._copies, self._storages, strict=True):
-                copy.copy_(_bytes(storage), non_blocking=True)
-            torch.cuda.synchronize()
+                copy.copy_(_bytes(storage))
         for storage in self._storages:
             storage.resize_(0)
         torch.cuda.empty_cache()

@@ -44,6 +44,7 @@ class Rehearsal(Thread):
             if not mark.exists():
                 with torch.inference_mode(), compilation.ahead():
                     rehearse(self._config)
+                mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.touch()
         except Exception as error:
             self._error = error
@@ -69,6 +70,7 @@ def rehearse(config: WorkerConfig) -> None:
     sampler = Sampler(num_seqs, decoder.vocab_size, _META)
     cache = memory.outline(decoder, config, getattr(torch, config.dtype))
     cache.copy_blocks(torch.zeros(1, 2, dtype=torch.int64, device=_META))
+    memory.dry_run(decoder, config, cache)
     if not config.enforce_eager:
         graphs = StepGraphs(
             decoder, rows, sampler, cache.layers,

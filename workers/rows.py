@@ -72,6 +72,9 @@ class Rows:
         self._num_blocks = np.zeros((max_num_seqs, num_groups), np.int32)
         self._block_size = block_size
         self._device = device
+        # Of steps of one token a row: where each begins, and which tokens' logits are wanted.
+        self._index = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self._index_long = self._index.long()
 
     def enter(self, new: NewRow) -> None:
         """Write a request into its row, over whatever was there."""
@@ -166,10 +169,9 @@ class Rows:
     def gather_singles(self, rows: Tensor, seq_lens: Tensor, *, invariant: bool) -> Batch:
         """Inputs of a step of one token a row, [S] i32 each, so that it can be captured. Length 0: nobody's."""
         num_seqs = len(rows)
-        query_start = torch.arange(num_seqs + 1, dtype=torch.int32, device=self._device)
         return self._batch(
-            rows, seq_lens, query_start, num_seqs, 1, self.tokens.shape[1],
-            logits_at=query_start[:num_seqs].long(), may_have_singles=True, invariant=invariant,
+            rows, seq_lens, self._index[: num_seqs + 1], num_seqs, 1, self.tokens.shape[1],
+            logits_at=self._index_long[:num_seqs], may_have_singles=True, invariant=invariant,
         )  # fmt: skip
 
     def _batch(

@@ -1,6 +1,8 @@
 """One worker's model, memory and rows: carries out the core's plans, one after another. The same on every device."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -133,6 +135,15 @@ class Runner:
     def num_blocks(self) -> int:
         """KV blocks the core may hand out."""
         return self._cache.num_blocks
+
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Steps begun meanwhile are carried out kernel by kernel."""
+        longest, self._longest_captured = self._longest_captured, 0
+        try:
+            yield
+        finally:
+            self._longest_captured = longest
 
     def warm_up(self) -> None:
         """Answer prompts for nobody: what is compiled or loaded at its first use is so before the first request."""

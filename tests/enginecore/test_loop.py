@@ -24,17 +24,20 @@ from cableway.ipc.messages import (
     PROTOCOL_VERSION,
     Abort,
     Choice,
+    Compiled,
     Failed,
     Hello,
     Ping,
     Ready,
     Refused,
+    Sleep,
     Status,
     StepPlan,
     StepResult,
     ToFrontend,
     Tokens,
     ToWorker,
+    Wake,
     Welcome,
     ints,
     unpack_ints,
@@ -65,6 +68,7 @@ class WorkerThread:
         self.rank, self.num_blocks = rank, num_blocks
         self.go, self.dead = threading.Event(), threading.Event()
         self.epochs, self.refusals, self.plans = [], [], []
+        self.asleep = False
         self.stray: list[StepResult] = []  # sent before anything else, once
         if not hold:
             self.go.set()
@@ -93,11 +97,14 @@ class WorkerThread:
                 endpoint.send(Hello(PROTOCOL_VERSION, "worker", self.rank, os.getpid()))
             case Welcome(_, epoch):
                 self.epochs.append(epoch)
-                self.worker = FakeWorker([PAGED], self.num_blocks, BLOCK_SIZE, BUDGET, MAX_NUM_SEQS)
-                endpoint.send(Ready(self.rank, self.num_blocks, BLOCK_SIZE, [PAGED], MAX_NUM_SEQS, 0.1))
+                self._begin(endpoint)
+            case Sleep() | Wake():
+                self.asleep = isinstance(message, Sleep)
+                self._begin(endpoint)
             case Refused(reason):
                 self.refusals.append(reason)
             case StepPlan():
+                assert not self.asleep
                 self.plans.append(message)
                 self.go.wait()
                 if message.epoch == self.epochs[-1] and not self.dead.is_set():
@@ -106,6 +113,11 @@ class WorkerThread:
                     result = self.worker.execute(message)
                     if self.rank == 0:
                         endpoint.send(result)
+
+    def _begin(self, endpoint):
+        """Empty, and all that it had is forgotten."""
+        self.worker = FakeWorker([PAGED], self.num_blocks, BLOCK_SIZE, BUDGET, MAX_NUM_SEQS)
+        endpoint.send(Ready(self.rank, self.num_blocks, BLOCK_SIZE, [PAGED], MAX_NUM_SEQS, 0.1, self.asleep))
 
 
 class Client:
@@ -315,6 +327,71 @@ def test_survivors_begin_anew_under_another_epoch(folder, workers, clients):
         client.until(lambda: client.finished)
         assert client.output[0] == truth(asked)[0]
         assert survivor.epochs == [core.epoch, core.epoch + 1]
+
+
+def test_all_ranks_sleep_and_nothing_is_held_against_what_ran(folder, workers, clients):
+    settings = core_settings(folder, num_workers=2)
+    with running(settings) as core:
+        ranks, client, other = [workers(settings), workers(settings, rank=1)], clients(settings), clients(settings)
+        asked = [generate([5, 6, 7, key], [key], max_tokens=40, eos_token_ids=b"", seed=key) for key in range(6)]
+        for each in asked:
+            client.send(each)
+        client.until(lambda: sum(map(len, client.output.values())) > 30)
+        client.send(Sleep())
+        for told in (client, other):
+            told.until(lambda told=told: told.status and told.status.asleep)
+        assert all(worker.asleep for worker in ranks)
+        status = client.ask_status()
+        assert (status.ready, status.num_running, status.num_waiting) == (False, 0, 6 - len(client.finished))
+        ranks[1].die()
+        client.until(lambda: not client.ask_status().asleep)
+        replaced = workers(settings, rank=1)  # it comes with its memory, and is told
+        client.until(lambda: client.ask_status().asleep)
+        assert replaced.asleep
+        other.send(Wake())
+        client.until(lambda: len(client.finished) == 6)
+        for key in range(6):
+            assert client.output[key] == truth(asked[key])[0]
+        assert "request_quarantined" not in events(core)
+
+
+def test_a_core_that_has_not_heard_of_sleep_leaves_its_workers_asleep(settings, workers, clients):
+    with running(settings):
+        worker, client = workers(settings), clients(settings)
+        client.send(Sleep())
+        client.until(lambda: client.status and client.status.asleep)
+    with running(settings):
+        client = clients(settings)
+        client.until(lambda: client.ask_status().asleep)
+        asked = generate([1, 2, 3], [0])
+        client.send(asked)
+        assert client.ask_status().num_waiting == 1
+        client.send(Wake())
+        client.until(lambda: client.finished)
+        assert client.output[0] == truth(asked)[0]
+        assert not worker.asleep
+
+
+def test_whoever_changes_their_mind_is_awake(settings, workers, clients):
+    with running(settings):
+        workers(settings)
+        client = clients(settings)
+        asked = generate([5, 6, 7], [0], max_tokens=40, eos_token_ids=b"")
+        client.send(asked)
+        for _ in range(20):
+            client.send(Sleep())
+            client.send(Wake())
+        client.until(lambda: client.finished)
+        assert client.output[0] == truth(asked)[0]
+
+
+def test_compilations_are_summed(settings, workers, clients):
+    with running(settings):
+        worker, client = workers(settings), clients(settings)
+        worker.stray = [Compiled(2), Compiled(3)]
+        client.send(generate([1, 2, 3], [0]))
+        client.until(lambda: client.finished)
+        assert client.ask_status().compilations == 5
 
 
 def test_late_and_foreign_results_are_ignored(settings, workers, clients):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Sampling
 from cableway.workers import graphs
 from cableway.workers.batch import Decoder
+from cableway.workers.rows import Chunks
 from cableway.workers.runner import Runner, build
 from tests.workers.running import drive, prompt_of
 
@@ -64,6 +66,28 @@ def test_tokens_are_the_same(
     assert outputs(Driver(runner, config.block_size, config.max_num_seqs), samplings) == expected
     assert max(drawn) == 3  # those that are not plain draw without
     assert {len(samplings), 9, 9 + 5 * (len(samplings) - 1) + len(samplings) - 1} <= set(computed)
+
+
+def test_long_sequences_run_without_graphs(decoder: Decoder, config: WorkerConfig):
+    runner = Runner(decoder, msgspec.structs.replace(config, max_seq_len_to_capture=12))
+    captured: list[list[int]] = []
+
+    class Graphs:
+        def forward(self, chunks: Chunks, drawing: np.ndarray) -> None:
+            captured.append(chunks.ends.tolist())
+
+    runner._graphs = Graphs()
+    driver = Driver(runner, config.block_size, config.max_num_seqs)
+    for length in (14, 12, 13):
+        driver.add(prompt_of(length), SAMPLINGS[0])
+    driver.step({0: 4, 1: 11})
+    driver.step({0: 12 - 4})
+    driver.step({2: 13})
+    driver.step({0: 2, 2: 1})
+    assert captured == [[4, 11], [12]]
+    with runner.without_graphs():
+        driver.step({1: 1})
+    assert captured == [[4, 11], [12]]
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 64, 100, 256, 1000, 8192])

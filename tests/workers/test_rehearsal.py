@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from cableway.ipc import modelfiles
+from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Sampling
 from cableway.kernels import compilation
 from cableway.kernels.block_copy import block_copy
 from cableway.workers.rehearsal import rehearse
 from cableway.workers.warm_up import SAMPLINGS, plans
+from tests import checkpoints
 from tests.workers.running import worker_config
 
 triton = pytest.importorskip("triton")
@@ -51,22 +54,45 @@ def test_kernels_are_compiled_side_by_side_and_counted(absent_gpu):
     assert counter.num == 2
 
 
+def rehearsed(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the kernels that a rehearsal would compile. None is launched."""
+    names = set()
+
+    def only_note(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        assert warmup
+        names.add(function.__name__)
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", only_note)
+    with torch.inference_mode(), compilation.ahead():
+        rehearse(config)
+    return names
+
+
 @pytest.mark.parametrize("enforce_eager", [True, False])
 def test_every_kind_of_step_is_rehearsed_and_none_is_run(
     checkpoint: Path, absent_gpu, monkeypatch: pytest.MonkeyPatch, enforce_eager: bool
 ):
-    rehearsed = set()
-
-    def only_note(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        assert warmup
-        rehearsed.add(function.__name__)
-
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", only_note)
     config = worker_config(checkpoint, dtype="float16", max_num_seqs=20, enforce_eager=enforce_eager)
-    with torch.inference_mode(), compilation.ahead():
-        rehearse(config)
-    assert rehearsed >= KERNELS | OF_DRAWS
-    assert rehearsed & {"_hopper_prefill", "_paged_prefill"}
+    found = rehearsed(config, monkeypatch)
+    assert found >= KERNELS | OF_DRAWS
+    assert found & {"_hopper_prefill", "_paged_prefill"}
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_every_family_can_be_outlined(
+    tmp_path: Path, absent_gpu, monkeypatch: pytest.MonkeyPatch, family: str, invariant: bool
+):
+    model = checkpoints.tiny(tmp_path, family)
+    config = worker_config(
+        model, dtype="bfloat16", max_num_seqs=3, max_num_batched_tokens=64, batch_invariant=invariant
+    )
+    assert "_sample" in rehearsed(config, monkeypatch)
+
+
+def test_a_gguf_file_can_be_outlined(absent_gpu, monkeypatch: pytest.MonkeyPatch):
+    config = worker_config(modelfiles.locate("smollm2-135m").path, dtype="float16", max_num_seqs=2)
+    assert "_sample" in rehearsed(config, monkeypatch)
 
 
 def test_a_mark_is_of_one_configuration(absent_gpu):

@@ -167,8 +167,8 @@ class Rope:
         kind, parameters = _KINDS[self.kind], {name: value for name, value in self.parameters if value is not None}
         frequencies = kind.frequencies(_Plain(self.rotary_dim, self.theta, num_positions), parameters)
         if divisors is not None:
-            frequencies = frequencies / divisors
-        angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+            frequencies = frequencies.to(divisors.device) / divisors
+        angles = torch.arange(num_positions, dtype=torch.float32, device=frequencies.device)[:, None] * frequencies
         return torch.cat((angles.cos(), angles.sin()), -1) * kind.length(parameters)
 
 

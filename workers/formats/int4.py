@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import loops
+from cableway.kernels.lang import products
 from cableway.workers.formats.base import Place
 from cableway.workers.formats.dense import Packed
 from cableway.workers.formats.int8 import integers_product
@@ -27,7 +27,7 @@ class Params(NamedTuple):
     codes: Tensor  # [out / 2, in] u8: two rows in one, the first in the low bits
     scales: Tensor  # [out / 2, 2, 2, in / GROUP_LEN]: scales of both rows, offsets of both
     dense: Tensor | None
-    product: loops.Prepared
+    product: products.Prepared
 
 
 class Int4:
@@ -47,7 +47,7 @@ class Int4:
         scales = narrowed(torch.stack((scale, offset)).unflatten(1, (-1, 2)).transpose(0, 1).contiguous())
         codes = codes[::2] | codes[1::2] << 4
         dense = self._many_rows.finish(pieces) if self._many_rows else None
-        return Params(codes, scales, dense, integers_product(loops.multiply_int4, codes, scales, 2 * len(codes)))
+        return Params(codes, scales, dense, integers_product(products.multiply_int4, codes, scales, 2 * len(codes)))
 
     def apply(self, x: Tensor, params: Params) -> Tensor:
         num_rows = x.shape[0]

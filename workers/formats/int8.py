@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import loops
+from cableway.kernels.lang import products
 from cableway.workers.formats.base import Place
 from cableway.workers.formats.dense import Packed
 from cableway.workers.formats.stored import GROUP_LEN, Encoding, Piece, narrowed
@@ -25,7 +25,7 @@ class Params(NamedTuple):
     codes: Tensor  # [out, in] i8
     scales: Tensor  # [out, in / GROUP_LEN]
     dense: Tensor
-    product: loops.Prepared
+    product: products.Prepared
 
 
 class Int8:
@@ -43,7 +43,7 @@ class Int8:
         ints = [map(piece.pad, piece.encoding.group_bytes(piece.encoded)) for piece in pieces]
         codes, scale = (torch.cat(part) for part in zip(*ints, strict=True))
         scales, dense = narrowed(scale), self._many_rows.finish(pieces)
-        return Params(codes, scales, dense, integers_product(loops.multiply_int8, codes, scales, len(codes)))
+        return Params(codes, scales, dense, integers_product(products.multiply_int8, codes, scales, len(codes)))
 
     def apply(self, x: Tensor, params: Params) -> Tensor:
         num_rows = x.shape[0]
@@ -54,7 +54,8 @@ class Int8:
         return y
 
 
-def integers_product(loop: loops.Loop, codes: Tensor, scales: Tensor, num_out: int) -> loops.Prepared:
+def integers_product(loop: products.Loop, codes: Tensor, scales: Tensor, num_out: int) -> products.Prepared:
     """`loop` with a matrix of integers as it wants them, called with (x, its stride, its rows, y); x and y bf16."""
-    fixed = loops.KINDS[torch.bfloat16], codes.data_ptr(), scales.data_ptr(), loops.KINDS[scales.dtype], codes.shape[1]
-    return loops.Prepared(loop, len(codes), 2 * codes.shape[1], 4, *fixed, num_out)
+    kind, scale_kind = products.KINDS[torch.bfloat16], products.KINDS[scales.dtype]
+    num_in, fixed = codes.shape[1], (kind, codes.data_ptr(), scales.data_ptr(), scale_kind)
+    return products.Prepared(loop, len(codes), 2 * num_in, 4, *fixed, num_in, num_out)

@@ -1,5 +1,5 @@
 """Gated delta nets with attention in every fourth layer. Qwen3-Next and the text of Qwen3.5: that attention is gated,
-norms are stored as w - 1; experts, or in the smaller Qwen3.5 a plain MLP. OLMo Hybrid: its attention has norms after."""
+norms are stored as w - 1; experts, or in the smaller Qwen3.5 a plain MLP. OLMo Hybrid: norms after its attention."""
 
 from functools import partial
 from typing import Any
