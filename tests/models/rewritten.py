@@ -325,7 +325,7 @@ REWRITTEN: dict[str, Rewritten] = {
         call=alibi(),
     ),
     **dict.fromkeys(("AquilaForCausalLM", "AquilaModel", "XverseForCausalLM"), Rewritten("Llama", config=old_rope)),
-    **dict.fromkeys(("NanbeigeForCausalLM", "CwmForCausalLM"), Rewritten("Llama", config=old_rope)),
+    "NanbeigeForCausalLM": Rewritten("Llama", config=old_rope),
     "YiForCausalLM": Rewritten(
         "Llama", names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}, config=old_rope
     ),

@@ -38,7 +38,7 @@ def pre_norm(
 @arch("LlamaForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
 @arch("AquilaForCausalLM", "AquilaModel", config=LlamaConfig, hf=HF, verified=relative("Llama"))
 @arch("XverseForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS, verified=relative("Llama"))
-@arch("NanbeigeForCausalLM", "CwmForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
+@arch("NanbeigeForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
 @arch(
     "YiForCausalLM",
     config=LlamaConfig,
