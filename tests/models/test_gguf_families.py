@@ -9,7 +9,8 @@ from gguf import GGMLQuantizationType as Kind
 
 from cableway.workers import models
 from tests.checkpoints import save
-from tests.models.converted import CONVERSIONS, convert, rounded
+from tests.models.converter.families import CONVERSIONS
+from tests.models.converter.writing import convert, rounded
 from tests.models.harness import load, logits_of
 from tests.models.rewritten import REWRITTEN
 from tests.models.test_zoo import close, ids_of, oracle, prompt
