@@ -22,6 +22,7 @@ from cableway.ipc.gguf_values import (
     far_is_scaled,
     has,
     head_dim,
+    kinds,
     layer_types,
     one,
     query_scalar,
@@ -79,6 +80,27 @@ _STATE_SPACE: dict[str, Value] = {
     "conv_kernel": "ssm.conv_kernel",
     "use_bias": has("ssm_in.bias"),
     "use_conv_bias": has("ssm_conv1d.bias"),
+}
+_MAMBA2: dict[str, Value] = {
+    "mamba_n_heads": "ssm.time_step_rank",
+    "mamba_d_head": lambda file: file["ssm.inner_size"] // file["ssm.time_step_rank"],
+    "mamba_d_ssm": "ssm.inner_size",
+    "mamba_expand": lambda file: file["ssm.inner_size"] / file["embedding_length"],
+    "mamba_n_groups": "ssm.group_count",
+    "mamba_d_state": "ssm.state_size",
+    "mamba_d_conv": "ssm.conv_kernel",
+    "mamba_conv_bias": has("ssm_conv1d.bias"),
+    "mamba_proj_bias": has("ssm_in.bias"),
+}
+_SHORT_CONVOLUTIONS: dict[str, Value] = {
+    "layer_types": kinds("full_attention", "conv"),
+    "num_key_value_heads": one("attention.head_count_kv"),
+    "conv_L_cache": "shortconv.l_cache",
+    "conv_bias": has("shortconv.conv.bias"),
+    "block_auto_adjust_ff_dim": always(False),
+    "num_dense_layers": "leading_dense_block_count",
+    "use_expert_bias": has("exp_probs_b.bias"),
+    "norm_topk_prob": always(True),
 }
 _LATENT: dict[str, Value] = {
     "q_lora_rank": "attention.q_lora_rank",
@@ -195,6 +217,22 @@ _FAMILIES = {
             "expand": lambda file: file["ssm.inner_size"] / file["embedding_length"],
         },
     ),
+    "granitehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_MULTIPLIERS,
+            "layer_types": kinds("attention", "mamba"),
+            "num_key_value_heads": one("attention.head_count_kv"),
+            "shared_intermediate_size": lambda file: (
+                file["expert_shared_feed_forward_length"] or file["feed_forward_length"]
+            ),
+            "position_embedding_type": lambda file: "rope" if file["rope.scaling.finetuned"] else "nope",
+            **_MAMBA2,
+        },
+    ),
+    "falcon-h1": Family("FalconH1ForCausalLM", _MAMBA2),
+    "lfm2": Family("Lfm2ForCausalLM", _SHORT_CONVOLUTIONS),
+    "lfm2moe": Family("Lfm2MoeForCausalLM", _SHORT_CONVOLUTIONS),
     "jamba": Family(
         "JambaForCausalLM",
         {
@@ -234,6 +272,32 @@ _FAMILIES = {
     "glm4moe": Family("Glm4MoeForCausalLM", {"use_qk_norm": has("attn_q_norm.weight")}),
     "dots1": Family("Dots1ForCausalLM"),
     "minimax-m2": Family("MiniMaxM2ForCausalLM"),
+    "hunyuan-moe": Family("HunYuanMoEV1ForCausalLM", {"intermediate_size": "expert_shared_feed_forward_length"}),
+    "ernie4_5-moe": Family(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_layer_interval": "interleave_moe_layer_step",
+            "moe_layer_start_index": "leading_dense_block_count",
+            "use_bias": has("attn_q.bias"),
+        },
+    ),
+    "dbrx": Family(
+        "DbrxForCausalLM",
+        {
+            "attn_config": lambda file: {
+                "kv_n_heads": file["attention.head_count_kv"],
+                "clip_qkv": file["attention.clamp_kqv"],
+                "rope_theta": file["rope.freq_base"],
+            },
+            "ffn_config": lambda file: {
+                "ffn_hidden_size": file["feed_forward_length"],
+                "moe_num_experts": file["expert_count"],
+                "moe_top_k": file["expert_used_count"],
+                "moe_normalize_expert_weights": 1,
+            },
+        },
+    ),
+    "phimoe": Family("PhimoeForCausalLM", {"lm_head_bias": has("output.bias")}),
     "gpt-oss": Family(
         "GptOssForCausalLM", {"rope_scaling": lambda file: {**(rope_scaling(file) or {}), "truncate": False}}
     ),

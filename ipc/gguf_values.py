@@ -102,6 +102,16 @@ def layer_types(file: File) -> list[str] | None:
     )
 
 
+def kinds(with_attention: str, others: str) -> Value:
+    """The type of each layer, where only some have attention."""
+
+    def find(file: File) -> list[str]:
+        found = file.layers_with("attn_q.weight")
+        return [with_attention if i in found else others for i in range(file["block_count"])]
+
+    return find
+
+
 def turns(layers: Collection[int], num_layers: int) -> tuple[int, int]:
     """period, offset of layers that come round regularly; ValueError when they do not."""
     first, second = [*sorted(layers), num_layers, 2 * num_layers][:2]

@@ -1,18 +1,23 @@
 """Every family that llama.cpp's converter knows, through GGUF files as it writes them: the logits of transformers."""
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from cableway.ipc.gguf import read_header
 from cableway.workers import models
 from tests.checkpoints import save
-from tests.models.converter.families import CONVERSIONS
-from tests.models.converter.writing import convert, rounded
+from tests.models.converter.families import CONVERSIONS, Conversion
+from tests.models.converter.metadata import ATTENTION, Config, always
+from tests.models.converter.tensors import PERMUTED, Tensors, experts_stacked, renamed
+from tests.models.converter.writing import convert, in_blocks, rounded
 from tests.models.harness import load, logits_of
 from tests.models.rewritten import REWRITTEN
+from tests.models.test_parallel import on_ranks
 from tests.models.test_zoo import close, ids_of, oracle, prompt
 from tests.models.zoo import (
     BY_TYPE,
@@ -20,6 +25,7 @@ from tests.models.zoo import (
     EXPERTS,
     FEW,
     HALF,
+    HYBRID,
     LATENT,
     LINEAR,
     LLAMA3,
@@ -30,12 +36,17 @@ from tests.models.zoo import (
     SOME_NEAR,
     SPARSE,
     YARN,
+    ZOO,
 )
 
 WHOLE = {**EXPERTS, "moe_intermediate_size": 32}
 BLOCKS = {"vocab_size": 320, "moe_intermediate_size": 32, "intermediate_size": 96}
 REPEATED = {"sliding_window": 9, "num_hidden_layers": 7}
 """Layers whose window the format does not give: those of the family's published pattern."""
+HYBRID_LAYERS = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "position_embedding_type": None,
+}
 FULL = {"rope_type": "default", "rope_theta": 500.0}
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -126,6 +137,28 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "Glm4MoeForCausalLM": [{**DEEPSEEK, "rope_parameters": HALF, "use_qk_norm": True, "attention_bias": True}],
     "Dots1ForCausalLM": [{**DEEPSEEK}],
     "MiniMaxM2ForCausalLM": [{**EXPERTS, "rope_parameters": HALF}],
+    "GraniteMoeHybridForCausalLM": [
+        {**HYBRID, **LOCAL, **MULTIPLIERS, **HYBRID_LAYERS, "shared_intermediate_size": 56},
+        {**HYBRID, **MULTIPLIERS, **HYBRID_LAYERS, "num_local_experts": 0, "shared_intermediate_size": 56},
+    ],
+    "Lfm2ForCausalLM": [
+        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ],
+    "Lfm2MoeForCausalLM": [
+        {
+            **FEW,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "moe_intermediate_size": 40,
+        },
+    ],
+    "FalconH1ForCausalLM": [ZOO["FalconH1ForCausalLM"][0]],
+    "PhimoeForCausalLM": [{"num_local_experts": 4, "lm_head_bias": True, "attention_bias": True}],
+    "HunYuanMoEV1ForCausalLM": [{"num_experts": 4, "moe_topk": 2}],
+    "Ernie4_5_MoeForCausalLM": [
+        {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 40, "moe_layer_start_index": 1},
+    ],
+    "DbrxForCausalLM": [ZOO["DbrxForCausalLM"][0]],
     "GptOssForCausalLM": [
         {
             **EXPERTS,
@@ -149,19 +182,28 @@ CASES = [(name, fields) for name, variants in VARIANTS.items() for fields in var
 CASES += REMOTE.items()
 
 
-def written(folder: Path, name: str, fields: dict[str, Any], kind: Kind) -> tuple[Path, torch.Tensor]:
-    """A random model as a GGUF file, and transformers' logits of a prompt."""
+def written(
+    folder: Path, name: str, fields: dict[str, Any], kind: Kind, *, conversion: Any = None, prepare: Any = None
+) -> tuple[Path, torch.Tensor]:
+    """A random model as a GGUF file, and transformers' logits of a prompt.
+
+    Args:
+        conversion: how it is written, where not as its family is now.
+        prepare: changes the model, which has values that blocks of `kind` hold, before it is saved.
+    """
     rewritten = REWRITTEN[name] if name in REMOTE else None
     model = oracle(rewritten.relative, {**rewritten.fields, **fields}) if rewritten else oracle(name, fields)
     if rewritten:
         rewritten.prepare(model)
     if kind != Kind.F32:
         rounded(model, kind)
+    if prepare:
+        prepare(model)
     save(model, folder)
     if rewritten:
         rewritten.rewrite(name, folder)
     path = folder / "model.gguf"
-    convert(folder, path, kind)
+    convert(folder, path, kind, conversion or CONVERSIONS[name])
     with torch.inference_mode():
         return path, model(prompt(40)[None] % model.config.vocab_size).logits[0]
 
@@ -178,6 +220,71 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str, fields: dic
 )
 def test_matrices_and_experts_in_blocks(tmp_path: Path, name: str, kind: Kind) -> None:
     path, expected = written(tmp_path, name, VARIANTS[name][0], kind)
+    for logits in (logits_of(load(path), ids_of(expected)), *of_two_ranks(path, expected)):
+        close(logits, expected, name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DeepseekV3ForCausalLM", "StableLmForCausalLM", "BloomForCausalLM", "CohereForCausalLM", "JambaForCausalLM"),
+        *("Mamba2ForCausalLM", "Qwen2MoeForCausalLM", "GptOssForCausalLM", "Lfm2ForCausalLM", "FalconH1ForCausalLM"),
+    ],
+)
+def test_two_ranks_compute_what_one_does(tmp_path: Path, name: str) -> None:
+    path, expected = written(tmp_path, name, VARIANTS[name][0], Kind.F32)
+    for logits in of_two_ranks(path, expected):
+        close(logits, expected, name)
+
+
+def of_two_ranks(path: Path, expected: torch.Tensor) -> list[torch.Tensor]:
+    return on_ranks(2, lambda mesh: logits_of(load(path, mesh=mesh), ids_of(expected)))
+
+
+def test_matrices_of_latents_in_blocks(tmp_path: Path) -> None:
+    """Those that make keys are stored across, so that blocks run along what is a column of ours."""
+    name, fields = "DeepseekV2ForCausalLM", VARIANTS["DeepseekV2ForCausalLM"][0]
+    wide = {**fields, "qk_nope_head_dim": 32, "kv_lora_rank": 32, "vocab_size": 320}
+
+    def across(model: Any) -> None:
+        for weight in (layer.self_attn.kv_b_proj.weight for layer in model.model.layers):
+            keys = weight.data.view(4, -1, 32)[:, :32]
+            keys.copy_(in_blocks(keys.transpose(1, 2).contiguous(), Kind.Q8_0).transpose(1, 2))
+
+    path, expected = written(tmp_path, name, wide, Kind.Q8_0, prepare=across)
+    kinds = {key: tensor.ggml_type for key, tensor in read_header(str(path)).tensors.items()}
+    assert kinds["blk.0.attn_k_b.weight"] == kinds["blk.0.attn_v_b.weight"] == Kind.Q8_0
+    for logits in (logits_of(load(path), ids_of(expected)), *of_two_ranks(path, expected)):
+        close(logits, expected, name)
+
+
+def test_experts_before_they_were_stacked(tmp_path: Path) -> None:
+    def unstacked(tensors: Tensors, config: Config) -> None:
+        parts = {"w1": "gate", "w2": "down", "w3": "up"}
+        renamed(
+            *((rf"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.{matrix}", rf"blk.\1.ffn_{part}.\2")
+              for matrix, part in parts.items())
+        )(tensors, config)  # fmt: skip
+
+    check_older(tmp_path, "MixtralForCausalLM", (*PERMUTED, unstacked))
+
+
+def test_latents_before_they_were_split(tmp_path: Path) -> None:
+    fields = {
+        ATTENTION.KEY_LENGTH: lambda c: c["qk_nope_head_dim"] + c["qk_rope_head_dim"],
+        ATTENTION.VALUE_LENGTH: lambda c: c["v_head_dim"],
+        ATTENTION.KEY_LENGTH_MLA: always(None),
+        ATTENTION.VALUE_LENGTH_MLA: always(None),
+        ATTENTION.HEAD_COUNT_KV: lambda c: c["num_attention_heads"],
+    }
+    check_older(tmp_path, "DeepseekV2ForCausalLM", (experts_stacked,), fields)
+
+
+def check_older(folder: Path, name: str, changes: Any, fields: Any = MappingProxyType({})) -> None:
+    """A file as an older converter wrote it."""
+    now = CONVERSIONS[name]
+    older = Conversion(now.architecture, {**now.fields, **fields}, changes)
+    path, expected = written(folder, name, VARIANTS[name][0], Kind.F32, conversion=older)
     close(logits_of(load(path), ids_of(expected)), expected, name)
 
 

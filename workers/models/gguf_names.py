@@ -52,43 +52,49 @@ def by_head_transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, S
 
 
 _ATTENTION: dict[str, str | Target] = {
-    "attn_q": "mix.qkv.q",
-    "attn_k": "mix.qkv.k",
-    "attn_v": "mix.qkv.v",
-    "attn_qkv": "mix.qkv",
-    "attn_q_norm": "mix.q_norm",
-    "attn_k_norm": "mix.k_norm",
-    "attn_output": "mix.out",
-    "attn_sinks": "mix.scores.logits",
-    "attn_q_a": "mix.q_down",
-    "attn_q_a_norm": "mix.q_norm",
-    "attn_q_b": "mix.q",
-    "attn_kv_a_mqa": "mix.kv_down",
-    "attn_kv_a_norm": "mix.kv_norm",
-    "attn_kv_b": Target("mix.kv_up", layout=by_group),
-    "attn_k_b": Target("mix.kv_up", layout=by_head_transposed, parts=("k",)),
-    "attn_v_b": Target("mix.kv_up", layout=by_head, parts=("v",)),
+    "attn_q": "qkv.q",
+    "attn_k": "qkv.k",
+    "attn_v": "qkv.v",
+    "attn_qkv": "qkv",
+    "attn_q_norm": "q_norm",
+    "attn_k_norm": "k_norm",
+    "attn_output": "out",
+    "attn_sinks": "scores.logits",
+    "attn_q_a": "q_down",
+    "attn_q_a_norm": "q_norm",
+    "attn_q_b": "q",
+    "attn_kv_a_mqa": "kv_down",
+    "attn_kv_a_norm": "kv_norm",
+    "attn_kv_b": Target("kv_up", layout=by_group),
+    "attn_k_b": Target("kv_up", layout=by_head_transposed, parts=("k",)),
+    "attn_v_b": Target("kv_up", layout=by_head, parts=("v",)),
 }
 _STATE_SPACE: dict[str, str | Target] = {
-    "ssm_in": "mix.project",
-    "ssm_conv1d": "mix.conv",
-    "ssm_conv1d.weight": Target("mix.conv", layout=channels),
-    "ssm_x": "mix.select",
-    "ssm_dt": "mix.dt",
-    "ssm_a": Target("mix.a_log", layout=logs_of_negatives),
-    "ssm_d": Target("mix.d", layout=flat),
-    "ssm_norm": Target("mix.norm", layout=flat),
-    "ssm_dt_norm": "mix.dt_norm",
-    "ssm_b_norm": "mix.b_norm",
-    "ssm_c_norm": "mix.c_norm",
-    "ssm_out": "mix.out",
+    "ssm_in": "project",
+    "ssm_conv1d": "conv",
+    "ssm_conv1d.weight": Target("conv", layout=channels),
+    "ssm_x": "select",
+    "ssm_dt": "dt",
+    "ssm_a": Target("a_log", layout=logs_of_negatives),
+    "ssm_d": Target("d", layout=flat),
+    "ssm_norm": Target("norm", layout=flat),
+    "ssm_dt_norm": "dt_norm",
+    "ssm_b_norm": "b_norm",
+    "ssm_c_norm": "c_norm",
+    "ssm_out": "out",
+}
+_SHORT_CONVOLUTION: dict[str, str | Target] = {
+    "shortconv.in_proj": "project",
+    "shortconv.conv": "conv",
+    "shortconv.conv.weight": Target("conv", layout=channels),
+    "shortconv.out_proj": "out",
 }
 _MLP: dict[str, str | Target] = {
     "ffn_gate": "mlp.gate_up.gate",
     "ffn_up": "mlp.gate_up.up",
     "ffn_down": "mlp.down",
     "ffn_gate_inp": "mlp.router.gate",
-    "exp_probs_b.bias": "mlp.router.correction",
+    "exp_probs_b.bias": Target("mlp.router.correction", layout=flat),
     "ffn_gate_exps": Target("mlp.gate_up", layout=stacked, parts=("gate",)),
     "ffn_up_exps": Target("mlp.gate_up", layout=stacked, parts=("up",)),
     "ffn_gate_up_exps": Target("mlp.gate_up", layout=stacked),
@@ -108,22 +114,33 @@ _NORMS: dict[str, str | Target] = {
     "post_ffw_norm": "norm_mlp_out",
 }
 LAYER = {"prefix": "blk.{}.", "to": "layers.{}."}
-GGUF = names(_ATTENTION | _STATE_SPACE | _MLP | _NORMS, ignored=("attn_rot_embd",), **LAYER) | names(
-    {
-        "token_embd": "embed",
-        "token_embd_norm": "on_embed",
-        "position_embd": "positions.table",
-        "rope_freqs": "rope_divisors",
-        "output_norm": "norm_out",
-        "output": "head",
-    },
-    ignored=("rope_factors_long", "rope_factors_short"),  # the config has them
+MIX = {"prefix": "blk.{}.", "to": "layers.{}.mix."}
+GGUF = (
+    names(_ATTENTION | _STATE_SPACE | _SHORT_CONVOLUTION, ignored=("attn_rot_embd",), **MIX)
+    | names(_MLP | _NORMS, **LAYER)
+    | names(
+        {
+            "token_embd": "embed",
+            "token_embd_norm": "on_embed",
+            "position_embd": "positions.table",
+            "rope_freqs": "rope_divisors",
+            "output_norm": "norm_out",
+            "output": "head",
+        },
+        ignored=("rope_factors_long", "rope_factors_short"),  # the config has them
+    )
 )
 """Names of every family, of which each has some."""
 
 PLAIN_MLP = names({"ffn_up": "mlp.up"}, **LAYER)
 FUSED_MLP = names({"ffn_up": "mlp.gate_up"}, **LAYER)
-MAMBA2 = names({"ssm_dt.bias": "mix.dt_bias"}, **LAYER)
+_STEPS = {"ssm_dt.bias": "dt_bias"}
+MAMBA2 = names(_STEPS, **MIX)
+TWO_MIXERS = names(_STATE_SPACE | _STEPS, prefix="blk.{}.", to="layers.{}.mixes.0.") | names(
+    _ATTENTION, prefix="blk.{}.", to="layers.{}.mixes.1."
+)
+"""Mamba 2 and attention side by side."""
+
 MID_NORM = names({"post_attention_norm": "norm_mlp"}, **LAYER)
 """The norm before the MLP is named by where it stands, not by what it is for."""
 

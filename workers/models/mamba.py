@@ -11,7 +11,7 @@ from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.moe import sigmoid
 from cableway.workers.blocks.norm import RMSNorm, RMSScale, Scale
 from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Never, Size
-from cableway.workers.models.gguf_names import GGUF
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, TWO_MIXERS
 from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
 from cableway.workers.models.moe import GRANITE_MOE, mixture, on_frame
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, Names, Target, experts, names, scaled
@@ -100,6 +100,7 @@ LFM2 = (
     )
     | names({"model.embedding_norm": "norm_out"})
 )
+GGUF_LFM2 = GGUF | names({"token_embd_norm": "norm_out"})  # which is the first thing there is, in its own code
 
 
 class MambaConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -333,7 +334,7 @@ def _falcon_h1_names(c: FalconH1Config) -> Names:
     return EMBEDDINGS | FEED_FORWARD | mixer | names(scales, **LAYER) | out
 
 
-@arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names)
+@arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names, gguf=GGUF | TWO_MIXERS)
 def falcon_h1(c: FalconH1Config) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Mamba2(
@@ -427,7 +428,7 @@ def _granite_names(c: HybridConfig) -> Any:
     return GRANITE_HYBRID if c.num_experts else GRANITE_DENSE_HYBRID
 
 
-@arch("GraniteMoeHybridForCausalLM", config=HybridConfig, hf=_granite_names)
+@arch("GraniteMoeHybridForCausalLM", config=HybridConfig, hf=_granite_names, gguf=GGUF_NEIGHBOURS | GGUF_MAMBA2)
 def granite_hybrid(c: HybridConfig) -> Decoder:
     norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
     position = {} if c.position_embedding_type == "rope" else {"rope": None}
@@ -466,7 +467,7 @@ def nemotron_h(c: NemotronHConfig) -> Decoder:
     return Decoder(c, c.by_layer(c.layer_types, kinds), norm_out=norm)
 
 
-@arch("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", config=Lfm2Config, hf=LFM2)
+@arch("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", config=Lfm2Config, hf=LFM2, gguf=GGUF_LFM2)
 def lfm2(c: Lfm2Config) -> Decoder:
     attention = Attention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
     conv = ShortConv(c.hidden_size, c.conv_L_cache, bias=c.conv_bias)

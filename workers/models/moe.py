@@ -117,6 +117,7 @@ DBRX = names(
     },
     prefix="transformer.",
 ) | names({"lm_head": "head"})
+GGUF_DBRX = names({"attn_output_norm": "norm_mlp"}, prefix="blk.{}.", to="layers.{}.")
 BAILING = names(
     {
         "model.word_embeddings": "embed",
@@ -323,7 +324,7 @@ def mixtral(c: MixtralConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers, mixture(c, renorm=0.0))
 
 
-@arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=MIXTRAL)
+@arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, gguf=GGUF)
 @arch("PhiMoEForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, verified=relative("Phimoe"))
 def phimoe(c: PhiMoEConfig) -> Decoder:
     bias = c.attention_bias
@@ -402,7 +403,7 @@ def dots1(c: Dots1Config) -> Decoder:
     return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
 
 
-@arch("Ernie4_5_MoeForCausalLM", config=ErnieMoEConfig, hf=halves(ERNIE_MOE))
+@arch("Ernie4_5_MoeForCausalLM", config=ErnieMoEConfig, hf=halves(ERNIE_MOE), gguf=GGUF_NEIGHBOURS)
 def ernie_moe(c: ErnieMoEConfig) -> Decoder:
     bias = c.use_bias
     mixes = [Attention.of(c, bias=bias, out_bias=bias)] * c.num_hidden_layers
@@ -410,7 +411,7 @@ def ernie_moe(c: ErnieMoEConfig) -> Decoder:
     return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c, bias=bias)))
 
 
-@arch("HunYuanMoEV1ForCausalLM", config=HunyuanMoEConfig, hf=HUNYUAN_MOE)
+@arch("HunYuanMoEV1ForCausalLM", config=HunyuanMoEConfig, hf=HUNYUAN_MOE, gguf=GGUF)
 def hunyuan_moe(c: HunyuanMoEConfig) -> Decoder:
     norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
     mix = LateNormAttention.of(c, qk_norm=norm, bias=bias, out_bias=bias)
@@ -440,7 +441,7 @@ def granite_moe(c: GraniteMoEConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
-@arch("DbrxForCausalLM", config=DbrxConfig, hf=DBRX)
+@arch("DbrxForCausalLM", config=DbrxConfig, hf=DBRX, gguf=GGUF | GGUF_DBRX)
 def dbrx(c: DbrxConfig) -> Decoder:
     mix = Attention.of(c, clip=Clip(c.clip_qkv) if c.clip_qkv else None)
     return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c), LayerNorm(c.hidden_size, c.norm_eps, bias=False))

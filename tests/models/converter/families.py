@@ -10,9 +10,11 @@ from tests.models.converter.metadata import (
     BASE,
     EXPERT_SIZES,
     FOURFOLD,
+    HYBRID,
     JAMBA,
     LATENT,
     LAYER_NORM_SIZES,
+    LFM2,
     LLAMA,
     LLM,
     MAMBA,
@@ -39,12 +41,17 @@ from tests.models.converter.metadata import (
 from tests.models.converter.tensors import (
     PERMUTED,
     Tensors,
+    conv_squeezed,
+    dbrx_experts,
     experts_stacked,
+    falcon_h1_multiplied,
     gpt2_turned,
     gpt_oss,
     granite_experts,
+    granite_hybrid,
     granite_shared,
     heads_stacked,
+    hybrid_states,
     internlm2_split,
     latents_split,
     longrope_factors,
@@ -255,6 +262,77 @@ CONVERSIONS = {
         "minimax-m2",
         BASE | ROTATED | {LLM.EXPERT_GATING_FUNC: always(2)},
         (experts_stacked, renamed(("e_score_correction_bias", "e_score_correction.bias"))),
+    ),
+    "GraniteMoeHybridForCausalLM": Conversion(
+        "granitehybrid",
+        LLAMA
+        | MULTIPLIERS
+        | HYBRID
+        | {
+            LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: said("shared_intermediate_size"),
+            ATTENTION.HEAD_COUNT_KV: lambda c: [
+                c["num_key_value_heads"] if "attention" in kind and "linear" not in kind else 0
+                for kind in c["layer_types"]
+            ],
+            ROPE.SCALING_FINETUNED: always(False),
+        },
+        (*PERMUTED, granite_hybrid, squeezed, hybrid_states),
+    ),
+    "FalconH1ForCausalLM": Conversion("falcon-h1", BASE | HYBRID, (falcon_h1_multiplied, squeezed, hybrid_states)),
+    "Lfm2ForCausalLM": Conversion("lfm2", LFM2, (conv_squeezed,)),
+    "Lfm2MoeForCausalLM": Conversion(
+        "lfm2moe",
+        LFM2
+        | {
+            LLM.EXPERT_FEED_FORWARD_LENGTH: said("moe_intermediate_size"),
+            LLM.LEADING_DENSE_BLOCK_COUNT: said("num_dense_layers"),
+            LLM.EXPERT_GATING_FUNC: always(2),
+        },
+        (conv_squeezed, experts_stacked, renamed(("expert_bias", "expert_bias.bias"))),
+    ),
+    "PhimoeForCausalLM": Conversion(
+        "phimoe",
+        BASE | ROTATED,
+        (experts_stacked,),
+    ),
+    "HunYuanMoEV1ForCausalLM": Conversion(
+        "hunyuan-moe",
+        BASE
+        | {
+            LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH: said("intermediate_size"),
+            LLM.EXPERT_FEED_FORWARD_LENGTH: said("intermediate_size"),
+            LLM.EXPERT_USED_COUNT: said("moe_topk", "num_experts_per_tok"),
+            LLM.EXPERT_SHARED_COUNT: always(1),
+        },
+        (experts_stacked,),
+    ),
+    "Ernie4_5_MoeForCausalLM": Conversion(
+        "ernie4_5-moe",
+        BASE
+        | {
+            LLM.EXPERT_COUNT: said("moe_num_experts"),
+            LLM.EXPERT_USED_COUNT: said("moe_k"),
+            LLM.INTERLEAVE_MOE_LAYER_STEP: said("moe_layer_interval"),
+            LLM.LEADING_DENSE_BLOCK_COUNT: said("moe_layer_start_index"),
+            LLM.EXPERT_FEED_FORWARD_LENGTH: said("moe_intermediate_size"),
+            LLM.EXPERT_SHARED_COUNT: said("moe_num_shared_experts"),
+        },
+        (experts_stacked, renamed(("e_score_correction_bias", "e_score_correction.bias"))),
+    ),
+    "DbrxForCausalLM": Conversion(
+        "dbrx",
+        SIZES
+        | {
+            LLM.CONTEXT_LENGTH: said("max_seq_len"),
+            LLM.FEED_FORWARD_LENGTH: lambda c: c["ffn_config"]["ffn_hidden_size"],
+            ATTENTION.HEAD_COUNT_KV: lambda c: c["attn_config"]["kv_n_heads"],
+            ROPE.FREQ_BASE: lambda c: rope(c)["rope_theta"],
+            ATTENTION.CLAMP_KQV: lambda c: c["attn_config"]["clip_qkv"],
+            LLM.EXPERT_COUNT: lambda c: c["ffn_config"]["moe_num_experts"],
+            LLM.EXPERT_USED_COUNT: lambda c: c["ffn_config"]["moe_top_k"],
+            ATTENTION.LAYERNORM_EPS: always(1e-5),
+        },
+        (dbrx_experts,),
     ),
     "GptOssForCausalLM": Conversion(
         "gpt-oss",

@@ -80,6 +80,18 @@ MULTIPLIERS = {
     LLM.RESIDUAL_SCALE: said("residual_multiplier"),
     LLM.LOGIT_SCALE: said("logits_scaling"),
 }
+HYBRID = {
+    SSM.CONV_KERNEL: said("mamba_d_conv"),
+    SSM.STATE_SIZE: said("mamba_d_state"),
+    SSM.GROUP_COUNT: said("mamba_n_groups"),
+    SSM.INNER_SIZE: lambda c: c["mamba_n_heads"] * c["mamba_d_head"],
+    SSM.TIME_STEP_RANK: said("mamba_n_heads"),
+}
+LFM2 = BASE | {
+    ATTENTION.HEAD_COUNT_KV: lambda c: [0 if kind == "conv" else c["num_key_value_heads"] for kind in c["layer_types"]],
+    Keys.ShortConv.L_CACHE: said("conv_L_cache"),
+    ATTENTION.LAYERNORM_RMS_EPS: said("norm_eps"),
+}
 SOFT_CAPS = {
     LLM.ATTN_LOGIT_SOFTCAPPING: said("attn_logit_softcapping"),
     LLM.FINAL_LOGIT_SOFTCAPPING: said("final_logit_softcapping"),

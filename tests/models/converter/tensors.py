@@ -156,6 +156,59 @@ def mamba2_shapes(tensors: Tensors, c: Config) -> None:
             tensors[name] = t.view(c["n_groups"], -1)
 
 
+@each("conv.conv.weight")
+def conv_squeezed(t: Tensor, c: Config) -> Tensor:
+    return t.squeeze(1)
+
+
+def granite_hybrid(tensors: Tensors, c: Config) -> None:
+    """Gate and up apart, which are experts', shared ones' or, without experts, the layer's."""
+    experts = "mlp.experts" if c.get("num_local_experts") else "mlp"
+    shared = "mlp.shared_expert" if c.get("num_local_experts") else "mlp"
+    parts = [(f"{name}_proj", i) for i, name in enumerate(("gate", "up"))]
+    split("block_sparse_moe.input_linear", {f"{experts}.{name}": nth(i, -2, 2) for name, i in parts})(tensors, c)
+    split("shared_mlp.input_linear", {f"{shared}.{name}": nth(i, 0, 2) for name, i in parts})(tensors, c)
+    if not c.get("num_local_experts"):
+        renamed((r"shared_mlp\.output_linear", "mlp.down_proj"))(tensors, c)
+
+
+def hybrid_states(tensors: Tensors, c: Config) -> None:
+    for name, t in tensors.items():
+        if name.endswith((".A_log", ".D")):
+            tensors[name] = (-torch.exp(t) if name.endswith(".A_log") else t).unsqueeze(-1)
+        elif name.endswith("mamba.norm.weight"):
+            tensors[name] = t.view(c["mamba_n_groups"], -1)
+    renamed((r"\.dt_bias", ".dt_proj.bias"))(tensors, c)
+
+
+def falcon_h1_multiplied(tensors: Tensors, c: Config) -> None:
+    """Multipliers are taken into the weights."""
+    wide, group = c["mamba_d_ssm"], c["mamba_n_groups"] * c["mamba_d_state"]
+    sections = torch.repeat_interleave(
+        torch.tensor(c["ssm_multipliers"]), torch.tensor([wide, wide, group, group, c["mamba_n_heads"]])
+    )
+    by = {
+        "down_proj": c["mlp_multipliers"][1],
+        "gate_proj": c["mlp_multipliers"][0],
+        "k_proj": c["key_multiplier"] * c["attention_in_multiplier"],
+        "q_proj": c["attention_in_multiplier"],
+        "v_proj": c["attention_in_multiplier"],
+        "o_proj": c["attention_out_multiplier"],
+        "out_proj": c["ssm_out_multiplier"],
+        "in_proj": c["ssm_in_multiplier"] * sections[:, None],
+        "lm_head": c["lm_head_multiplier"],
+        "embed_tokens": c["embedding_multiplier"],
+    }
+    for name, t in tensors.items():
+        tensors[name] = t * by.get(name.split(".")[-2], 1.0)
+
+
+def dbrx_experts(tensors: Tensors, c: Config) -> None:
+    for name in [name for name in tensors if ".experts.mlp." in name]:
+        t = tensors.pop(name).unflatten(0, (c["ffn_config"]["moe_num_experts"], -1))
+        tensors[f"{name}.weight"] = t.transpose(1, 2) if name.endswith("w2") else t
+
+
 def rope_divisors(tensors: Tensors, c: Config) -> None:
     """Llama 3's slowed frequencies, as what plain ones are divided by."""
     r = rope(c)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
+from torch import Tensor
 
-from tests.models.converter.families import CONVERSIONS
+from tests.models.converter.families import Conversion
 from tests.models.converter.metadata import layers, scaling
 
 BLOCK_LEN = 32
@@ -37,10 +38,9 @@ def put(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(name, value)
 
 
-def convert(folder: Path, path: Path, kind: Kind = Kind.F32) -> None:
+def convert(folder: Path, path: Path, kind: Kind, conversion: Conversion) -> None:
     """Write a checkpoint as a GGUF file, in blocks of `kind` those matrices whose rows are whole blocks."""
     config = json.loads((folder / "config.json").read_text())
-    conversion = CONVERSIONS[config["architectures"][0]]
     tensors = {name: t.float() for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
     for change in conversion.changes:
         change(tensors, config)
@@ -54,7 +54,7 @@ def convert(folder: Path, path: Path, kind: Kind = Kind.F32) -> None:
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == conversion.architecture)
     names = gguf.get_tensor_name_map(architecture, layers(config))
     for name, tensor in tensors.items():
-        known = name if name.startswith("rope_f") else names.get_name(name, (".weight", ".bias"))
+        known = name if name.startswith(("rope_f", "blk.")) else names.get_name(name, (".weight", ".bias"))
         assert known is not None, name
         values = tensor.contiguous().numpy()
         is_plain = tensor.dim() < 2 or any(part in known for part in _NEVER_QUANTIZED) or values.shape[-1] % BLOCK_LEN
@@ -66,10 +66,14 @@ def convert(folder: Path, path: Path, kind: Kind = Kind.F32) -> None:
     writer.close()
 
 
+def in_blocks(values: Tensor, kind: Kind) -> Tensor:
+    """What blocks of `kind` hold of these."""
+    return torch.from_numpy(np.array(gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), kind), kind)))
+
+
 def rounded(model: Any, kind: Kind) -> None:
     """Give a model the values that blocks of `kind` hold."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1 and weight.shape[-1] % BLOCK_LEN == 0:
-                blocks = gguf.quants.quantize(weight.numpy(), kind)
-                weight.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(blocks, kind))))
+                weight.copy_(in_blocks(weight, kind))
