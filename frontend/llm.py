@@ -75,6 +75,7 @@ class LLM:
         self._eos_token_ids = self._tokenizer.eos_token_ids if self._tokenizer else declared_eos_ids(files)
         self._defaults = sampling_defaults(files.generation_config) if asked.generation_config == "auto" else {}
         self._num_requests = 0
+        self._is_asleep = False
         self._processes = EngineProcesses(asked)
         self.config = self._processes.config
         self._loop = EventLoop()
@@ -160,6 +161,23 @@ class LLM:
         """What the model's authors would have."""
         return SamplingParams.with_defaults(self._defaults)
 
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory of a GPU back until `wake_up`; weights wait in the host's, the KV cache is dropped.
+
+        Raises:
+            ValueError: another level than 1.
+            EngineError: the engine's processes could not be kept alive.
+        """
+        if level != 1:
+            raise ValueError("level has to be 1: weights go to the host's memory")
+        self._wait(self._loop.start(self._client.set_asleep(True)))
+        self._is_asleep = True
+
+    def wake_up(self) -> None:
+        """Take the memory again that `sleep` gave back; EngineError when the engine cannot."""
+        self._wait(self._loop.start(self._client.set_asleep(False)))
+        self._is_asleep = False
+
     def close(self) -> None:
         """End the engine's processes; the second time does nothing."""
         self._closing()
@@ -206,6 +224,8 @@ class LLM:
     def _run(self, requests: list[BatchRequest], show_progress: bool) -> list[RequestOutput]:
         if not self._closing.alive:
             raise ValueError("this LLM is closed")
+        if self._is_asleep:
+            raise ValueError("this LLM sleeps: call wake_up() first")
         results: dict[str, RequestOutput] = {}
         with _progress(len(requests), show_progress) as advance:
 

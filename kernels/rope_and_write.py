@@ -23,7 +23,7 @@ from torch import Tensor
 from cableway.kernels import kv_write as kv_writing
 from cableway.kernels import rms_norm as rms_norms
 from cableway.kernels import rope as ropes
-from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, loops, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, are_contiguous, call, check, grid, kernel, nbytes
 from cableway.kernels.rope import Angles
 
@@ -109,8 +109,6 @@ def launch(
     eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
-    check(all(x.stride()[1:] == (head_dim, 1) for x in (q, k, v)), "heads are strided")
-    check(are_contiguous(cache, slots, angles.cos_sin, angles.positions), "cache, slots or angles are strided")
     q_norm, k_norm = norms or (None, None)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_dim = triton.next_power_of_2(head_dim)
@@ -168,14 +166,19 @@ def rope_and_write(
 
     On a CPU no slot may be negative.
     """
-    if q.is_cpu:
-        if norms is not None:
-            q, k = rms_norms.rms_norm(q, norms[0], eps=eps), rms_norms.rms_norm(k, norms[1], eps=eps)
-        ropes.rope(q, k, angles)
-        kv_writing.kv_write(k, v, cache, slots)
-        return q
     _check_fits(q, k, v, angles, cache, slots, norms)
-    return launch(q, k, v, angles, cache, slots, norms, eps=eps)
+    if not q.is_cpu:
+        return launch(q, k, v, angles, cache, slots, norms, eps=eps)
+    if norms is not None:
+        q, k = rms_norms.rms_norm(q, norms[0], eps=eps), rms_norms.rms_norm(k, norms[1], eps=eps)
+    (num_tokens, num_heads, head_dim), num_kv_heads, (_, rotary) = q.shape, k.shape[1], angles.cos_sin.shape
+    loops.run(
+        loops.rotate_and_write, num_tokens, 4 * (num_heads + num_kv_heads) * rotary,
+        q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), loops.KINDS[q.dtype],
+        q.element_size() // 2, angles.cos_sin.data_ptr(), angles.positions.data_ptr(), cache.data_ptr(),
+        cache.stride(0), slots.data_ptr(), num_heads, num_kv_heads, head_dim, rotary,
+    )  # fmt: skip
+    return q
 
 
 def _check_fits(q, k, v, angles: Angles, cache, slots, norms: Norms) -> None:
@@ -183,6 +186,8 @@ def _check_fits(q, k, v, angles: Angles, cache, slots, norms: Norms) -> None:
     check(q.dim() == 3 and k.shape == v.shape and k.shape[1:] == cache.shape[3:], "q, k, v or cache")
     check(q.shape[0] == k.shape[0] == slots.shape[0] == positions.shape[0], "numbers of tokens differ")
     check(q.dtype == k.dtype == v.dtype == cache.dtype and q.dtype in FLOATS, "dtypes of q, k, v and cache differ")
+    check(all(x.stride()[1:] == (head_dim, 1) for x in (q, k, v)), "heads are strided")
+    check(are_contiguous(cache, slots, table, positions), "cache, slots or angles are strided")
     check(slots.dtype == torch.int64 and positions.dtype == torch.int32, "slots are not i64, or positions not i32")
     check(table.dtype == torch.float32 and table.shape[1] % 2 == 0 and table.shape[1] <= head_dim, "cos_sin")
     if norms is not None:

@@ -99,35 +99,63 @@ def centre(begin, end, arguments):
         write(y, row * size, size, x_kind, h)
 
 
+@njit(inline="always")
+def _rotate_heads(x, start, head_stride, num_heads, kind, cos_sin, position, rotary):
+    """Rotate the first `rotary` numbers of a token's heads in place; see rope.py."""
+    angle, half = f32_at(cos_sin), rotary // 2
+    cos = position * rotary
+    sin = cos + half
+    h, turned = np.empty(rotary, np.float32), np.empty(rotary, np.float32)
+    for head in range(num_heads):
+        read(x, start + head * head_stride, rotary, kind, h)
+        for i in range(half):
+            turned[i] = h[i] * angle[cos + i] - h[half + i] * angle[sin + i]
+            turned[half + i] = h[half + i] * angle[cos + i] + h[i] * angle[sin + i]
+        write(x, start + head * head_stride, rotary, kind, turned)
+
+
+@njit(inline="always")
+def _copy(source, start, target, to, size):
+    """So many elements of 2 bytes from one address to another; places in such elements."""
+    elements, into = u16_at(source), u16_at(target)
+    for i in range(size):
+        into[to + i] = elements[start + i]
+
+
 @loop(8)
 def rotate(begin, end, arguments):
-    """Rotate the first `rotary` numbers of the heads of x in place; see rope.py."""
+    """Rotate the heads of x in place."""
     x, x_token, x_head, kind, cos_sin, positions, num_heads, rotary = integers(arguments, 8)
-    angle, position, half = f32_at(cos_sin), i32_at(positions), rotary // 2
-    h, turned = np.empty(rotary, np.float32), np.empty(rotary, np.float32)
+    position = i32_at(positions)
     for token in range(begin, end):
-        cos = intp(position[token]) * rotary
-        sin = cos + half
-        for head in range(num_heads):
-            start = token * x_token + head * x_head
-            read(x, start, rotary, kind, h)
-            for i in range(half):
-                turned[i] = h[i] * angle[cos + i] - h[half + i] * angle[sin + i]
-                turned[half + i] = h[half + i] * angle[cos + i] + h[i] * angle[sin + i]
-            write(x, start, rotary, kind, turned)
+        _rotate_heads(x, token * x_token, x_head, num_heads, kind, cos_sin, intp(position[token]), rotary)
 
 
 @loop(8)
 def write_kv(begin, end, arguments):
     """Copy rows of k and v, `width` elements of 2 bytes, to their slots in the cache; strides in such elements."""
     k, k_token, v, v_token, cache, value_offset, slots, width = integers(arguments, 8)
-    keys, values, into, slot = u16_at(k), u16_at(v), u16_at(cache), i64_at(slots)
+    slot = i64_at(slots)
     for token in range(begin, end):
-        start = slot[token] * width
-        for i in range(width):
-            into[start + i] = keys[token * k_token + i]
-        for i in range(width):
-            into[value_offset + start + i] = values[token * v_token + i]
+        to = slot[token] * width
+        _copy(k, token * k_token, cache, to, width)
+        _copy(v, token * v_token, cache, value_offset + to, width)
+
+
+@loop(17)
+def rotate_and_write(begin, end, arguments):
+    """Both, of q, k and v whose heads lie together. `halves`: elements of 2 bytes in one of theirs."""
+    (
+        q, q_token, k, k_token, v, v_token, kind, halves, cos_sin, positions, cache, value_offset, slots, num_heads,
+        num_kv_heads, head_dim, rotary,
+    ) = integers(arguments, 17)  # fmt: skip
+    position, slot, width = i32_at(positions), i64_at(slots), num_kv_heads * head_dim * halves
+    for token in range(begin, end):
+        at, to = intp(position[token]), slot[token] * width
+        _rotate_heads(q, token * q_token, head_dim, num_heads, kind, cos_sin, at, rotary)
+        _rotate_heads(k, token * k_token, head_dim, num_kv_heads, kind, cos_sin, at, rotary)
+        _copy(k, token * k_token * halves, cache, to, width)
+        _copy(v, token * v_token * halves, cache, value_offset * halves + to, width)
 
 
 @loop(5)

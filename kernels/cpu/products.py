@@ -6,11 +6,24 @@ group, in float32 between groups.
 """
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import float32, intp, njit, types, uint32
 from numba.extending import intrinsic
 
-from cableway.kernels.cpu.compiled import FLOAT, INT, KINDS, bits_of_f32, f32_of_bits, integers, read, write
+from cableway.kernels.cpu.compiled import (
+    FLOAT,
+    INT,
+    KINDS,
+    bits_of_f32,
+    exp,
+    f32_at,
+    f32_of_bits,
+    floats,
+    integers,
+    read,
+    write,
+)
 from cableway.kernels.cpu.team import Loop, Prepared, loop
 
 __all__ = ["KINDS", "Loop", "Prepared"]
@@ -19,6 +32,7 @@ GROUP_LEN = 32
 """Numbers of a row of weights that share a scale."""
 _LANES = GROUP_LEN // 2
 _FINEST = 32767
+_F32 = KINDS[torch.float32]
 _NO_FRACTION = 1.5 * 2**23
 _SUMS = ir.VectorType(FLOAT, _LANES)
 _NARROW, _WIDE = ir.VectorType(ir.IntType(16), GROUP_LEN), ir.VectorType(ir.IntType(32), GROUP_LEN)
@@ -108,33 +122,41 @@ _dot_8_1, _dot_4_1, _dot_4_4 = _dot_of(8, 1), _dot_of(4, 1), _dot_of(4, 4)
 
 
 @njit(inline="always")
-def _integers_of(x, x_stride, kind, num_rows, num_in):
-    """Rows of x as integers [num_rows, num_in] times units, and per row that unit and then the sums of the groups.
+def _normalise_sum(row, token, num_in, residual, norm, eps, offset, total):
+    """row [num_in] = RMS norm of row + residual [.., num_in] f32; the sum itself goes to `total`, if that is not 0."""
+    kept, weight = f32_at(residual), f32_at(norm)
+    squares = float32(0)
+    for i in range(num_in):
+        row[i] += kept[token * num_in + i]
+        squares += row[i] * row[i]
+    if total:
+        write(total, token * num_in, num_in, _F32, row)
+    scale = float32(1) / np.sqrt(squares / float32(num_in) + eps)
+    for i in range(num_in):
+        row[i] = row[i] * scale * (weight[i] + offset)
 
-    Rows that hold a number that is not finite get a unit that is NaN.
+
+@njit(inline="always")
+def _as_integers(row, num_in, fine, sums):
+    """A row [num_in] as integers times a unit; `sums` gets that unit, then the sums of the groups.
+
+    The unit is NaN if a number is not finite.
     """
-    num_groups = num_in // GROUP_LEN
-    fine = np.empty((num_rows, num_in), np.int16)
-    numbers = np.empty(num_in + num_rows * (1 + num_groups), np.float32)
-    row, sums = numbers[:num_in], numbers[num_in:].reshape(num_rows, 1 + num_groups)
-    for token in range(num_rows):
-        read(x, token * x_stride, num_in, kind, row)
-        largest_bits = uint32(0)  # of a number without its sign; the order of bits is that of numbers
-        for i in range(num_in):
-            largest_bits = max(largest_bits, bits_of_f32(row[i]) & uint32(0x7FFFFFFF))
-        largest = f32_of_bits(largest_bits)
-        is_finite = largest_bits < uint32(0x7F800000)
-        sums[token, 0] = largest / float32(_FINEST) if is_finite else np.nan
-        per_unit = float32(_FINEST) / largest if is_finite and largest > 0 else float32(0)
-        for i in range(num_in):
-            # The sum has no room for a fraction: its low bits are the nearest integer.
-            fine[token, i] = np.int16(bits_of_f32(row[i] * per_unit + float32(_NO_FRACTION)) & uint32(0xFFFF))
-        for group in range(num_groups):
-            total = np.int32(0)
-            for i in range(group * GROUP_LEN, (group + 1) * GROUP_LEN):
-                total += np.int32(fine[token, i])
-            sums[token, 1 + group] = total
-    return fine, sums
+    largest_bits = uint32(0)  # of a number without its sign; the order of bits is that of numbers
+    for i in range(num_in):
+        largest_bits = max(largest_bits, bits_of_f32(row[i]) & uint32(0x7FFFFFFF))
+    largest = f32_of_bits(largest_bits)
+    is_finite = largest_bits < uint32(0x7F800000)
+    sums[0] = largest / float32(_FINEST) if is_finite else np.nan
+    per_unit = float32(_FINEST) / largest if is_finite and largest > 0 else float32(0)
+    for i in range(num_in):
+        # The sum has no room for a fraction: its low bits are the nearest integer.
+        fine[i] = np.int16(bits_of_f32(row[i] * per_unit + float32(_NO_FRACTION)) & uint32(0xFFFF))
+    for group in range(num_in // GROUP_LEN):
+        total = np.int32(0)
+        for i in range(group * GROUP_LEN, (group + 1) * GROUP_LEN):
+            total += np.int32(fine[i])
+        sums[1 + group] = total
 
 
 @loop(10)
@@ -145,26 +167,42 @@ def multiply_int8(begin, end, arguments):
     """
     x, x_stride, num_rows, y, kind, codes, scales, scale_kind, num_in, num_out = integers(arguments, 10)
     num_groups = num_in // GROUP_LEN
-    fine, sums = _integers_of(x, x_stride, kind, num_rows, num_in)
+    row, fine = np.empty(num_in, np.float32), np.empty((num_rows, num_in), np.int16)
+    sums = np.empty((num_rows, 1 + num_groups), np.float32)
+    for token in range(num_rows):
+        read(x, token * x_stride, num_in, kind, row)
+        _as_integers(row, num_in, fine[token], sums[token])
     scale, result = np.empty(num_groups, np.float32), np.empty(1, np.float32)
-    for row in range(begin, end):
-        read(scales, row * num_groups, num_groups, scale_kind, scale)
+    for out in range(begin, end):
+        read(scales, out * num_groups, num_groups, scale_kind, scale)
         for token in range(num_rows):
             row_of_x = fine.ctypes.data + token * num_in * 2
-            result[0] = sums[token, 0] * _dot_8_1(codes + row * num_in, scale.ctypes.data, row_of_x, num_groups)[0]
-            write(y, token * num_out + row, 1, kind, result)
+            result[0] = sums[token, 0] * _dot_8_1(codes + out * num_in, scale.ctypes.data, row_of_x, num_groups)[0]
+            write(y, token * num_out + out, 1, kind, result)
 
 
-@loop(10)
+@loop(9, 2)
 def multiply_int4(begin, end, arguments):
-    """The same where W is `codes * scale + offset`; rows are pairs of rows of W, one in the low bits, one in the high.
+    """y = gate(n(x) Wᵀ + b), where W is `codes * scale + offset`, for pairs `begin` … `end` of rows of W.
 
-    `scales` are [pairs, 2, 2, groups]: of each row of a pair its scales, then of each its offsets.
+    A pair is row i of W in the low bits of its codes, and row i of W's second half in the high ones. `scales` are
+    [pairs, 2, 2, groups]: of both rows their scales, then of both their offsets. Where `gated`, silu of the first row
+    times the second is what comes out. Where `residual` is not 0 the input is the norm of its sum with x, which goes
+    to `total`.
     """
-    x, x_stride, num_rows, y, kind, codes, scales, scale_kind, num_in, num_out = integers(arguments, 10)
+    x, x_stride, num_rows, y, bias, gated, residual, total, norm = integers(arguments, 9)
+    eps, norm_offset = floats(arguments + 72, 2)
+    kind, codes, scales, scale_kind, num_in, num_pairs = integers(arguments + 88, 6)
     num_groups = num_in // GROUP_LEN
-    fine, sums = _integers_of(x, x_stride, kind, num_rows, num_in)
-    scale, results = np.empty(4 * num_groups, np.float32), np.empty((4, 2), np.float32)
+    row, fine = np.empty(num_in, np.float32), np.empty((num_rows, num_in), np.int16)
+    sums = np.empty((num_rows, 1 + num_groups), np.float32)
+    for token in range(num_rows):
+        read(x, token * x_stride, num_in, kind, row)
+        if residual:
+            _normalise_sum(row, token, num_in, residual, norm, eps, norm_offset, 0 if begin else total)
+        _as_integers(row, num_in, fine[token], sums[token])
+    num = end - begin
+    scale, results = np.empty(4 * num_groups, np.float32), np.empty((2, num_rows, num), np.float32)
     for pair in range(begin, end):
         read(scales, pair * 4 * num_groups, 4 * num_groups, scale_kind, scale)
         token = 0
@@ -174,15 +212,33 @@ def multiply_int4(begin, end, arguments):
                 together = 4
                 dots = _dot_4_4(codes + pair * num_in, scale.ctypes.data, row_of_x, num_groups)
                 for i in range(4):
-                    results[i, 0], results[i, 1] = dots[i], dots[4 + i]
+                    results[0, token + i, pair - begin] = dots[i]
+                    results[1, token + i, pair - begin] = dots[4 + i]
             else:
                 together = 1
-                results[0, 0], results[0, 1] = _dot_4_1(codes + pair * num_in, scale.ctypes.data, row_of_x, num_groups)
-            for i in range(together):
-                for row in range(2):
-                    first, offset = (2 + row) * num_groups, float32(0)
-                    for group in range(num_groups):
-                        offset += scale[first + group] * sums[token + i, 1 + group]
-                    results[i, row] = (results[i, row] + offset) * sums[token + i, 0]
-                write(y, (token + i) * num_out + 2 * pair, 2, kind, results[i])
+                dot, other_dot = _dot_4_1(codes + pair * num_in, scale.ctypes.data, row_of_x, num_groups)
+                results[0, token, pair - begin], results[1, token, pair - begin] = dot, other_dot
+            for i in range(token, token + together):
+                offset, other_offset = float32(0), float32(0)
+                for group in range(num_groups):
+                    offset += scale[2 * num_groups + group] * sums[i, 1 + group]
+                    other_offset += scale[3 * num_groups + group] * sums[i, 1 + group]
+                results[0, i, pair - begin] += offset
+                results[1, i, pair - begin] += other_offset
             token += together
+    biases = np.zeros((2, num), np.float32)
+    if bias:
+        for half in range(2):
+            read(bias, half * num_pairs + begin, num, kind, biases[half])
+    for token in range(num_rows):
+        first, second = results[0, token], results[1, token]
+        for i in range(num):
+            first[i] = first[i] * sums[token, 0] + biases[0, i]
+            second[i] = second[i] * sums[token, 0] + biases[1, i]
+        if gated:
+            for i in range(num):
+                first[i] = first[i] / (float32(1) + exp(-first[i])) * second[i]
+            write(y, token * num_pairs + begin, num, kind, first)
+        else:
+            write(y, 2 * token * num_pairs + begin, num, kind, first)
+            write(y, (2 * token + 1) * num_pairs + begin, num, kind, second)

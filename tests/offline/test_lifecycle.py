@@ -174,3 +174,15 @@ def test_token_ids_alone(tiny_folder: Path) -> None:
                 llm.chat([{"role": "user", "content": "x"}], params)
     finally:
         (tiny_folder / "hidden.json").rename(tiny_folder / "tokenizer.json")
+
+
+def test_it_sleeps_and_wakes(own: LLM) -> None:
+    (before,) = own.generate("The sea", GREEDY, use_tqdm=False)
+    own.sleep()
+    with pytest.raises(ValueError, match="sleeps"):
+        own.generate("The sea", GREEDY)
+    with pytest.raises(ValueError, match="level"):
+        own.sleep(level=2)
+    own.wake_up()
+    (after,) = own.generate("The sea", GREEDY, use_tqdm=False)
+    assert after.outputs[0].token_ids == before.outputs[0].token_ids

@@ -43,7 +43,13 @@ class Int8:
         ints = [map(piece.pad, piece.encoding.group_bytes(piece.encoded)) for piece in pieces]
         codes, scale = (torch.cat(part) for part in zip(*ints, strict=True))
         scales, dense = narrowed(scale), self._many_rows.finish(pieces)
-        return Params(codes, scales, dense, integers_product(products.multiply_int8, codes, scales, len(codes)))
+        kind, scale_kind = products.KINDS[torch.bfloat16], products.KINDS[scales.dtype]
+        num_out, num_in = codes.shape
+        product = products.Prepared(
+            products.multiply_int8, num_out, 2 * num_in, 4,
+            kind, codes.data_ptr(), scales.data_ptr(), scale_kind, num_in, num_out,
+        )  # fmt: skip
+        return Params(codes, scales, dense, product)
 
     def apply(self, x: Tensor, params: Params) -> Tensor:
         num_rows = x.shape[0]
@@ -52,10 +58,3 @@ class Int8:
         y = torch.empty(num_rows, len(params.codes), dtype=x.dtype)
         params.product(x.data_ptr(), x.stride(0), num_rows, y.data_ptr())
         return y
-
-
-def integers_product(loop: products.Loop, codes: Tensor, scales: Tensor, num_out: int) -> products.Prepared:
-    """`loop` with a matrix of integers as it wants them, called with (x, its stride, its rows, y); x and y bf16."""
-    kind, scale_kind = products.KINDS[torch.bfloat16], products.KINDS[scales.dtype]
-    num_in, fixed = codes.shape[1], (kind, codes.data_ptr(), scales.data_ptr(), scale_kind)
-    return products.Prepared(loop, len(codes), 2 * num_in, 4, *fixed, num_in, num_out)

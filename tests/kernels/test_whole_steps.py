@@ -1,0 +1,70 @@
+"""Whole steps as a GPU does them, in Triton's interpreter: its formats and kernels, wherever a worker calls one."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cableway.bench.driver import Driver
+from cableway.ipc.config import WorkerConfig
+from cableway.ipc.messages import Sampling
+from cableway.kernels.registry import kernels
+from cableway.workers import formats, memory, warm_up
+from cableway.workers.batch import Decoder
+from cableway.workers.formats.gpu import OnGpu
+from cableway.workers.runner import Runner
+from tests import checkpoints
+from tests.kernels import laws
+from tests.workers.running import load, prompt_of, worker_config
+
+pytestmark = pytest.mark.skipif(not laws.INTERPRETED, reason="only where Triton's forms run on a CPU")
+SAMPLINGS = (Sampling(temperature=0), Sampling(seed=3, top_k=9, top_p=0.9))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> WorkerConfig:
+    small = {"max_num_seqs": 3, "max_num_batched_tokens": 24, "max_model_len": 32, "num_kv_blocks": 16}
+    return worker_config(checkpoints.tiny(tmp_path, "qwen3", num_hidden_layers=2), **small)
+
+
+@pytest.fixture
+def as_on_gpu(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    """The model, as a GPU holds and computes it."""
+    for kernel in kernels():
+        for name, module in list(sys.modules.items()):
+            if name.startswith("cableway.workers") and getattr(module, kernel.name, None) is kernel.function:
+                monkeypatch.setattr(module, kernel.name, kernel.launch)
+
+    def multiply(a: torch.Tensor, b: torch.Tensor, *dtype: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(a @ b)  # into float32 whatever the factors are: on a GPU only
+
+    monkeypatch.setattr(torch, "mm", multiply)
+    monkeypatch.setattr(formats, "choose", lambda encodings, num_out, num_in, place: OnGpu(place))
+    return load(config)
+
+
+def outputs(decoder: Decoder, config: WorkerConfig) -> list[list[int]]:
+    driver = Driver(Runner(decoder, config), config.block_size, config.max_num_seqs)
+    requests = [driver.add(prompt_of(5 + i, i), sampling) for i, sampling in enumerate(SAMPLINGS)]
+    driver.generate(4)
+    return [request.output[:4] for request in requests]
+
+
+def test_tokens_are_those_of_a_cpu(config: WorkerConfig, request: pytest.FixtureRequest):
+    expected = outputs(load(config), config)
+    assert outputs(request.getfixturevalue("as_on_gpu"), config) == expected
+
+
+def test_the_warm_up_can_be_carried_out(config: WorkerConfig, as_on_gpu: Decoder):
+    runner = Runner(as_on_gpu, config)
+    for plan in warm_up.plans(config.max_num_seqs, len(runner.state_groups)):
+        assert runner.step(plan).failed == []
+
+
+def test_a_dry_run_leaves_no_trace(config: WorkerConfig, as_on_gpu: Decoder):
+    with torch.inference_mode():
+        cache = memory.allocate(as_on_gpu, config, torch.float32, torch.device("cpu"))
+        memory.dry_run(as_on_gpu, config, cache)
+    assert not any(tensor.any() for tensor in cache.tensors)
