@@ -24,6 +24,7 @@ from cableway.ipc.gguf_values import (
     head_dim,
     kinds,
     layer_types,
+    num_layers,
     one,
     query_scalar,
     rope_scaling,
@@ -35,7 +36,7 @@ _DTYPES = {0: "float32", 1: "float16", 30: "bfloat16"}
 _SIGMOID = 2  # of expert_gating_func
 
 _COMMON: dict[str, Value] = {
-    "num_hidden_layers": lambda file: file["block_count"] - (file["nextn_predict_layers"] or 0),
+    "num_hidden_layers": num_layers,
     "num_nextn_predict_layers": "nextn_predict_layers",
     "hidden_size": "embedding_length",
     "intermediate_size": one("feed_forward_length"),
@@ -81,6 +82,7 @@ _STATE_SPACE: dict[str, Value] = {
     "use_bias": has("ssm_in.bias"),
     "use_conv_bias": has("ssm_conv1d.bias"),
 }
+_HYBRID_LAYERS = {"attn_q.weight": "attention", "ssm_in.weight": "mamba", "ffn_up.weight": "mlp"}
 _MAMBA2: dict[str, Value] = {
     "mamba_n_heads": "ssm.time_step_rank",
     "mamba_d_head": lambda file: file["ssm.inner_size"] // file["ssm.time_step_rank"],
@@ -93,13 +95,22 @@ _MAMBA2: dict[str, Value] = {
     "mamba_proj_bias": has("ssm_in.bias"),
 }
 _SHORT_CONVOLUTIONS: dict[str, Value] = {
-    "layer_types": kinds("full_attention", "conv"),
+    "layer_types": kinds({"attn_q.weight": "full_attention", "shortconv.conv.weight": "conv"}),
     "num_key_value_heads": one("attention.head_count_kv"),
     "conv_L_cache": "shortconv.l_cache",
     "conv_bias": has("shortconv.conv.bias"),
     "block_auto_adjust_ff_dim": always(False),
     "num_dense_layers": "leading_dense_block_count",
     "use_expert_bias": has("exp_probs_b.bias"),
+    "norm_topk_prob": always(True),
+}
+_DELTA_NETS: dict[str, Value] = {
+    "layer_types": kinds({"attn_q.weight": "full_attention", "ssm_out.weight": "linear_attention"}),
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "linear_value_head_dim": lambda file: file["ssm.inner_size"] // file["ssm.time_step_rank"],
     "norm_topk_prob": always(True),
 }
 _LATENT: dict[str, Value] = {
@@ -116,6 +127,9 @@ _FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM"),
     "qwen2moe": Family("Qwen2MoeForCausalLM", {"norm_topk_prob": always(False), "qkv_bias": has("attn_q.bias")}),
     "qwen3moe": Family("Qwen3MoeForCausalLM", {"norm_topk_prob": always(True)}),
+    "qwen3next": Family("Qwen3NextForCausalLM", _DELTA_NETS),
+    "qwen35": Family("Qwen3_5ForCausalLM", _DELTA_NETS),
+    "qwen35moe": Family("Qwen3_5MoeForCausalLM", _DELTA_NETS),
     "gemma": Family("GemmaForCausalLM"),
     "gemma2": Family("Gemma2ForCausalLM", {**_SOFT_CAPS, "query_pre_attn_scalar": query_scalar(46)}),
     "gemma3": Family(
@@ -221,13 +235,27 @@ _FAMILIES = {
         "GraniteMoeHybridForCausalLM",
         {
             **_MULTIPLIERS,
-            "layer_types": kinds("attention", "mamba"),
+            "layer_types": kinds(_HYBRID_LAYERS),
             "num_key_value_heads": one("attention.head_count_kv"),
             "shared_intermediate_size": lambda file: (
                 file["expert_shared_feed_forward_length"] or file["feed_forward_length"]
             ),
             "position_embedding_type": lambda file: "rope" if file["rope.scaling.finetuned"] else "nope",
             **_MAMBA2,
+        },
+    ),
+    "nemotron_h": Family(
+        "NemotronHForCausalLM",
+        {
+            "layers_block_type": kinds(_HYBRID_LAYERS),
+            "num_key_value_heads": one("attention.head_count_kv"),
+            "mamba_num_heads": "ssm.time_step_rank",
+            "mamba_head_dim": lambda file: file["ssm.inner_size"] // file["ssm.time_step_rank"],
+            "n_groups": "ssm.group_count",
+            "ssm_state_size": "ssm.state_size",
+            "conv_kernel": "ssm.conv_kernel",
+            "use_conv_bias": has("ssm_conv1d.bias"),
+            "mamba_proj_bias": has("ssm_in.bias"),
         },
     ),
     "falcon-h1": Family("FalconH1ForCausalLM", _MAMBA2),

@@ -40,6 +40,11 @@ class Family(NamedTuple):
     fields: Mapping[str, Value] = {}
 
 
+def num_layers(file: File) -> Any:
+    """Blocks, without those past the last layer, which predict further tokens."""
+    return file["block_count"] - (file["nextn_predict_layers"] or 0)
+
+
 def has(tensor: str) -> Value:
     return lambda file: file.has(tensor)
 
@@ -102,14 +107,12 @@ def layer_types(file: File) -> list[str] | None:
     )
 
 
-def kinds(with_attention: str, others: str) -> Value:
-    """The type of each layer, where only some have attention."""
-
-    def find(file: File) -> list[str]:
-        found = file.layers_with("attn_q.weight")
-        return [with_attention if i in found else others for i in range(file["block_count"])]
-
-    return find
+def kinds(tensors: Mapping[str, str]) -> Value:
+    """The type of each layer, by a tensor that only layers of that type have."""
+    return lambda file: [
+        next((kind for tensor, kind in tensors.items() if i in file.layers_with(tensor)), None)
+        for i in range(num_layers(file))
+    ]
 
 
 def turns(layers: Collection[int], num_layers: int) -> tuple[int, int]:

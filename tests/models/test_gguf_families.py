@@ -22,6 +22,7 @@ from tests.models.test_zoo import close, ids_of, oracle, prompt
 from tests.models.zoo import (
     BY_TYPE,
     DEEPSEEK,
+    DELTA,
     EXPERTS,
     FEW,
     HALF,
@@ -152,6 +153,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "moe_intermediate_size": 40,
         },
     ],
+    "Qwen3NextForCausalLM": [{**DELTA, "linear_num_value_heads": 6, **FEW, **SPARSE, "rope_parameters": HALF}],
+    "Qwen3_5ForCausalLM": [{**DELTA, "linear_num_value_heads": 6, "rope_parameters": HALF}],
+    "Qwen3_5MoeForCausalLM": [{**DELTA, "linear_num_value_heads": 6, **FEW, **SPARSE, "rope_parameters": HALF}],
+    "NemotronHForCausalLM": [{**ZOO["NemotronHForCausalLM"][0], "time_step_min": 0.001}],
     "FalconH1ForCausalLM": [ZOO["FalconH1ForCausalLM"][0]],
     "PhimoeForCausalLM": [{"num_local_experts": 4, "lm_head_bias": True, "attention_bias": True}],
     "HunYuanMoEV1ForCausalLM": [{"num_experts": 4, "moe_topk": 2}],
@@ -229,6 +234,7 @@ def test_matrices_and_experts_in_blocks(tmp_path: Path, name: str, kind: Kind) -
     [
         *("DeepseekV3ForCausalLM", "StableLmForCausalLM", "BloomForCausalLM", "CohereForCausalLM", "JambaForCausalLM"),
         *("Mamba2ForCausalLM", "Qwen2MoeForCausalLM", "GptOssForCausalLM", "Lfm2ForCausalLM", "FalconH1ForCausalLM"),
+        "Qwen3_5ForCausalLM",
     ],
 )
 def test_two_ranks_compute_what_one_does(tmp_path: Path, name: str) -> None:

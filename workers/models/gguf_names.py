@@ -21,7 +21,7 @@ def less_one(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
 
 def logs_of_negatives(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """-exp(a) in place of a; as a column, where a head has but one."""
-    shape = stored.shape[:-1] if stored.shape[-1] == 1 else stored.shape
+    shape = stored.shape[:1] if stored.shape[1:] == (1,) else stored.shape
     return concatenated(stored.computed(shape, lambda t: torch.log(-t).view(shape)), parts)
 
 

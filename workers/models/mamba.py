@@ -11,7 +11,7 @@ from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.moe import sigmoid
 from cableway.workers.blocks.norm import RMSNorm, RMSScale, Scale
 from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Never, Size
-from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, TWO_MIXERS
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, PLAIN_MLP, TWO_MIXERS
 from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
 from cableway.workers.models.moe import GRANITE_MOE, mixture, on_frame
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, Names, Target, experts, names, scaled
@@ -443,7 +443,7 @@ def granite_hybrid(c: HybridConfig) -> Decoder:
     return Decoder(c, layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
-@arch("NemotronHForCausalLM", config=NemotronHConfig, hf=NEMOTRON_H)
+@arch("NemotronHForCausalLM", config=NemotronHConfig, hf=NEMOTRON_H, gguf=GGUF | GGUF_MAMBA2 | PLAIN_MLP)
 def nemotron_h(c: NemotronHConfig) -> Decoder:
     norm, bias = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias
     mix = Mamba2(

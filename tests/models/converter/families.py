@@ -8,6 +8,7 @@ import numpy as np
 from tests.models.converter.metadata import (
     ATTENTION,
     BASE,
+    DELTA_NETS,
     EXPERT_SIZES,
     FOURFOLD,
     HYBRID,
@@ -30,6 +31,7 @@ from tests.models.converter.metadata import (
     STATE_SPACE,
     Config,
     always,
+    block_types,
     heads,
     hidden,
     kv_heads,
@@ -43,6 +45,8 @@ from tests.models.converter.tensors import (
     Tensors,
     conv_squeezed,
     dbrx_experts,
+    delta_net,
+    experts_split,
     experts_stacked,
     falcon_h1_multiplied,
     gpt2_turned,
@@ -64,6 +68,7 @@ from tests.models.converter.tensors import (
     squeezed,
     ungrouped,
     unmixed,
+    value_heads_in_turns,
 )
 
 
@@ -278,7 +283,34 @@ CONVERSIONS = {
         },
         (*PERMUTED, granite_hybrid, squeezed, hybrid_states),
     ),
+    "NemotronHForCausalLM": Conversion(
+        "nemotron_h",
+        BASE
+        | {
+            LLM.FEED_FORWARD_LENGTH: lambda c: [c["intermediate_size"] * (kind == "mlp") for kind in block_types(c)],
+            ATTENTION.HEAD_COUNT_KV: lambda c: [
+                c["num_key_value_heads"] * (kind in ("attention", "full_attention")) for kind in block_types(c)
+            ],
+            SSM.CONV_KERNEL: said("conv_kernel"),
+            SSM.STATE_SIZE: said("ssm_state_size"),
+            SSM.GROUP_COUNT: said("n_groups"),
+            SSM.INNER_SIZE: lambda c: c["mamba_num_heads"] * c["mamba_head_dim"],
+            SSM.TIME_STEP_RANK: said("mamba_num_heads"),
+        },
+        (*PERMUTED, negated, squeezed, mamba2_shapes, renamed((r"\.dt_bias", ".dt_proj.bias"))),
+    ),
     "FalconH1ForCausalLM": Conversion("falcon-h1", BASE | HYBRID, (falcon_h1_multiplied, squeezed, hybrid_states)),
+    "Qwen3NextForCausalLM": Conversion(
+        "qwen3next", BASE | ROTATED | EXPERT_SIZES | DELTA_NETS, (negated, squeezed, delta_net, experts_stacked)
+    ),
+    "Qwen3_5ForCausalLM": Conversion(
+        "qwen35", BASE | ROTATED | DELTA_NETS, (value_heads_in_turns, negated, squeezed, delta_net)
+    ),
+    "Qwen3_5MoeForCausalLM": Conversion(
+        "qwen35moe",
+        BASE | ROTATED | EXPERT_SIZES | DELTA_NETS,
+        (value_heads_in_turns, negated, squeezed, delta_net, experts_stacked, experts_split),
+    ),
     "Lfm2ForCausalLM": Conversion("lfm2", LFM2, (conv_squeezed,)),
     "Lfm2MoeForCausalLM": Conversion(
         "lfm2moe",

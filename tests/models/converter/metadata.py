@@ -19,12 +19,14 @@ def always(value: Any) -> Callable[[Config], Any]:
     return lambda c: value
 
 
-hidden, layers, heads = (
-    said("hidden_size", "n_embd", "d_model"),
-    said("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    said("num_attention_heads", "n_head", "n_heads"),
-)
+hidden = said("hidden_size", "n_embd", "d_model")
+heads = said("num_attention_heads", "n_head", "n_heads")
 kv_heads = said("num_key_value_heads", "num_kv_heads")
+
+
+def layers(c: Config) -> int:
+    count = said("num_hidden_layers", "n_layer", "n_layers", "num_layers")(c)
+    return len(c["layers_block_type"]) if count is None else count
 
 
 def rope(c: Config) -> Config:
@@ -87,6 +89,15 @@ HYBRID = {
     SSM.INNER_SIZE: lambda c: c["mamba_n_heads"] * c["mamba_d_head"],
     SSM.TIME_STEP_RANK: said("mamba_n_heads"),
 }
+DELTA_NETS = {
+    SSM.CONV_KERNEL: said("linear_conv_kernel_dim"),
+    SSM.STATE_SIZE: said("linear_key_head_dim"),
+    SSM.GROUP_COUNT: said("linear_num_key_heads"),
+    SSM.TIME_STEP_RANK: said("linear_num_value_heads"),
+    SSM.INNER_SIZE: lambda c: c["linear_value_head_dim"] * c["linear_num_value_heads"],
+    LLM.FULL_ATTENTION_INTERVAL: lambda c: c.get("full_attention_interval", 4),
+}
+block_types = said("layers_block_type", "layer_types")
 LFM2 = BASE | {
     ATTENTION.HEAD_COUNT_KV: lambda c: [0 if kind == "conv" else c["num_key_value_heads"] for kind in c["layer_types"]],
     Keys.ShortConv.L_CACHE: said("conv_L_cache"),

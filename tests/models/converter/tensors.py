@@ -156,6 +156,54 @@ def mamba2_shapes(tensors: Tensors, c: Config) -> None:
             tensors[name] = t.view(c["n_groups"], -1)
 
 
+def delta_net(tensors: Tensors, c: Config) -> None:
+    """Qwen3-Next: norms, but those of delta nets, larger by one; q, k, v and z of all heads apart."""
+    for name, t in tensors.items():
+        if name.endswith("norm.weight") and "linear_attn" not in name:
+            tensors[name] = t + 1
+    share = c["linear_num_value_heads"] // c["linear_num_key_heads"] * c["linear_value_head_dim"]
+    sizes = [c["linear_key_head_dim"]] * 2 + [share] * 2
+
+    def part(first: int, last: int) -> Callable[[Tensor, Config], Tensor]:
+        def cut(t: Tensor, c: Config) -> Tensor:
+            pieces = t.unflatten(0, (c["linear_num_key_heads"], -1)).split(sizes, 1)
+            return torch.cat([piece.flatten(0, 1) for piece in pieces[first:last]])
+
+        return cut
+
+    split("in_proj_qkvz", {"in_proj_qkv": part(0, 3), "in_proj_z": part(3, 4)})(tensors, c)
+    renamed((r"\.dt_bias", ".dt_proj.bias"))(tensors, c)
+
+
+def value_heads_in_turns(tensors: Tensors, c: Config) -> None:
+    """Qwen3.5: from the value heads of one key head after another to the first of each, the second of each, …"""
+    num_keys, unit = c["linear_num_key_heads"], c["linear_value_head_dim"]
+    num_q_and_k = 2 * num_keys * c["linear_key_head_dim"]
+
+    def turn(t: Tensor, size: int) -> Tensor:
+        return t.unflatten(0, (num_keys, -1, size)).swapaxes(0, 1).flatten(0, 2)
+
+    for name, t in tensors.items():
+        if "linear_attn." not in name:
+            continue
+        if "in_proj_qkv" in name or "conv1d" in name:
+            tensors[name] = torch.cat((t[:num_q_and_k], turn(t[num_q_and_k:], unit)))
+        elif "in_proj_z" in name:
+            tensors[name] = turn(t, unit)
+        elif name.endswith(("in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias")):
+            tensors[name] = turn(t, 1)
+        elif "out_proj" in name:
+            tensors[name] = turn(t.t(), unit).t()
+
+
+def experts_split(tensors: Tensors, c: Config) -> None:
+    """Stacked ones, whose gate and up lie together."""
+    split(
+        "experts.gate_up_proj", {f"experts.{part}_proj.weight": nth(i, -2, 2) for i, part in enumerate(("gate", "up"))}
+    )(tensors, c)
+    renamed((r"experts\.down_proj$", "experts.down_proj.weight"))(tensors, c)
+
+
 @each("conv.conv.weight")
 def conv_squeezed(t: Tensor, c: Config) -> Tensor:
     return t.squeeze(1)
