@@ -58,7 +58,7 @@ _COMMON: dict[str, Value] = {
     "n_shared_experts": "expert_shared_count",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "first_k_dense_replace": "leading_dense_block_count",
-    "routed_scaling_factor": "expert_weights_scale",
+    "routed_scaling_factor": lambda file: file["expert_weights_scale"] or None,
     "norm_topk_prob": "expert_weights_norm",
     "n_group": "expert_group_count",
     "topk_group": "expert_group_used_count",
@@ -353,9 +353,8 @@ def derive(header: Header) -> dict[str, Any]:
             raise ModelError(f"{header.path}: metadata gives no usable {name}") from None
         if found is not None:
             config[name] = found
-    for name in ("num_hidden_layers", "hidden_size"):
-        if not isinstance(config.get(name), int) or config[name] < 1:
-            raise ModelError(f"{header.path}: metadata gives no usable {name}")
+    if not isinstance(config.get("hidden_size"), int):
+        raise ModelError(f"{header.path}: metadata gives no usable hidden_size")
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list):
         config["vocab_size"] = len(tokens)  # some writers round the key of that name, or leave it out

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from cableway.ipc.gguf import Header, read_floats
 
+_MAX_LAYERS = 4096
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -40,9 +41,12 @@ class Family(NamedTuple):
     fields: Mapping[str, Value] = {}
 
 
-def num_layers(file: File) -> Any:
+def num_layers(file: File) -> int:
     """Blocks, without those past the last layer, which predict further tokens."""
-    return file["block_count"] - (file["nextn_predict_layers"] or 0)
+    count = file["block_count"] - (file["nextn_predict_layers"] or 0)
+    if not 0 < count <= _MAX_LAYERS:
+        raise ValueError("too many layers, or none")
+    return count
 
 
 def has(tensor: str) -> Value:
@@ -115,21 +119,21 @@ def kinds(tensors: Mapping[str, str]) -> Value:
     ]
 
 
-def turns(layers: Collection[int], num_layers: int) -> tuple[int, int]:
+def turns(layers: Collection[int], count: int) -> tuple[int, int]:
     """period, offset of layers that come round regularly; ValueError when they do not."""
-    first, second = [*sorted(layers), num_layers, 2 * num_layers][:2]
-    period = second - first if len(layers) > 1 else num_layers
-    if set(layers) != {i for i in range(num_layers) if i % period == first}:
+    first, second = [*sorted(layers), count, 2 * count][:2]
+    period = second - first if len(layers) > 1 else count
+    if set(layers) != {i for i in range(count) if i % period == first}:
         raise ValueError("layers come round at no regular distance")
     return period, first
 
 
 def attention_turns(file: File) -> tuple[int, int]:
-    return turns(file.layers_with("attn_q.weight"), file["block_count"])
+    return turns(file.layers_with("attn_q.weight"), num_layers(file))
 
 
 def expert_turns(file: File) -> tuple[int, int]:
-    return turns(file.layers_with("ffn_gate_inp.weight"), file["block_count"])
+    return turns(file.layers_with("ffn_gate_inp.weight"), num_layers(file))
 
 
 def far_is_scaled(file: File) -> dict[str, Any]:

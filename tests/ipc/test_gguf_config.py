@@ -90,6 +90,8 @@ def test_layers_of_attention_come_round(tmp_path: Path) -> None:
         ("qwen9", {}, "near it: qwen"),
         ("llama", {"block_count": "many"}, "no usable num_hidden_layers"),
         ("llama", {"block_count": 0}, "no usable num_hidden_layers"),
+        ("lfm2", {"block_count": 2**32 - 1}, "no usable num_hidden_layers"),
+        ("glm4moe", {"block_count": 1, "nextn_predict_layers": 1}, "no usable num_hidden_layers"),
         ("llama", {"embedding_length": [64]}, "no usable"),
         ("llama", {"attention.head_count": [4, 2]}, "no usable"),
         ("llama", {"rope.dimension_count": "x"}, "no usable partial_rotary_factor"),

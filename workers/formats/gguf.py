@@ -21,7 +21,10 @@ _PLAIN_DTYPES = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 _LONG_ROW_LEN = 1 << 14
-_BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_BLOCK_TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
+)
 
 
 class Blocks:
