@@ -43,7 +43,7 @@ class Family(NamedTuple):
 
 def num_layers(file: File) -> int:
     """Blocks, without those past the last layer, which predict further tokens."""
-    count = file["block_count"] - (file["nextn_predict_layers"] or 0)
+    count: int = file["block_count"] - (file["nextn_predict_layers"] or 0)
     if not 0 < count <= _MAX_LAYERS:
         raise ValueError("too many layers, or none")
     return count
