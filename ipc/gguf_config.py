@@ -143,7 +143,9 @@ _FAMILIES = {
     "phi2": Family("PhiForCausalLM"),
     "phi3": Family("Phi3ForCausalLM"),
     "starcoder2": Family("Starcoder2ForCausalLM", {"use_bias": has("attn_q.bias")}),
-    "starcoder": Family("GPTBigCodeForCausalLM"),
+    "starcoder": Family(
+        "GPTBigCodeForCausalLM", {"multi_query": lambda file: file["attention.head_count_kv"] in (None, 1)}
+    ),
     "gpt2": Family("GPT2LMHeadModel"),
     "gptneox": Family(
         "GPTNeoXForCausalLM",

@@ -4,12 +4,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from cableway.ipc.gguf import read_header
+from cableway.ipc import gguf_config
+from cableway.ipc.gguf import Header, ModelError, read_header
 from cableway.workers import models
+from cableway.workers.models.config import read
 from tests.checkpoints import save
 from tests.models.converter.families import CONVERSIONS, Conversion
 from tests.models.converter.metadata import ATTENTION, Config, always
@@ -187,6 +190,21 @@ CASES = [(name, fields) for name, variants in VARIANTS.items() for fields in var
 CASES += REMOTE.items()
 
 
+UNREAD = {"vocab_size", "attention.value_length"}
+"""Keys that say nothing of their own: the vocabulary's size is that of its tokens, values are as wide as keys."""
+UNREAD_OF = {
+    "deepseek2": {"attention.head_count_kv", "attention.key_length"},  # of latents
+    "minicpm3": {"attention.head_count_kv"},
+    **dict.fromkeys(("mamba", "mamba2"), frozenset({"feed_forward_length", "attention.head_count"})),  # there is none
+    **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), frozenset({"full_attention_interval"})),  # tensors say it
+    **dict.fromkeys(("glm4moe", "dots1", "minimax-m2", "lfm2moe"), frozenset({"expert_gating_func"})),  # always sigmoid
+    "hunyuan-moe": {"feed_forward_length"},  # there are but experts, shared and not
+    "bloom": {"feed_forward_length"},  # four times hidden_size
+    "phi3": {"rope.scaling.original_context_length"},  # where RoPE is not scaled
+    "nemotron_h": {"expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count"},  # without any
+}
+
+
 def written(
     folder: Path, name: str, fields: dict[str, Any], kind: Kind, *, conversion: Any = None, prepare: Any = None
 ) -> tuple[Path, torch.Tensor]:
@@ -217,6 +235,34 @@ def written(
 def test_logits_are_those_of_transformers(tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
     path, expected = written(tmp_path, name, fields, Kind.F32)
     close(logits_of(load(path), ids_of(expected)), expected, name)
+    assert unread(path) <= UNREAD | UNREAD_OF.get(CONVERSIONS[name].architecture, set())
+
+
+def what_is_read(header: Header) -> tuple[str, Any]:
+    config = gguf_config.derive(header)
+    architecture = models.find(config)
+    return architecture.name, read(config, architecture.config)
+
+
+def another(value: Any) -> Any:
+    return not value if isinstance(value, bool) else 2 * value or 3
+
+
+def unread(path: Path) -> set[str]:
+    """Keys of a file's metadata that may say something else, and what the family reads of its config is the same."""
+    header = read_header(str(path))
+    was, prefix = what_is_read(header), f"{header.metadata['general.architecture']}."
+    found = set()
+    for key, value in header.metadata.items():
+        if key.startswith(prefix) and not isinstance(value, str):
+            other = [another(item) for item in value] if isinstance(value, list) else another(value)
+            changed = msgspec.structs.replace(header, metadata={**header.metadata, key: other})
+            try:
+                if what_is_read(changed) == was:
+                    found.add(key.removeprefix(prefix))
+            except ModelError:
+                continue
+    return found
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0])
