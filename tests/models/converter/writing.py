@@ -38,13 +38,13 @@ def put(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(name, value)
 
 
-def convert(folder: Path, path: Path, kind: Kind, conversion: Conversion) -> None:
+def convert(folder: Path, path: Path, kind: Kind, conversion: Conversion, **options: Any) -> None:
     """Write a checkpoint as a GGUF file, in blocks of `kind` those matrices whose rows are whole blocks."""
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: t.float() for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
     for change in conversion.changes:
         change(tensors, config)
-    writer = gguf.GGUFWriter(str(path), conversion.architecture)
+    writer = gguf.GGUFWriter(path, conversion.architecture, **options)
     for key, value in conversion.fields.items():
         put(writer, key, value(config))
     for key, value in scaling(config).items():
