@@ -1,11 +1,13 @@
 """Rebuild a tokenizer from GGUF metadata: vocabulary, merges or scores, and the kind of text they were made for.
 
-Two kinds are served. `gpt2`: byte-level BPE with merges, whose way of cutting words is named by `tokenizer.ggml.pre`.
+Three kinds are served. `gpt2`: byte-level BPE with merges, whose way of cutting words is named by `tokenizer.ggml.pre`.
 `llama`: SentencePiece BPE, which has no merges but scores; of all neighbours that can be joined, those whose whole has
-the highest score are joined first.
+the highest score are joined first. `t5`: SentencePiece's unigrams; a text is cut so that their
+scores add up to the most.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -16,6 +18,7 @@ from cableway.ipc.gguf import ModelError
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
 _SPECIAL_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 _SPACE = "▁"
+_Made = TypeVar("_Made")
 
 
 def build(path: str, metadata: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -28,11 +31,13 @@ def build(path: str, metadata: dict[str, Any]) -> tokenizers.Tokenizer:
             library, adds_bos = _byte_level(metadata, tokens)
         elif kind == "llama":
             library, adds_bos = _sentence_piece(metadata, tokens, token_types)
+        elif kind == "t5":
+            library, adds_bos = _unigram(metadata, tokens), False
         else:
-            raise ModelError(f"tokenizers of kind {kind!r} are not supported (gpt2 and llama are)")
+            raise ModelError(f"tokenizers of kind {kind!r} are not supported (gpt2, llama and t5 are)")
         _add_tokens(library, tokens, token_types)
         adds_bos = _flag(metadata, "add_bos_token", adds_bos)
-        adds_eos = _flag(metadata, "add_eos_token", False)
+        adds_eos = _flag(metadata, "add_eos_token", kind == "t5")
         set_ends(library, _token_id(metadata, "bos") if adds_bos else None,
                  _token_id(metadata, "eos") if adds_eos else None)  # fmt: skip
     except ModelError as error:
@@ -76,12 +81,17 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str]) -> tuple[tokenizers
         library.normalizer = normalizers.NFC()
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            *(pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in pre.patterns),
+            *(_cut(pattern) for pattern in pre.patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            *(_cut(pattern) for pattern in pre.byte_patterns),
         ]
     )
     library.decoder = decoders.ByteLevel()
     return library, pre.adds_bos
+
+
+def _cut(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
 
 
 def _sentence_piece(
@@ -109,6 +119,34 @@ def _sentence_piece(
     return library, True
 
 
+def _unigram(metadata: dict[str, Any], tokens: list[str]) -> tokenizers.Tokenizer:
+    scores, unknown_id = _numbers(metadata, "scores", len(tokens)), _token_id(metadata, "unknown")
+    if scores is None or unknown_id is None:
+        raise ModelError("has no tokenizer.ggml.scores, or no unknown token")
+    steps: list[normalizers.Normalizer] = []
+    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        steps.append(_library(lambda: _charsmap(charsmap)))
+    if _flag(metadata, "remove_extra_whitespaces", True):
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    prefix = "always" if _flag(metadata, "add_space_prefix", True) else "never"
+    library = _library(
+        lambda: tokenizers.Tokenizer(
+            models.Unigram(list(zip(tokens, map(float, scores), strict=True)), unknown_id, False)
+        )
+    )
+    library.normalizer = normalizers.Sequence(steps)
+    library.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prefix)
+    library.decoder = decoders.Metaspace(_SPACE, prefix)
+    return library
+
+
+def _charsmap(charsmap: Any) -> normalizers.Normalizer:
+    """How characters are replaced by others, as SentencePiece compiles it; tried, since a broken map shows in use."""
+    normalizer = normalizers.Precompiled(bytes(charsmap))
+    normalizer.normalize_str("a")
+    return normalizer
+
+
 def _merges_by_score(tokens: list[str], scores: list[float], token_types: list[int]) -> list[tuple[str, str]]:
     """Every way to join two tokens into a third, the best third first. Only plain tokens are ever joined."""
     plain = {token: score for token, score, kind in zip(tokens, scores, token_types, strict=True) if kind == _NORMAL}
@@ -121,12 +159,17 @@ def _merges_by_score(tokens: list[str], scores: list[float], token_types: list[i
 
 
 def _bpe(tokens: list[str], merges: list[tuple[str, str]], **settings: Any) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return _library(lambda: tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **settings)))
+
+
+def _library(make: Callable[[], _Made]) -> _Made:
     try:
-        return tokenizers.Tokenizer(
-            models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, **settings)
-        )
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"its vocabulary and merges do not fit together: {error}") from None
+        return make()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and panics over some bytes
+        raise ModelError(f"its vocabulary, merges and maps do not fit together: {error}") from None
 
 
 def _add_tokens(library: tokenizers.Tokenizer, tokens: list[str], token_types: list[int]) -> None:

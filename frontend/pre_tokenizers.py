@@ -33,18 +33,26 @@ _GPT4O = (
 _DEEPSEEK3 = (
     rf"{_ASCII_SIGN}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
+_KIMI_UPPER, _KIMI_LOWER = (rf"[{letters[1:-1]}&&[^\p{{Han}}]]" for letters in (_UPPER, _LOWER))
+_KIMI = (
+    r"[\p{Han}]+"
+    rf"|{_BEFORE}{_KIMI_UPPER}*{_KIMI_LOWER}+{_CONTRACTIONS}?|{_BEFORE}{_KIMI_UPPER}+{_KIMI_LOWER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}|{_PUNCTUATION}|{_SPACES}"
+)
 _BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
 
 
 class PreTokenizer(NamedTuple):
     """What is done to a text before its words are merged.
 
-    `patterns` cut one after the other, each within the pieces of the one before. `nfc` composes characters first;
+    `patterns` cut one after the other, each within the pieces of the one before; `byte_patterns` cut what they leave,
+    whose bytes are by then written as characters, a few of which are numbers. `nfc` composes characters first;
     `whole_words` takes a word that is in the vocabulary as it is, without merging; `adds_bos` is for files that do not
     say themselves.
     """
 
     patterns: tuple[str, ...]
+    byte_patterns: tuple[str, ...] = ()
     nfc: bool = False
     whole_words: bool = False
     adds_bos: bool = False
@@ -68,11 +76,12 @@ _FAMILIES = {
     ("tekken",): PreTokenizer((_TEKKEN,), whole_words=True, adds_bos=True),
     ("gpt-4o", "llama4", "kanana2", "minimax-m2"): PreTokenizer((_GPT4O,)),
     ("deepseek-llm",): PreTokenizer(
-        (r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _HAN_HANGUL, r"\p{N}+")
+        (r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", _HAN_HANGUL, r"\p{N}")
     ),
     ("deepseek-coder",): PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_HANGUL, r"\p{N}")),
     ("deepseek-v3", "hunyuan-dense", "joyai-llm"): PreTokenizer((r"\p{N}{1,3}", _HAN_KANA, _DEEPSEEK3)),
-    ("falcon",): PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
+    ("kimi-k2",): PreTokenizer((_KIMI,), whole_words=True),
+    ("falcon",): PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2), (r"\p{N}+", r"[0-9][0-9][0-9]")),
     ("bloom", "poro-chat", "gpt3-finnish"): PreTokenizer((_BLOOM,)),
     ("viking",): PreTokenizer((_BLOOM, r"\p{N}")),
     ("bailingmoe", "bailingmoe2", "llada-moe"): PreTokenizer(

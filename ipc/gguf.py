@@ -18,6 +18,7 @@ _MAX_FIELDS = 1 << 16
 _MAX_TENSORS = 1 << 18
 _MAX_DIMS = 4
 _MAX_NAME_BYTES = 1 << 16
+_MAX_FLOATS_BYTES = 1 << 16
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
@@ -92,6 +93,16 @@ def read_header(path: str) -> Header:
             return _parse(path, view)
         except (struct.error, IndexError, OverflowError):
             raise ModelError(f"{path}: truncated, the header ends past the end of the file") from None
+
+
+def read_floats(header: Header, name: str) -> list[float]:
+    """The numbers of a short float32 tensor; ModelError when it is none."""
+    tensor = header.tensors.get(name)
+    if tensor is None or tensor.ggml_type != 0 or not 0 < tensor.num_bytes <= _MAX_FLOATS_BYTES:
+        raise ModelError(f"{header.path}: no short tensor {name!r} of float32 numbers")
+    with open(header.path, "rb") as file:
+        file.seek(tensor.offset)
+        return list(struct.unpack(f"<{tensor.num_bytes // 4}f", file.read(tensor.num_bytes)))
 
 
 def _parse(path: str, view: mmap.mmap) -> Header:

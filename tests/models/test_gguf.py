@@ -22,6 +22,7 @@ from tests.models.gguf_files import demo_model
 from tests.models.harness import Session, load, logits_of, prompt
 
 QUANTIZED = [Kind[n] for n in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
+QUANTIZED += [Kind.IQ4_NL, Kind.IQ4_XS, Kind.MXFP4]
 PLAIN = [Kind.F32, Kind.F16, Kind.BF16]
 BF16 = Place(torch.bfloat16, torch.device("cpu"), 64)
 

@@ -21,11 +21,14 @@ _PLAIN_DTYPES = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 _LONG_ROW_LEN = 1 << 14
-_BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_BLOCK_TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
+)
 
 
 class Blocks:
-    """Encoded tensors are [rows, blocks, block_bytes] u8."""
+    """Encoded tensors are [..., blocks, block_bytes] u8."""
 
     group_ints = group_bytes = None
 
@@ -35,12 +38,13 @@ class Blocks:
         self.block_len, self.block_bytes = GGML_QUANT_SIZES[self._kind]
 
     def decode(self, encoded: Tensor) -> Tensor:
-        """-> [rows, numbers] f32"""
-        num_rows, row_len = encoded.shape[0], encoded.shape[1] * self.block_len
+        """-> [..., numbers] f32"""
+        *dims, num_blocks, _ = encoded.shape
+        num_rows, row_len = math.prod(dims), num_blocks * self.block_len
         # The package goes through 16 rows at a time in Python: hand it fewer and longer ones.
         joined = math.gcd(num_rows, 1 << max(0, (_LONG_ROW_LEN // row_len).bit_length() - 1))
         values = dequantize(encoded.reshape(num_rows // joined, -1).numpy(), self._kind)
-        return torch.from_numpy(values).view(num_rows, row_len)
+        return torch.from_numpy(values).view(*dims, row_len)
 
 
 class Q8(Blocks):
@@ -96,7 +100,7 @@ _ENCODINGS: dict[int, Encoding] = {
 
 def encoding(ggml_type: int, num_dims: int, tensor_name: str) -> Encoding:
     """The encoding of a tensor of a GGUF type; ModelError for those not served."""
-    known = [GGMLQuantizationType(kind) for kind in (_ENCODINGS if num_dims == 2 else _PLAIN_DTYPES)]
+    known = [GGMLQuantizationType(kind) for kind in (_PLAIN_DTYPES if num_dims < 2 else _ENCODINGS)]
     if ggml_type not in known:
         kind, names = GGMLQuantizationType(ggml_type).name, ", ".join(kind.name for kind in known)
         raise ModelError(f"tensor {tensor_name!r} of {num_dims} dimensions is {kind}, not one of {names}")

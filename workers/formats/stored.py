@@ -39,7 +39,7 @@ def narrowed(scales: Tensor) -> Tensor:
 
 
 class Encoding(Protocol):
-    """How a file writes numbers. Encoded tensors are [rows, blocks, …] where a block holds `block_len` numbers."""
+    """How a file writes numbers. Encoded tensors are [..., blocks, …] where a block holds `block_len` numbers."""
 
     name: str
     block_len: int
@@ -105,8 +105,12 @@ class Stored:
         return Piece(encoding, encoded, rows.size - (rows.stop - rows.start))
 
     def changed(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> "Stored":
-        """What `change` makes of it as it is read: rows selected, or plain numbers in another order."""
+        """What `change` makes of it as it is read: rows selected, however they are encoded."""
         return replace(self, shape=shape, read=lambda: change(self.read()))
+
+    def computed(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> "Stored":
+        """What `change` makes of its numbers, which are decoded as it is read."""
+        return replace(self, shape=shape, encoding=PLAIN, read=lambda: change(self.encoding.decode(self.read())))
 
     def rows(self, start: int, stop: int) -> "Stored":
         """Some of its rows as a tensor of their own: one part of a matrix that is stored fused."""

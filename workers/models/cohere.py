@@ -10,6 +10,7 @@ from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
+from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
 from cableway.workers.models.names import HF, Target, flat, names
 from cableway.workers.models.registry import arch
@@ -17,6 +18,11 @@ from cableway.workers.models.registry import arch
 COHERE = HF | names(
     {"q_norm": Target("q_norm", layout=flat), "k_norm": Target("k_norm", layout=flat)},
     prefix="model.layers.{}.self_attn.",
+    to="layers.{}.mix.",
+)
+GGUF_COHERE = GGUF | names(
+    {"attn_q_norm": Target("q_norm", layout=flat), "attn_k_norm": Target("k_norm", layout=flat)},
+    prefix="blk.{}.",
     to="layers.{}.mix.",
 )
 
@@ -45,7 +51,7 @@ def side_by_side(c: CohereConfig, mixes: list[Attention]) -> Decoder:
     return Decoder(c, layers, norm_out=norm, on_logits=Scale(c.logit_scale))
 
 
-@arch("CohereForCausalLM", config=CohereConfig, hf=halves(COHERE))
+@arch("CohereForCausalLM", config=CohereConfig, hf=halves(COHERE), gguf=halves(GGUF_COHERE))
 def cohere(c: CohereConfig) -> Decoder:
     heads, kv_heads = (
         Axis(name, count, c.head_dim)
@@ -56,7 +62,7 @@ def cohere(c: CohereConfig) -> Decoder:
     return side_by_side(c, [Attention.of(c, bias=bias, out_bias=bias, qk_norm=qk_norm)] * c.num_hidden_layers)
 
 
-@arch("Cohere2ForCausalLM", config=Cohere2Config, hf=halves(HF))
+@arch("Cohere2ForCausalLM", config=Cohere2Config, hf=halves(HF), gguf=halves(GGUF))
 def cohere2(c: Cohere2Config) -> Decoder:
     bias = c.attention_bias
     near = Attention.of(c, bias=bias, out_bias=bias, window=c.sliding_window)

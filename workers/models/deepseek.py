@@ -13,6 +13,7 @@ from cableway.workers.blocks.moe import Groups, IdentityMoE, Router
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.blocks.rope import yarn_length
 from cableway.workers.models.config import Count, DecoderConfig, Factor, Never, Size
+from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.moe import (
     DEEPSEEK_MOE,
     DeepseekMoEConfig,
@@ -35,13 +36,14 @@ from cableway.workers.models.names import (
 from cableway.workers.models.registry import arch
 
 
+def last_neighbours(part: str, axis: Axis, rope_dim: int) -> Any:
+    """Of each head the last numbers are rotated, as neighbours."""
+    return None if part == "latent" else neighbours_to_halves(part, axis, rope_dim, first=axis.unit - rope_dim)
+
+
 def latent_names(prefix: str, to: str, rope_dim: int) -> Names:
     """Names of latent attention. `rope_dim`: of each head, whose last numbers are rotated as neighbours; 0 = halves."""
-
-    def order(part: str, axis: Axis) -> Any:
-        return None if part == "latent" else neighbours_to_halves(part, axis, rope_dim, first=axis.unit - rope_dim)
-
-    turned = order if rope_dim else None
+    turned = partial(last_neighbours, rope_dim=rope_dim) if rope_dim else None
     return names(
         {
             "q_a_proj": "q_down",
@@ -64,6 +66,13 @@ def _names(scheme: Names, c: Any) -> Names:
     if isinstance(c, DeepseekV3Config):
         scheme |= without_predictors(c)
     return scheme | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", rope_dim)
+
+
+def _gguf(c: Any) -> Names:
+    turned = partial(last_neighbours, rope_dim=c.qk_rope_head_dim)
+    q, kv = Target("q", turned), Target("kv_down", turned)
+    mix = names({"attn_q": q, "attn_q_b": q, "attn_kv_a_mqa": kv}, prefix="blk.{}.", to="layers.{}.mix.")
+    return GGUF | mix | without_predictors(c, "blk.")
 
 
 LONGCAT = (
@@ -153,20 +162,26 @@ def latent_attention(c: Any, **options: Any) -> LatentAttention:
     )
 
 
-@arch("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE))
+@arch(
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    config=DeepseekV3Config,
+    hf=partial(_names, DEEPSEEK_MOE),
+    gguf=_gguf,
+)
 def deepseek_v3(c: DeepseekV3Config) -> Decoder:
     mixes = [latent_attention(c)] * c.num_hidden_layers
     return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
 
 
-@arch("DeepseekV2ForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE))
+@arch("DeepseekV2ForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE), gguf=_gguf)
 def deepseek_v2(c: DeepseekV3Config) -> Decoder:
     groups = Groups(c.n_group, c.topk_group, 1) if c.topk_method == "group_limited_greedy" else None
     moe = mixture(c, shared=shared_experts(c), groups=groups, scale=c.routed_scaling_factor)
     return on_frame(c, [latent_attention(c)] * c.num_hidden_layers, some_sparse(c, moe, MLP.of(c)))
 
 
-@arch("MiniCPM3ForCausalLM", config=MiniCPM3Config, hf=partial(_names, HF))
+@arch("MiniCPM3ForCausalLM", config=MiniCPM3Config, hf=partial(_names, HF), gguf=GGUF)
 def minicpm3(c: MiniCPM3Config) -> Decoder:
     norm, less = RMSNorm(c.hidden_size, c.norm_eps), Scale(c.scale_depth * c.num_hidden_layers**-0.5)
     mix, mlp = latent_attention(c), MLP.of(c)

@@ -9,6 +9,8 @@ from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP, XIELU, PlainMLP
 from cableway.workers.blocks.norm import HeadNorms, JointNorm, LayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, WindowedConfig
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, MID_NORM, larger_norms
+from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
 from cableway.workers.models.glm import halves
 from cableway.workers.models.llama import LlamaConfig, pre_norm
 from cableway.workers.models.names import (
@@ -20,6 +22,7 @@ from cableway.workers.models.names import (
     Target,
     by_group,
     names,
+    stacked,
 )
 from cableway.workers.models.registry import arch, relative
 
@@ -54,6 +57,11 @@ PERSIMMON = (
 )
 STABLELM = HF | names(
     {"self_attn.q_layernorm.norms.{}": "mix.q_norm.{}", "self_attn.k_layernorm.norms.{}": "mix.k_norm.{}"}, **LAYER
+)
+GGUF_STABLELM = GGUF | names(
+    {"attn_q_norm": Target("q_norm", layout=stacked), "attn_k_norm": Target("k_norm", layout=stacked)},
+    prefix="blk.{}.",
+    to="layers.{}.mix.",
 )
 HUNYUAN = HF | names({"self_attn.query_layernorm": "mix.q_norm", "self_attn.key_layernorm": "mix.k_norm"}, **LAYER)
 BITNET = HF | names({"self_attn.attn_sub_norm": "mix.norm_y", "mlp.ffn_sub_norm": "mlp.norm"}, **LAYER)
@@ -143,31 +151,31 @@ class ErnieConfig(BiasConfig, frozen=True, kw_only=True):
     tie_word_embeddings: bool = True
 
 
-@arch("SeedOssForCausalLM", config=BiasConfig, hf=HF)
+@arch("SeedOssForCausalLM", config=BiasConfig, hf=HF, gguf=GGUF | MID_NORM)
 @arch("InternLMForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
 @arch("InternLM3ForCausalLM", config=BiasConfig, hf=HF, verified=relative("SeedOss"))
-@arch("InternLM2ForCausalLM", config=BiasConfig, hf=INTERNLM2, verified=relative("Llama"))
+@arch("InternLM2ForCausalLM", config=BiasConfig, hf=INTERNLM2, gguf=GGUF_NEIGHBOURS, verified=relative("Llama"))
 @arch("PanguEmbeddedForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
 @arch("HeliumForCausalLM", config=HeliumConfig, hf=halves(HF))
-@arch("Ernie4_5ForCausalLM", config=ErnieConfig, hf=halves(HF))
+@arch("Ernie4_5ForCausalLM", config=ErnieConfig, hf=halves(HF), gguf=GGUF_NEIGHBOURS)
 @arch("Ernie4_5_ForCausalLM", config=ErnieConfig, hf=halves(HF), verified=relative("Ernie4_5"))
 def biased(c: BiasConfig) -> Decoder:
     mix = Attention.of(c, bias=c.attention_bias, out_bias=c.attention_out_bias)
     return pre_norm(c, [mix] * c.num_hidden_layers, MLP.of(c, bias=c.mlp_bias))
 
 
-@arch("OrionForCausalLM", config=BiasConfig, hf=HF, verified=relative("StableLm"))
+@arch("OrionForCausalLM", config=BiasConfig, hf=HF, gguf=GGUF, verified=relative("StableLm"))
 def orion(c: BiasConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c)] * c.num_hidden_layers, norm=LayerNorm(c.hidden_size, c.norm_eps))
 
 
-@arch("ArceeForCausalLM", config=NormConfig, hf=PLAIN)
+@arch("ArceeForCausalLM", config=NormConfig, hf=PLAIN, gguf=GGUF_NEIGHBOURS | GGUF_PLAIN_MLP)
 def arcee(c: NormConfig) -> Decoder:
     mix = Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias)
     return pre_norm(c, [mix] * c.num_hidden_layers, PlainMLP.of(c, bias=c.mlp_bias))
 
 
-@arch("NemotronForCausalLM", config=NemotronConfig, hf=PLAIN)
+@arch("NemotronForCausalLM", config=NemotronConfig, hf=PLAIN, gguf=larger_norms(GGUF | GGUF_PLAIN_MLP))
 def nemotron(c: NemotronConfig) -> Decoder:
     return layer_norms(c, 1.0)
 
@@ -197,7 +205,7 @@ def persimmon(c: PersimmonConfig) -> Decoder:
     return pre_norm(c, mixes, PlainMLP.of(c, bias=True), LayerNorm(c.hidden_size, c.norm_eps))
 
 
-@arch("StableLmForCausalLM", config=StableLmConfig, hf=STABLELM)
+@arch("StableLmForCausalLM", config=StableLmConfig, hf=STABLELM, gguf=GGUF_STABLELM)
 @arch("StableLMEpochForCausalLM", config=StableLmConfig, hf=STABLELM, verified=relative("StableLm"))
 def stablelm(c: StableLmConfig) -> Decoder:
     norm, head_norms = LayerNorm(c.hidden_size, c.norm_eps), None
@@ -211,7 +219,7 @@ def stablelm(c: StableLmConfig) -> Decoder:
     return pre_norm(c, [mix] * c.num_hidden_layers, mlp, norm)
 
 
-@arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HUNYUAN)
+@arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HUNYUAN, gguf=GGUF)
 def hunyuan(c: LlamaConfig) -> Decoder:
     bias, norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps)
     return pre_norm(c, [LateNormAttention.of(c, qk_norm=norm, bias=bias, out_bias=bias)] * c.num_hidden_layers)
@@ -225,7 +233,7 @@ def bitnet(c: LlamaConfig) -> Decoder:
     return pre_norm(c, [mix] * c.num_hidden_layers, MLP.of(c, norm=JointNorm(ffn, c.norm_eps)))
 
 
-@arch("SmolLM3ForCausalLM", config=SmolLM3Config, hf=HF)
+@arch("SmolLM3ForCausalLM", config=SmolLM3Config, hf=HF, gguf=GGUF_NEIGHBOURS)
 def smollm3(c: SmolLM3Config) -> Decoder:
     period, bias = c.no_rope_layer_interval, c.attention_bias
     turns = c.no_rope_layers or [(i + 1) % period for i in range(c.num_hidden_layers)]

@@ -9,7 +9,8 @@ from cableway.workers.blocks.layers import Layer, ParallelLayer, PostNormLayer
 from cableway.workers.blocks.mlp import Activation, PlainMLP
 from cableway.workers.blocks.norm import Clip, LayerNorm, PlainLayerNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Never, Size
-from cableway.workers.models.names import Target, by_group, names
+from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
+from cableway.workers.models.names import Names, Target, by_group, names
 from cableway.workers.models.registry import arch, relative
 
 BLOOM = names(
@@ -29,6 +30,7 @@ BLOOM = names(
     ignored=("h.{}.self_attention.rotary_emb",),
     prefix="transformer.",
 ) | names({"lm_head": "head"})
+GGUF_TWO_NORMS = names({"attn_norm_2": "norm_in", "attn_norm": "norm_mlp"}, prefix="blk.{}.", to="layers.{}.")
 MPT = names(
     {
         "transformer.wte": "embed",
@@ -120,7 +122,11 @@ class OPTConfig(DecoderConfig, frozen=True, kw_only=True):
         config["remove_final_layer_norm"] = config.get("_remove_final_layer_norm", False)
 
 
-@arch("FalconForCausalLM", config=FalconConfig, hf=BLOOM)
+def _falcon_gguf(c: FalconConfig) -> Names:
+    return GGUF | PLAIN_MLP | GGUF_TWO_NORMS if c.num_ln_in_parallel_attn == 2 else GGUF | PLAIN_MLP
+
+
+@arch("FalconForCausalLM", config=FalconConfig, hf=BLOOM, gguf=_falcon_gguf)
 @arch("RWForCausalLM", config=FalconConfig, hf=BLOOM, verified=relative("Falcon"))
 def falcon(c: FalconConfig) -> Decoder:
     norm, bias, has_two = LayerNorm(c.hidden_size, c.norm_eps), c.bias, c.num_ln_in_parallel_attn
@@ -135,7 +141,7 @@ def falcon(c: FalconConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("BloomForCausalLM", config=BloomConfig, hf=BLOOM)
+@arch("BloomForCausalLM", config=BloomConfig, hf=BLOOM, gguf=GGUF | PLAIN_MLP)
 def bloom(c: BloomConfig) -> Decoder:
     norm, alibi = LayerNorm(c.hidden_size, c.norm_eps), ALiBi(c.num_attention_heads)
     mix = Attention.of(c, rope=None, scores=alibi, bias=True, out_bias=True)
@@ -143,7 +149,7 @@ def bloom(c: BloomConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=norm)
 
 
-@arch("MptForCausalLM", config=MPTConfig, hf=MPT)
+@arch("MptForCausalLM", config=MPTConfig, hf=MPT, gguf=GGUF | PLAIN_MLP)
 @arch("MPTForCausalLM", config=MPTConfig, hf=MPT, verified=relative("Mpt"))
 def mpt(c: MPTConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps, bias=None)

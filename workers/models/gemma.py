@@ -9,6 +9,7 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import DecoderConfig, Factor, Size, Window, every
+from cableway.workers.models.gguf_names import GGUF, larger_norms
 from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import HF, SANDWICH_NORMS
 from cableway.workers.models.registry import arch
@@ -54,18 +55,18 @@ class Gemma3Config(Gemma2Config, frozen=True, kw_only=True):
             config["rope_parameters"] = {"full_attention": far, "sliding_attention": near}
 
 
-@arch("GemmaForCausalLM", config=GemmaConfig, hf=HF)
+@arch("GemmaForCausalLM", config=GemmaConfig, hf=HF, gguf=larger_norms(GGUF))
 def gemma(c: GemmaConfig) -> Decoder:
     mixes = [Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias)] * c.num_hidden_layers
     return pre_norm(c, mixes, norm=RMSNorm(c.hidden_size, c.norm_eps, 1.0), on_embed=Scale(c.hidden_size**0.5))
 
 
-@arch("Gemma2ForCausalLM", config=Gemma2Config, hf=HF | SANDWICH_NORMS)
+@arch("Gemma2ForCausalLM", config=Gemma2Config, hf=HF | SANDWICH_NORMS, gguf=larger_norms(GGUF))
 def gemma2(c: Gemma2Config) -> Decoder:
     return sandwich(c, None)
 
 
-@arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | SANDWICH_NORMS)
+@arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | SANDWICH_NORMS, gguf=larger_norms(GGUF))
 def gemma3(c: Gemma3Config) -> Decoder:
     return sandwich(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))
 

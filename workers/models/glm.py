@@ -9,6 +9,7 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.gguf_names import FUSED_MLP, GGUF
 from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import HF, Names, interleaved, names
 from cableway.workers.models.registry import arch, relative
@@ -67,12 +68,12 @@ def halves(scheme: Names) -> Any:
     return lambda c: interleaved(scheme, c.rope().rotary_dim)
 
 
-@arch("GlmForCausalLM", config=GlmConfig, hf=halves(HF))
+@arch("GlmForCausalLM", config=GlmConfig, hf=halves(HF), gguf=halves(GGUF | FUSED_MLP))
 def glm(c: GlmConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c, bias=c.attention_bias)] * c.num_hidden_layers)
 
 
-@arch("Glm4ForCausalLM", config=GlmConfig, hf=halves(GLM4))
+@arch("Glm4ForCausalLM", config=GlmConfig, hf=halves(GLM4), gguf=halves(GGUF | FUSED_MLP))
 def glm4(c: GlmConfig) -> Decoder:
     norm, mix = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c, bias=c.attention_bias)
     layer = Layer(norm_in=norm, mix=mix, norm_mix_out=norm, norm_mlp=norm, mlp=MLP.of(c), norm_mlp_out=norm)

@@ -8,6 +8,7 @@ from cableway.workers.blocks.layers import Layer, ParallelLayer
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window
+from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, PRE_NORMS, Names, Target, by_group, interleaved, names
 from cableway.workers.models.names import transposed as across
 from cableway.workers.models.registry import arch
@@ -129,8 +130,8 @@ class StarCoder2Config(GPTConfig, frozen=True, kw_only=True):
     tie_word_embeddings: bool = True
 
 
-@arch("GPT2LMHeadModel", config=GPT2Config, hf=GPT2)
-@arch("GPTBigCodeForCausalLM", config=BigCodeConfig, hf=BIGCODE)
+@arch("GPT2LMHeadModel", config=GPT2Config, hf=GPT2, gguf=GGUF | PLAIN_MLP)
+@arch("GPTBigCodeForCausalLM", config=BigCodeConfig, hf=BIGCODE, gguf=GGUF | PLAIN_MLP)
 def gpt2(c: GPT2Config) -> Decoder:
     norm, mlp = LayerNorm(c.hidden_size, c.norm_eps), PlainMLP.of(c, bias=True)
     scale = c.head_dim**-0.5 if c.scale_attn_weights else 1.0
@@ -148,7 +149,7 @@ def gptj(c: GPTJConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, head_bias=True)
 
 
-@arch("GPTNeoXForCausalLM", config=NeoXConfig, hf=NEOX)
+@arch("GPTNeoXForCausalLM", config=NeoXConfig, hf=NEOX, gguf=GGUF | PLAIN_MLP)
 def neox(c: NeoXConfig) -> Decoder:
     norm, bias = LayerNorm(c.hidden_size, c.norm_eps), c.attention_bias
     shape = ParallelLayer if c.use_parallel_residual else Layer
@@ -157,7 +158,7 @@ def neox(c: NeoXConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("Starcoder2ForCausalLM", config=StarCoder2Config, hf=STARCODER2)
+@arch("Starcoder2ForCausalLM", config=StarCoder2Config, hf=STARCODER2, gguf=GGUF | PLAIN_MLP)
 def starcoder2(c: StarCoder2Config) -> Decoder:
     norm, bias = LayerNorm(c.hidden_size, c.norm_eps), c.use_bias
     mix = Attention.of(c, window=c.sliding_window or 0, bias=bias, out_bias=bias)

@@ -8,7 +8,8 @@ from cableway.workers.blocks.layers import Layer, Norm
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Window, WindowedConfig, every
-from cableway.workers.models.names import GGUF, GGUF_LLAMA, HF, names
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
+from cableway.workers.models.names import HF, names
 from cableway.workers.models.registry import arch, relative
 
 
@@ -34,8 +35,9 @@ def pre_norm(
     return Decoder(c, layers, norm_out=norm, **out)
 
 
-@arch("LlamaForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_LLAMA)
-@arch("AquilaForCausalLM", "AquilaModel", "XverseForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
+@arch("LlamaForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
+@arch("AquilaForCausalLM", "AquilaModel", config=LlamaConfig, hf=HF, verified=relative("Llama"))
+@arch("XverseForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS, verified=relative("Llama"))
 @arch("NanbeigeForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
 @arch(
     "YiForCausalLM",

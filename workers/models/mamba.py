@@ -11,6 +11,8 @@ from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.moe import sigmoid
 from cableway.workers.blocks.norm import RMSNorm, RMSScale, Scale
 from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Never, Size
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, PLAIN_MLP, TWO_MIXERS
+from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
 from cableway.workers.models.moe import GRANITE_MOE, mixture, on_frame
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, Names, Target, experts, names, scaled
 from cableway.workers.models.registry import arch
@@ -98,6 +100,7 @@ LFM2 = (
     )
     | names({"model.embedding_norm": "norm_out"})
 )
+GGUF_LFM2 = GGUF | names({"token_embd_norm": "norm_out"})  # which is the first thing there is, in its own code
 
 
 class MambaConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -331,7 +334,7 @@ def _falcon_h1_names(c: FalconH1Config) -> Names:
     return EMBEDDINGS | FEED_FORWARD | mixer | names(scales, **LAYER) | out
 
 
-@arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names)
+@arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names, gguf=GGUF | TWO_MIXERS)
 def falcon_h1(c: FalconH1Config) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Mamba2(
@@ -351,12 +354,12 @@ def falcon_h1(c: FalconH1Config) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
-@arch("MambaForCausalLM", config=MambaConfig, hf=MAMBA)
+@arch("MambaForCausalLM", config=MambaConfig, hf=MAMBA, gguf=GGUF)
 def mamba(c: MambaConfig) -> Decoder:
     return mamba_decoder(c, None)
 
 
-@arch("FalconMambaForCausalLM", config=MambaConfig, hf=MAMBA)
+@arch("FalconMambaForCausalLM", config=MambaConfig, hf=MAMBA, gguf=GGUF)
 def falcon_mamba(c: MambaConfig) -> Decoder:
     sizes, eps = (c.time_step_rank, c.state_size), c.mixer_rms_eps
     return mamba_decoder(c, (RMSScale(sizes[0], eps), RMSScale(sizes[1], eps), RMSScale(sizes[1], eps)))
@@ -377,7 +380,7 @@ def mamba_decoder(c: MambaConfig, norms: Any) -> Decoder:
     return Decoder(c, [MixerLayer(norm_in=norm, mix=mix)] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("Mamba2ForCausalLM", config=Mamba2Config, hf=MAMBA)
+@arch("Mamba2ForCausalLM", config=Mamba2Config, hf=MAMBA, gguf=GGUF | GGUF_MAMBA2)
 def mamba2(c: Mamba2Config) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Mamba2(
@@ -395,7 +398,7 @@ def mamba2(c: Mamba2Config) -> Decoder:
     return Decoder(c, [MixerLayer(norm_in=norm, mix=mix)] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("JambaForCausalLM", config=JambaConfig, hf=JAMBA)
+@arch("JambaForCausalLM", config=JambaConfig, hf=JAMBA, gguf=GGUF)
 def jamba(c: JambaConfig) -> Decoder:
     sizes, eps = (c.mamba_dt_rank, c.mamba_d_state, c.mamba_d_state), c.norm_eps
     dt_norm, b_norm, c_norm = (RMSNorm(size, eps) for size in sizes)
@@ -425,7 +428,7 @@ def _granite_names(c: HybridConfig) -> Any:
     return GRANITE_HYBRID if c.num_experts else GRANITE_DENSE_HYBRID
 
 
-@arch("GraniteMoeHybridForCausalLM", config=HybridConfig, hf=_granite_names)
+@arch("GraniteMoeHybridForCausalLM", config=HybridConfig, hf=_granite_names, gguf=GGUF_NEIGHBOURS | GGUF_MAMBA2)
 def granite_hybrid(c: HybridConfig) -> Decoder:
     norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
     position = {} if c.position_embedding_type == "rope" else {"rope": None}
@@ -440,7 +443,7 @@ def granite_hybrid(c: HybridConfig) -> Decoder:
     return Decoder(c, layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
-@arch("NemotronHForCausalLM", config=NemotronHConfig, hf=NEMOTRON_H)
+@arch("NemotronHForCausalLM", config=NemotronHConfig, hf=NEMOTRON_H, gguf=GGUF | GGUF_MAMBA2 | PLAIN_MLP)
 def nemotron_h(c: NemotronHConfig) -> Decoder:
     norm, bias = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias
     mix = Mamba2(
@@ -464,7 +467,7 @@ def nemotron_h(c: NemotronHConfig) -> Decoder:
     return Decoder(c, c.by_layer(c.layer_types, kinds), norm_out=norm)
 
 
-@arch("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", config=Lfm2Config, hf=LFM2)
+@arch("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", config=Lfm2Config, hf=LFM2, gguf=GGUF_LFM2)
 def lfm2(c: Lfm2Config) -> Decoder:
     attention = Attention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
     conv = ShortConv(c.hidden_size, c.conv_L_cache, bias=c.conv_bias)

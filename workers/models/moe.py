@@ -10,6 +10,7 @@ from cableway.workers.blocks.mlp import MLP, Activation, ClampedGate
 from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer, sigmoid
 from cableway.workers.blocks.norm import Clip, LayerNorm, RMSNorm, Scale
 from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window, every
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, MID_NORM
 from cableway.workers.models.glm import halves
 from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import (
@@ -116,6 +117,7 @@ DBRX = names(
     },
     prefix="transformer.",
 ) | names({"lm_head": "head"})
+GGUF_DBRX = names({"attn_output_norm": "norm_mlp"}, prefix="blk.{}.", to="layers.{}.")
 BAILING = names(
     {
         "model.word_embeddings": "embed",
@@ -317,12 +319,12 @@ def some_sparse(c: Any, moe: MoE, dense: MLP) -> list[Any]:
     return [moe if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)]
 
 
-@arch("MixtralForCausalLM", config=MixtralConfig, hf=MIXTRAL)
+@arch("MixtralForCausalLM", config=MixtralConfig, hf=MIXTRAL, gguf=GGUF_NEIGHBOURS)
 def mixtral(c: MixtralConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers, mixture(c, renorm=0.0))
 
 
-@arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=MIXTRAL)
+@arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, gguf=GGUF)
 @arch("PhiMoEForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, verified=relative("Phimoe"))
 def phimoe(c: PhiMoEConfig) -> Decoder:
     bias = c.attention_bias
@@ -333,21 +335,21 @@ def phimoe(c: PhiMoEConfig) -> Decoder:
     return pre_norm(c, [mix] * c.num_hidden_layers, moe, norm, head_bias=c.lm_head_bias)
 
 
-@arch("OlmoeForCausalLM", config=OlmoeConfig, hf=QWEN_MOE)
+@arch("OlmoeForCausalLM", config=OlmoeConfig, hf=QWEN_MOE, gguf=GGUF)
 def olmoe(c: OlmoeConfig) -> Decoder:
     bias, clip = c.attention_bias, Clip(c.clip_qkv) if c.clip_qkv else None
     mix = Attention.of(c, qk_norm=joint_norms(c), bias=bias, out_bias=bias, clip=clip)
     return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c))
 
 
-@arch("Qwen2MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE)
+@arch("Qwen2MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE, gguf=GGUF)
 def qwen2_moe(c: QwenMoEConfig) -> Decoder:
     mixes = [Attention.of(c, window=window, bias=c.qkv_bias) for window in c.windows()]
     moe = mixture(c, shared=MLP.of(c, ffn_size=c.shared_expert_intermediate_size), shared_gate=True)
     return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c)))
 
 
-@arch("Qwen3MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE)
+@arch("Qwen3MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE, gguf=GGUF)
 def qwen3_moe(c: QwenMoEConfig) -> Decoder:
     norm, bias, window = (
         RMSNorm(c.head_dim, c.norm_eps),
@@ -358,7 +360,13 @@ def qwen3_moe(c: QwenMoEConfig) -> Decoder:
     return on_frame(c, mixes, some_sparse(c, mixture(c), MLP.of(c)))
 
 
-@arch("DeepseekForCausalLM", config=DeepseekMoEConfig, hf=DEEPSEEK_MOE, verified=relative("Qwen2Moe"))
+@arch(
+    "DeepseekForCausalLM",
+    config=DeepseekMoEConfig,
+    hf=DEEPSEEK_MOE,
+    gguf=GGUF_NEIGHBOURS,
+    verified=relative("Qwen2Moe"),
+)
 def deepseek(c: DeepseekMoEConfig) -> Decoder:
     moe = mixture(c, shared=shared_experts(c))
     bias = c.attention_bias
@@ -376,7 +384,11 @@ def _with_predictors(c: DeepseekMoEConfig) -> Names:
     return DEEPSEEK_MOE | without_predictors(c)
 
 
-@arch("Glm4MoeForCausalLM", config=Glm4MoEConfig, hf=_with_predictors)
+def _gguf_with_predictors(c: DeepseekMoEConfig) -> Names:
+    return GGUF | MID_NORM | without_predictors(c, "blk.")
+
+
+@arch("Glm4MoeForCausalLM", config=Glm4MoEConfig, hf=_with_predictors, gguf=_gguf_with_predictors)
 @arch("SolarOpenForCausalLM", config=SolarOpenConfig, hf=_with_predictors)
 def glm4_moe(c: SolarOpenConfig) -> Decoder:
     head_norm = RMSNorm(c.head_dim, c.norm_eps) if c.use_qk_norm else None
@@ -384,14 +396,14 @@ def glm4_moe(c: SolarOpenConfig) -> Decoder:
     return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
 
 
-@arch("Dots1ForCausalLM", config=Dots1Config, hf=DEEPSEEK_MOE)
+@arch("Dots1ForCausalLM", config=Dots1Config, hf=DEEPSEEK_MOE, gguf=GGUF)
 def dots1(c: Dots1Config) -> Decoder:
     norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
     mixes = [Attention.of(c, window=window, qk_norm=norm, bias=bias, out_bias=bias) for window in c.windows()]
     return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
 
 
-@arch("Ernie4_5_MoeForCausalLM", config=ErnieMoEConfig, hf=halves(ERNIE_MOE))
+@arch("Ernie4_5_MoeForCausalLM", config=ErnieMoEConfig, hf=halves(ERNIE_MOE), gguf=GGUF_NEIGHBOURS)
 def ernie_moe(c: ErnieMoEConfig) -> Decoder:
     bias = c.use_bias
     mixes = [Attention.of(c, bias=bias, out_bias=bias)] * c.num_hidden_layers
@@ -399,20 +411,26 @@ def ernie_moe(c: ErnieMoEConfig) -> Decoder:
     return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c, bias=bias)))
 
 
-@arch("HunYuanMoEV1ForCausalLM", config=HunyuanMoEConfig, hf=HUNYUAN_MOE)
+@arch("HunYuanMoEV1ForCausalLM", config=HunyuanMoEConfig, hf=HUNYUAN_MOE, gguf=GGUF)
 def hunyuan_moe(c: HunyuanMoEConfig) -> Decoder:
     norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
     mix = LateNormAttention.of(c, qk_norm=norm, bias=bias, out_bias=bias)
     return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c, shared=MLP.of(c), renorm=0.0))
 
 
-@arch("MiniMaxM2ForCausalLM", config=MiniMaxM2Config, hf=MINIMAX_M2)
+@arch("MiniMaxM2ForCausalLM", config=MiniMaxM2Config, hf=MINIMAX_M2, gguf=GGUF)
 def minimax_m2(c: MiniMaxM2Config) -> Decoder:
     mixes = [Attention.of(c, qk_norm=joint_norms(c))] * c.num_hidden_layers
     return pre_norm(c, mixes, mixture(c, score=sigmoid, correction=True, renorm=0.0))
 
 
-@arch("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM", config=GraniteMoEConfig, hf=GRANITE_MOE)
+@arch(
+    "GraniteMoeForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    config=GraniteMoEConfig,
+    hf=GRANITE_MOE,
+    gguf=GGUF_NEIGHBOURS,
+)
 def granite_moe(c: GraniteMoEConfig) -> Decoder:
     norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
     mix = Attention.of(c, bias=bias, out_bias=bias, scale=c.attention_multiplier)
@@ -423,13 +441,13 @@ def granite_moe(c: GraniteMoEConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
-@arch("DbrxForCausalLM", config=DbrxConfig, hf=DBRX)
+@arch("DbrxForCausalLM", config=DbrxConfig, hf=DBRX, gguf=GGUF | GGUF_DBRX)
 def dbrx(c: DbrxConfig) -> Decoder:
     mix = Attention.of(c, clip=Clip(c.clip_qkv) if c.clip_qkv else None)
     return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c), LayerNorm(c.hidden_size, c.norm_eps, bias=False))
 
 
-@arch("GptOssForCausalLM", config=GptOssConfig, hf=GPT_OSS)
+@arch("GptOssForCausalLM", config=GptOssConfig, hf=GPT_OSS, gguf=GGUF | MID_NORM)
 def gpt_oss(c: GptOssConfig) -> Decoder:
     sinks, bias = Sinks(c.num_attention_heads), c.attention_bias
     windows = c.by_layer(c.layer_types, {"full_attention": 0, "sliding_attention": c.sliding_window})

@@ -8,6 +8,7 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor
+from cableway.workers.models.gguf_names import GGUF_NEIGHBOURS
 from cableway.workers.models.names import HF
 from cableway.workers.models.registry import arch, relative
 
@@ -40,8 +41,8 @@ class TeleFLMConfig(GraniteConfig, frozen=True, kw_only=True):
             config["logits_scaling"] = config["mup_scale_factor"] / config["output_mult"]
 
 
-@arch("GraniteForCausalLM", config=GraniteConfig, hf=HF)
-@arch("MiniCPMForCausalLM", config=MiniCPMConfig, hf=HF, verified=relative("Granite"))
+@arch("GraniteForCausalLM", config=GraniteConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
+@arch("MiniCPMForCausalLM", config=MiniCPMConfig, hf=HF, gguf=GGUF_NEIGHBOURS, verified=relative("Granite"))
 @arch("TeleFLMForCausalLM", "TeleFLM", config=TeleFLMConfig, hf=HF, verified=relative("Granite"))
 def granite(c: GraniteConfig) -> Decoder:
     norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)

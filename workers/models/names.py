@@ -61,7 +61,7 @@ def in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
 
 def transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """Parts side by side in the columns of a matrix [in, out]."""
-    return concatenated(stored.changed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)
+    return concatenated(stored.computed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)
 
 
 def scaled(factors: Mapping[str, float] | float, layout: Layout = concatenated) -> Layout:
@@ -70,14 +70,14 @@ def scaled(factors: Mapping[str, float] | float, layout: Layout = concatenated) 
     def times(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
         by_part = factors if isinstance(factors, Mapping) else dict.fromkeys(parts, factors)
         cut = layout(stored, parts)
-        return {part: one.changed(one.shape, lambda t, f=by_part[part]: t * f) for part, one in cut.items()}
+        return {part: one.computed(one.shape, lambda t, f=by_part[part]: t * f) for part, one in cut.items()}
 
     return times
 
 
 def normalised_rows(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """Rows that are brought to length 1 before they are used."""
-    return concatenated(stored.changed(stored.shape, F.normalize), parts)
+    return concatenated(stored.computed(stored.shape, F.normalize), parts)
 
 
 def stacked(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
@@ -94,7 +94,7 @@ def stacked_in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Sto
     """[X, in, out], a column of each part in turn."""
 
     def across(one: Stored, of_one: Mapping[str, Axis]) -> dict[str, Stored]:
-        return in_turns(one.changed(one.shape[::-1], Tensor.t) if len(one.shape) == 2 else one, of_one)
+        return in_turns(one.computed(one.shape[::-1], Tensor.t) if len(one.shape) == 2 else one, of_one)
 
     return _stacked(stored, parts, across)
 
@@ -194,10 +194,10 @@ def interleaved(scheme: Names, rotary_dim: int) -> Names:
     return scheme | Names(changed)
 
 
-def without_predictors(c: Any) -> Names:
+def without_predictors(c: Any, layers: str = "model.layers.") -> Names:
     """Layers past the last, which predict further tokens (MTP): not used."""
     last = c.num_hidden_layers
-    return Names(beyond=tuple(f"model.layers.{last + i}." for i in range(c.num_nextn_predict_layers)))
+    return Names(beyond=tuple(f"{layers}{last + i}." for i in range(c.num_nextn_predict_layers)))
 
 
 EMBEDDINGS = names(
@@ -247,33 +247,3 @@ def experts(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str
 
 HF = EMBEDDINGS | ATTENTION | GATED_MLP | PRE_NORMS
 """Names of Llama, which most families took over."""
-
-GGUF = names(
-    {
-        "token_embd": "embed",
-        "rope_freqs": "rope_divisors",
-        "blk.{}.attn_norm": "layers.{}.norm_in",
-        "blk.{}.attn_q": "layers.{}.mix.qkv.q",
-        "blk.{}.attn_k": "layers.{}.mix.qkv.k",
-        "blk.{}.attn_v": "layers.{}.mix.qkv.v",
-        "blk.{}.attn_qkv": "layers.{}.mix.qkv",
-        "blk.{}.attn_q_norm": "layers.{}.mix.q_norm",
-        "blk.{}.attn_k_norm": "layers.{}.mix.k_norm",
-        "blk.{}.attn_output": "layers.{}.mix.out",
-        "blk.{}.ffn_norm": "layers.{}.norm_mlp",
-        "blk.{}.ffn_gate": "layers.{}.mlp.gate_up.gate",
-        "blk.{}.ffn_up": "layers.{}.mlp.gate_up.up",
-        "blk.{}.ffn_down": "layers.{}.mlp.down",
-        "output_norm": "norm_out",
-        "output": "head",
-    },
-    ignored=("blk.{}.attn_rot_embd",),
-)
-
-GGUF_LLAMA = GGUF | names(
-    {
-        "blk.{}.attn_q": Target("layers.{}.mix.qkv.q", neighbours_to_halves),
-        "blk.{}.attn_k": Target("layers.{}.mix.qkv.k", neighbours_to_halves),
-    }
-)
-"""Files of the `llama` architecture keep q and k in the order of the original release."""

@@ -10,6 +10,7 @@ from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import Clip, JointNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
 from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, GATED_MLP, HF, names
 from cableway.workers.models.registry import arch, relative
@@ -69,7 +70,7 @@ class Exaone4Config(DecoderConfig, frozen=True, kw_only=True):
         config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
 
 
-@arch("OlmoForCausalLM", config=OlmoConfig, hf=HF)
+@arch("OlmoForCausalLM", config=OlmoConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
 def olmo(c: OlmoConfig) -> Decoder:
     clip, bias = Clip(c.clip_qkv) if c.clip_qkv else None, c.attention_bias
     mixes = [Attention.of(c, bias=bias, out_bias=bias, clip=clip)] * c.num_hidden_layers
@@ -89,13 +90,13 @@ def joint_norms(c: DecoderConfig) -> tuple[JointNorm, JointNorm]:
     return JointNorm(sizes[0], c.norm_eps), JointNorm(sizes[1], c.norm_eps)
 
 
-@arch("Olmo2ForCausalLM", config=Olmo2Config, hf=OLMO2)
+@arch("Olmo2ForCausalLM", config=Olmo2Config, hf=OLMO2, gguf=GGUF)
 def olmo2(c: Olmo2Config) -> Decoder:
     bias = c.attention_bias
     return post_norm(c, [Attention.of(c, qk_norm=joint_norms(c), bias=bias, out_bias=bias)] * c.num_hidden_layers)
 
 
-@arch("Olmo3ForCausalLM", config=Olmo3Config, hf=OLMO2)
+@arch("Olmo3ForCausalLM", config=Olmo3Config, hf=OLMO2, gguf=GGUF)
 def olmo3(c: Olmo3Config) -> Decoder:
     kinds = {
         kind: Attention.of(
@@ -111,7 +112,7 @@ def olmo3(c: Olmo3Config) -> Decoder:
     return post_norm(c, c.by_layer(c.layer_types, kinds))
 
 
-@arch("Exaone4ForCausalLM", config=Exaone4Config, hf=OLMO2)
+@arch("Exaone4ForCausalLM", config=Exaone4Config, hf=OLMO2, gguf=GGUF)
 def exaone4(c: Exaone4Config) -> Decoder:
     norm, window = RMSNorm(c.head_dim, c.norm_eps), c.sliding_window
     near = Attention.of(c, window=window or 0, qk_norm=norm)
@@ -119,6 +120,6 @@ def exaone4(c: Exaone4Config) -> Decoder:
     return post_norm(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))
 
 
-@arch("ExaoneForCausalLM", config=DecoderConfig, hf=EXAONE, verified=relative("Llama"))
+@arch("ExaoneForCausalLM", config=DecoderConfig, hf=EXAONE, gguf=GGUF, verified=relative("Llama"))
 def exaone(c: DecoderConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c)] * c.num_hidden_layers)

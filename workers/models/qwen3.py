@@ -4,8 +4,9 @@ from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Size, WindowedConfig
+from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.llama import pre_norm
-from cableway.workers.models.names import GGUF, HF
+from cableway.workers.models.names import HF
 from cableway.workers.models.registry import arch
 
 

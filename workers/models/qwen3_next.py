@@ -1,8 +1,11 @@
 """Gated delta nets with attention in every fourth layer. Qwen3-Next and the text of Qwen3.5: that attention is gated,
 norms are stored as w - 1; experts, or in the smaller Qwen3.5 a plain MLP. OLMo Hybrid: norms after its attention."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from cableway.workers.blocks.attention import Attention, GatedAttention
 from cableway.workers.blocks.decoder import Decoder
@@ -10,11 +13,14 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mamba import GatedDeltaNet
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.formats.stored import Stored
 from cableway.workers.models.config import Count, DecoderConfig, MoEConfig, Size
+from cableway.workers.models.gguf_names import GGUF, MID_NORM, MIX, larger_norms
 from cableway.workers.models.moe import QWEN_MOE, mixture, on_frame
-from cableway.workers.models.names import HF, Names, Target, by_group, names
+from cableway.workers.models.names import HF, Layout, Names, Target, by_group, concatenated, names, without_predictors
 from cableway.workers.models.olmo import joint_norms
 from cableway.workers.models.registry import arch
+from cableway.workers.parallel import Axis
 
 
 class Qwen3NextConfig(MoEConfig, frozen=True, kw_only=True):
@@ -32,6 +38,7 @@ class Qwen3NextConfig(MoEConfig, frozen=True, kw_only=True):
     shared_expert_intermediate_size: Count = 0
     num_experts: Count = 0
     num_experts_per_tok: Count = 0
+    num_nextn_predict_layers: Count = 0
 
     def __post_init__(self) -> None:
         if self.num_experts:
@@ -72,8 +79,49 @@ def _names(c: Qwen3NextConfig) -> Names:
     return QWEN_MOE | names(mixers, prefix="model.layers.{}.", to="layers.{}.") | Names(beyond=("mtp.",))
 
 
-@arch("Qwen3NextForCausalLM", config=Qwen3NextConfig, hf=_names)
-@arch("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", config=Qwen3NextConfig, hf=_names)
+def _gguf(c: Qwen3NextConfig) -> Names:
+    by_key_head = partial(by_group, num_groups=c.linear_num_key_heads)
+    mixers = {
+        "attn_q": Target("qkv", layout=by_group, parts=("q", "gate")),
+        "attn_qkv": Target("project", parts=("q", "k", "v")),
+        "attn_gate": "project.z",
+        "ssm_in": Target("project", layout=by_key_head),  # before it was taken apart
+        "ssm_ba": Target("steps", layout=by_key_head),
+        "ssm_beta": "steps.b",
+        "ssm_alpha": "steps.a",
+        "ssm_dt.bias": "dt_bias",
+        "ssm_norm.weight": "norm",
+    }
+    return larger_norms(GGUF | MID_NORM) | names(mixers, **MIX) | without_predictors(c, "blk.")
+
+
+def _gguf_in_turns(c: Qwen3NextConfig) -> Names:
+    """Value heads of each key head in turn: the first of each, the second of each, …"""
+    num_key_heads, head_dim = c.linear_num_key_heads, c.linear_value_head_dim
+
+    def by_key_head(stored: Stored, parts: Mapping[str, Axis], layout: Layout) -> dict[str, Stored]:
+        def sort(rows: Tensor, unit: int) -> Tensor:
+            return rows.unflatten(0, (-1, num_key_heads, unit)).transpose(0, 1).flatten(0, 2)
+
+        cut = layout(stored, parts)
+        sorted_ = {part: one.changed(one.shape, partial(sort, unit=parts[part].unit)) for part, one in cut.items()}
+        return sorted_ | {part: cut[part] for part in cut if part in ("q", "k")}
+
+    def columns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+        def sort(matrix: Tensor) -> Tensor:
+            return matrix.unflatten(1, (-1, num_key_heads, head_dim)).transpose(1, 2).flatten(1, 3)
+
+        return concatenated(stored.computed(stored.shape, sort), parts)
+
+    scheme = _gguf(c)
+    turned = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_a", "ssm_dt.bias", "ssm_conv1d.weight")
+    targets = {f"blk.{{}}.{name}": scheme.targets[f"blk.{{}}.{name}"] for name in turned}
+    changed = {name: t._replace(layout=partial(by_key_head, layout=t.layout)) for name, t in targets.items()}
+    return scheme | Names(changed) | names({"ssm_out": Target("out", layout=columns)}, **MIX)
+
+
+@arch("Qwen3NextForCausalLM", config=Qwen3NextConfig, hf=_names, gguf=_gguf)
+@arch("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", config=Qwen3NextConfig, hf=_names, gguf=_gguf_in_turns)
 def qwen3_next(c: Qwen3NextConfig) -> Decoder:
     bias, head_norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps, 1.0)
     attention = GatedAttention.of(c, qk_norm=head_norm, bias=bias, out_bias=bias)

@@ -9,6 +9,7 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
 from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import HF, Names, Target, by_group, names, normalised_rows, transposed
 from cableway.workers.models.registry import arch, relative
@@ -64,6 +65,7 @@ JAIS = names(
     ignored=("h.{}.attn.bias", "h.{}.attn.masked_bias", "relative_pe"),
     prefix="transformer.",
 )
+GGUF_NORMED_HEAD = names({"output": Target("head", layout=normalised_rows)})
 
 
 class BaichuanConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -71,7 +73,7 @@ class BaichuanConfig(DecoderConfig, frozen=True, kw_only=True):
 
     @staticmethod
     def derive(config: dict[str, Any]) -> None:
-        config["has_rope"] = "max_position_embeddings" in config  # 13B has `model_max_length`, and ALiBi
+        config.setdefault("has_rope", "max_position_embeddings" in config)  # 13B has `model_max_length`, and ALiBi
 
 
 class QwenConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -101,15 +103,25 @@ def _baichuan_names(c: BaichuanConfig) -> Names:
     return BAICHUAN | NORMED_HEAD if c.vocab_size == _NORMED_HEAD_VOCAB_SIZE else BAICHUAN
 
 
+def _baichuan_gguf(c: BaichuanConfig) -> Names:
+    normed = c.vocab_size == _NORMED_HEAD_VOCAB_SIZE
+    return GGUF_NEIGHBOURS | GGUF_NORMED_HEAD if normed else GGUF_NEIGHBOURS
+
+
 @arch(
-    "BaiChuanForCausalLM", "BaichuanForCausalLM", config=BaichuanConfig, hf=_baichuan_names, verified=relative("Llama")
+    "BaiChuanForCausalLM",
+    "BaichuanForCausalLM",
+    config=BaichuanConfig,
+    hf=_baichuan_names,
+    gguf=_baichuan_gguf,
+    verified=relative("Llama"),
 )
 def baichuan(c: BaichuanConfig) -> Decoder:
     position = {} if c.has_rope else {"rope": None, "scores": ALiBi(c.num_attention_heads)}
     return pre_norm(c, [Attention.of(c, **position)] * c.num_hidden_layers)
 
 
-@arch("QWenLMHeadModel", config=QwenConfig, hf=QWEN, verified=relative("Qwen2"))
+@arch("QWenLMHeadModel", config=QwenConfig, hf=QWEN, gguf=GGUF, verified=relative("Qwen2"))
 def qwen(c: QwenConfig) -> Decoder:
     bias = not c.no_bias
     return pre_norm(c, [Attention.of(c, bias=True, out_bias=bias)] * c.num_hidden_layers, MLP.of(c, bias=bias))
