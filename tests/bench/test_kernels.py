@@ -42,7 +42,7 @@ def test_a_table_for_people():
 def test_an_unknown_kernel_is_named():
     ran = run("--kernel", "silu")
     assert ran.exit_code == 2
-    assert "'silu' is none of add_at," in ran.output
+    assert "'silu' is none of activation, add_at," in ran.output
 
 
 def test_the_median_is_of_single_runs():
