@@ -184,15 +184,3 @@ class Clip(Block):
     def __call__(self, x: Tensor) -> Tensor:
         """In place."""
         return x.clamp_(-self.limit, self.limit)
-
-
-class Chain(Block):
-    """One after another."""
-
-    def __init__(self, *blocks: Block):
-        self.blocks = list(blocks)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
