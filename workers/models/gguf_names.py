@@ -6,11 +6,23 @@ values or rows differ from ours.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from cableway.workers.formats.stored import Stored
-from cableway.workers.models.names import Names, Target, by_group, concatenated, flat, interleaved, names, stacked
+from cableway.workers.models.names import (
+    Layout,
+    Names,
+    Target,
+    by_group,
+    concatenated,
+    flat,
+    interleaved,
+    names,
+    stacked,
+)
 from cableway.workers.parallel import Axis
 
 
@@ -152,3 +164,26 @@ def larger_norms(scheme: Names) -> Names:
     """The scheme for files that hold norms' weights as they multiply, where ours hold one less."""
     norms = {name: target for name, target in scheme.targets.items() if "norm" in target.path.rpartition(".")[2]}
     return scheme | Names({f"{name}.weight": t._replace(layout=less_one) for name, t in norms.items()})
+
+
+def value_heads_in_turns(scheme: Names, num_key_heads: int, head_dim: int) -> Names:
+    """Of gated delta nets: files have the first value head of each key head, then the second of each, and so on."""
+
+    def by_key_head(stored: Stored, parts: Mapping[str, Axis], layout: Layout) -> dict[str, Stored]:
+        def sort(rows: Tensor, unit: int) -> Tensor:
+            return rows.unflatten(0, (-1, num_key_heads, unit)).transpose(0, 1).flatten(0, 2)
+
+        cut = layout(stored, parts)
+        sorted_ = {part: one.changed(one.shape, partial(sort, unit=parts[part].unit)) for part, one in cut.items()}
+        return sorted_ | {part: cut[part] for part in cut if part in ("q", "k")}
+
+    def columns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+        def sort(matrix: Tensor) -> Tensor:
+            return matrix.unflatten(1, (-1, num_key_heads, head_dim)).transpose(1, 2).flatten(1, 3)
+
+        return concatenated(stored.computed(stored.shape, sort), parts)
+
+    turned = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_a", "ssm_dt.bias", "ssm_conv1d.weight")
+    targets = {f"blk.{{}}.{name}": scheme.targets[f"blk.{{}}.{name}"] for name in turned}
+    changed = {name: t._replace(layout=partial(by_key_head, layout=t.layout)) for name, t in targets.items()}
+    return scheme | Names(changed) | names({"ssm_out": Target("out", layout=columns)}, **MIX)

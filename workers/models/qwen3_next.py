@@ -1,11 +1,8 @@
 """Gated delta nets with attention in every fourth layer. Qwen3-Next and the text of Qwen3.5: that attention is gated,
 norms are stored as w - 1; experts, or in the smaller Qwen3.5 a plain MLP. OLMo Hybrid: norms after its attention."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from cableway.workers.blocks.attention import Attention, GatedAttention
 from cableway.workers.blocks.decoder import Decoder
@@ -13,14 +10,12 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mamba import GatedDeltaNet
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.formats.stored import Stored
 from cableway.workers.models.config import Count, DecoderConfig, MoEConfig, Size
-from cableway.workers.models.gguf_names import GGUF, MID_NORM, MIX, larger_norms
+from cableway.workers.models.gguf_names import GGUF, MID_NORM, MIX, larger_norms, value_heads_in_turns
 from cableway.workers.models.moe import QWEN_MOE, mixture, on_frame
-from cableway.workers.models.names import HF, Layout, Names, Target, by_group, concatenated, names, without_predictors
+from cableway.workers.models.names import HF, Names, Target, by_group, names, without_predictors
 from cableway.workers.models.olmo import joint_norms
 from cableway.workers.models.registry import arch
-from cableway.workers.parallel import Axis
 
 
 class Qwen3NextConfig(MoEConfig, frozen=True, kw_only=True):
@@ -96,28 +91,7 @@ def _gguf(c: Qwen3NextConfig) -> Names:
 
 
 def _gguf_in_turns(c: Qwen3NextConfig) -> Names:
-    """Value heads of each key head in turn: the first of each, the second of each, …"""
-    num_key_heads, head_dim = c.linear_num_key_heads, c.linear_value_head_dim
-
-    def by_key_head(stored: Stored, parts: Mapping[str, Axis], layout: Layout) -> dict[str, Stored]:
-        def sort(rows: Tensor, unit: int) -> Tensor:
-            return rows.unflatten(0, (-1, num_key_heads, unit)).transpose(0, 1).flatten(0, 2)
-
-        cut = layout(stored, parts)
-        sorted_ = {part: one.changed(one.shape, partial(sort, unit=parts[part].unit)) for part, one in cut.items()}
-        return sorted_ | {part: cut[part] for part in cut if part in ("q", "k")}
-
-    def columns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
-        def sort(matrix: Tensor) -> Tensor:
-            return matrix.unflatten(1, (-1, num_key_heads, head_dim)).transpose(1, 2).flatten(1, 3)
-
-        return concatenated(stored.computed(stored.shape, sort), parts)
-
-    scheme = _gguf(c)
-    turned = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_a", "ssm_dt.bias", "ssm_conv1d.weight")
-    targets = {f"blk.{{}}.{name}": scheme.targets[f"blk.{{}}.{name}"] for name in turned}
-    changed = {name: t._replace(layout=partial(by_key_head, layout=t.layout)) for name, t in targets.items()}
-    return scheme | Names(changed) | names({"ssm_out": Target("out", layout=columns)}, **MIX)
+    return value_heads_in_turns(_gguf(c), c.linear_num_key_heads, c.linear_value_head_dim)
 
 
 @arch("Qwen3NextForCausalLM", config=Qwen3NextConfig, hf=_names, gguf=_gguf)
