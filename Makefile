@@ -17,14 +17,23 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: serve test test-slow chaos check bench clean
+.PHONY: serve test test-computing test-serving test-slow chaos check bench clean
 
 # exec: the server is make's own child, so that SIGTERM and Ctrl-C reach it with nothing in between.
 serve: .venv/serve
 	@exec $(BIN)/cableway serve $(MODEL) --port $(PORT) $(ARGS)
 
+# Two halves side by side: one computes, the other mostly waits for processes.
 test: .venv/dev
-	$(BIN)/pytest $(ARGS)
+	$(if $(ARGS),$(BIN)/pytest $(ARGS),@$(MAKE) --jobs=2 --output-sync=target test-computing test-serving)
+
+COMPUTING := tests/kernels tests/models tests/workers
+
+test-computing: .venv/dev
+	$(BIN)/pytest $(COMPUTING)
+
+test-serving: .venv/dev
+	$(BIN)/pytest $(COMPUTING:%=--ignore=%)
 
 test-slow: .venv/dev
 	$(BIN)/pytest -m slow $(ARGS)
