@@ -187,6 +187,7 @@ class Scheduler:
         self.wants_turn = False
         if self.kv is None:
             return None
+        self.trials.judge()  # whoever stood trial may have left since the last commit, and its row with it
         if self.trials.are_due(now_s):
             return self._plan_trial(self.kv, now_s)
         step = Step(self.num_steps, self._limits.max_num_batched_tokens)

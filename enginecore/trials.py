@@ -51,7 +51,7 @@ class Trials:
         return now_s - request.announced_s < HEARD_S
 
     def judge(self) -> None:
-        """After a commit: whoever drew its tokens, or ended, has stood its trial."""
+        """After a commit, and before a plan: whoever drew its tokens, or ended, has stood its trial."""
         request = self.current
         if request is None:
             return
