@@ -118,6 +118,11 @@ class EngineClient:
         """Have every engine give its memory back, or take it again; returns when all have. Requests wait meanwhile."""
         await asyncio.gather(*(link.set_asleep(asleep) for link in self._links.values()))
 
+    async def are_asleep(self) -> bool:
+        """Whether every engine sleeps, as its core says now."""
+        statuses = await asyncio.gather(*(link.asked(Ping()) for link in self._links.values()))
+        return all(status is not None and status.asleep for status in statuses)
+
     @property
     def num_live(self) -> int:
         """Choices that have not ended."""
@@ -228,13 +233,24 @@ class _Link:
             )
 
     async def set_asleep(self, asleep: bool) -> None:
-        """Say so until the core says that it is done: one that dies meanwhile has a successor that has not heard."""
-        while self.status is None or self.status.asleep != asleep or not (asleep or self.status.ready):
-            if self._epoch is not None:
-                self._send(Sleep() if asleep else Wake())
-            self._told_status.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._told_status.wait(), PING_INTERVAL_S)
+        """Say so until the core says that it is done: one that dies meanwhile has a successor that has not heard.
+
+        Not before it is asked: what is known here may be of before another frontend said otherwise.
+        """
+        while True:
+            status = await self.asked(Sleep() if asleep else Wake())
+            if status and status.asleep == asleep and (asleep or status.ready):
+                return
+
+    async def asked(self, question: Ping | Sleep | Wake) -> Status | None:
+        """What the core tells next; None while it is away, or says nothing for a while."""
+        self._told_status.clear()
+        if self._epoch is not None:
+            self._send(question)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._told_status.wait(), PING_INTERVAL_S)
+            return self.status
+        return None
 
     def fail_all(self, error: RequestError) -> None:
         if self._live and self._epoch is not None:

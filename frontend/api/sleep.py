@@ -30,6 +30,5 @@ async def wake_up(request: web.Request) -> web.Response:
 
 @routes.get("/is_sleeping")
 async def is_sleeping(request: web.Request) -> web.Response:
-    statuses = [status for status, _ in request.app[ENGINE].statuses().values()]
-    asleep = all(status is not None and status.asleep for status in statuses)
+    asleep = await request.app[ENGINE].are_asleep()
     return web.Response(body=msgspec.json.encode({"is_sleeping": asleep}), content_type="application/json")
