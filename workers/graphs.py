@@ -36,23 +36,23 @@ def token_sizes(most: int) -> list[int]:
 
 
 class Captured:
-    """A function of numbers on the device: carried out as it is the first time, by its graph from then on."""
+    """Room for numbers on the device, and the graph of one function of them.
 
-    def __init__(self, function: Callable[[Tensor], None], inputs: Tensor, pool: Any) -> None:
+    It does not keep the function: whoever has that has this, and a circle would keep the memory of both.
+    """
+
+    def __init__(self, inputs: Tensor, pool: Any) -> None:
         self.inputs = inputs
-        self._function, self._pool = function, pool
+        self._pool = pool
         self._graph: Any = None
 
-    def rehearse(self) -> None:
-        """Carry it out as it is, without a graph."""
-        self._function(self.inputs)
-
-    def run(self) -> None:
+    def run(self, function: Callable[[Tensor], None]) -> None:
+        """Carry the function out: as it is the first time, by its graph from then on."""
         if self._graph is not None:
             self._graph.replay()
             return
-        self._function(self.inputs)  # what is compiled or set up at its first use cannot be while capturing
-        self._graph = _capture(self._function, self.inputs, self._pool)
+        function(self.inputs)  # what is compiled or set up at its first use cannot be while capturing
+        self._graph = _capture(function, self.inputs, self._pool)
 
 
 class StepGraphs:
@@ -77,8 +77,7 @@ class StepGraphs:
         self._row_sizes, self._token_sizes = row_sizes(max_num_seqs), token_sizes(max_num_tokens)
         drawing = [self._nobodies(size) for size in self._row_sizes]
         self._singles, self._heads, self._draws = (
-            [Captured(function, inputs, self._pool) for inputs in drawing]
-            for function in (self._single, self._head, self._draw)
+            [Captured(inputs, self._pool) for inputs in drawing] for _ in range(3)
         )
         self._bodies: dict[int, Captured] = {}
 
@@ -87,17 +86,18 @@ class StepGraphs:
         for size in (*filter(is_worth_it, self._token_sizes[:-1]), self._token_sizes[-1]):
             packed = self._rows.padded(NO_CHUNKS, min(self._max_num_seqs, size) + 1, size)
             self._body(size, upload(packed, self._device))
-        for graphs in (self._singles, self._heads, self._draws):
-            for size, graph in zip(self._row_sizes, graphs, strict=True):
-                if is_worth_it(size) or graph is graphs[-1]:
-                    graph.rehearse()
+        for function in (self._single, self._head, self._draw):
+            for size, graph in zip(self._row_sizes, self._singles, strict=True):
+                if is_worth_it(size) or graph is self._singles[-1]:
+                    function(graph.inputs)
 
     def capture(self) -> None:
         """Make the graphs that are ready from the start: largest first, as the others fit into its memory."""
         self._run_body(NO_CHUNKS)
-        for graphs in zip(*(graphs[::-1] for graphs in (self._singles, self._heads, self._draws)), strict=True):
-            for graph in graphs:
-                graph.run()
+        for single, head, draw in zip(self._singles[::-1], self._heads[::-1], self._draws[::-1], strict=True):
+            single.run(self._single)
+            head.run(self._head)
+            draw.run(self._draw)
 
     def forward(self, chunks: Chunks, drawing: np.ndarray) -> Tensor | None:
         """Compute a step.
@@ -115,17 +115,18 @@ class StepGraphs:
             if not num_rows:
                 return None
         self._which = bisect_left(self._row_sizes, num_rows)
-        graph = (self._singles if is_of_singles else self._heads)[self._which]
+        graphs, function = (self._singles, self._single) if is_of_singles else (self._heads, self._head)
+        graph = graphs[self._which]
         packed = np.zeros(graph.inputs.shape, np.int32)
         packed[0, :num_rows], packed[0, num_rows:] = chunks.rows[drawing], self._max_num_seqs
         packed[1, :num_rows], packed[2, :num_rows] = chunks.ends[drawing], chunks.query_start[1:][drawing] - 1
         upload_into(graph.inputs, packed)
-        graph.run()
+        graph.run(function)
         return self._logits[:num_rows]
 
     def draw(self, num_rows: int) -> Tensor:
         """Draw from the logits that `forward` gave, and write the tokens into the rows: [R] i32, overwritten."""
-        self._draws[self._which].run()
+        self._draws[self._which].run(self._draw)
         return self._token_ids[:num_rows]
 
     def _nobodies(self, num_rows: int) -> Tensor:
@@ -140,9 +141,9 @@ class StepGraphs:
         packed = self._rows.padded(chunks, min(self._max_num_seqs, size) + 1, size)
         if size not in self._bodies:
             inputs = torch.empty(packed.shape, dtype=torch.int32, device=self._device)
-            self._bodies[size] = Captured(partial(self._body, size), inputs, self._pool)
+            self._bodies[size] = Captured(inputs, self._pool)
         upload_into(self._bodies[size].inputs, packed)
-        self._bodies[size].run()
+        self._bodies[size].run(partial(self._body, size))
 
     def _body(self, num_tokens: int, packed: Tensor) -> None:
         batch = self._rows.gather_padded(packed, num_tokens, invariant=self._invariant)
