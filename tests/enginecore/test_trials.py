@@ -2,13 +2,14 @@
 
 import random
 
+import msgspec
 import pytest
 from harness import Harness, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cableway.enginecore.trials import WELL_S
-from cableway.ipc.messages import Standing, StepPlan, unpack_ints
+from cableway.ipc.messages import Choice, Standing, StepPlan, unpack_ints
 
 STEP_S, RESTART_S = 0.05, 1.0
 
@@ -182,3 +183,26 @@ def test_the_convicted_are_not_taken_in():
     harness.submit(type(asked)(asked.request_id, asked.prompt, [choice], asked.sampling))
     assert harness.received[b"frontend.0", 0].failed.code == "quarantined"
     assert not harness.scheduler.num_live
+
+
+@pytest.mark.parametrize("leaves", ["drop", "abort"])
+def test_a_suspect_that_leaves_in_the_middle_of_its_trial_is_not_planned_again(leaves):
+    """Between the commit of one of its steps and the next plan: its row is nobody's, and a worker would die of it."""
+    harness = Killer({}, budget=4)
+    asked = generate([1, 2, 3, 4, 5, 6, 7, 8, 9], [0], max_tokens=12, eos_token_ids=b"")
+    suspect = Choice(0, 0, b"", Standing(deaths=2))
+    harness.submit(msgspec.structs.replace(asked, choices=[suspect]), b"frontend.1")
+    harness.turn()  # all has to be well for a while first
+    harness.now_s += WELL_S
+    harness.turn()
+    assert harness.scheduler.trials.current.key == 0
+    if leaves == "drop":  # as when its frontend connects anew
+        del harness.received[b"frontend.1", 0]
+        harness.scheduler.drop(b"frontend.1")
+    else:
+        harness.abort(0, b"frontend.1")
+    assert harness.plan() is None
+    assert harness.scheduler.trials.current is None
+    ask_all(harness, 2)
+    harness.live()
+    harness.check_innocent()
