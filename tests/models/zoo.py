@@ -50,6 +50,19 @@ LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 SPARSE = {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 56}
 MAMBA2 = {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 10, "expand": 2, "chunk_size": 16}
 HYBRID = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 16}
+NEMOTRON_MOE = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "moe_shared_expert_intermediate_size": 56,
+    "routed_scaling_factor": 1.7,
+}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_value_heads": 4,
@@ -307,6 +320,8 @@ ZOO: dict[str, list[Fields]] = {
             "ssm_state_size": 10,
             "time_step_min": 0.3,
         },
+        {**NEMOTRON_MOE, "n_group": 4, "topk_group": 2, "norm_topk_prob": False},
+        {**NEMOTRON_MOE, "moe_latent_size": 24, "mlp_bias": True},
     ],
     "Lfm2ForCausalLM": [
         {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16, "intermediate_size": 100},
@@ -393,11 +408,7 @@ UNUSED: dict[str, set[str]] = {
     "DbrxForCausalLM": {"hidden_size", "num_key_value_heads", "moe_jitter_eps"},
     **{name: {"expand", "time_step_min"} for name in ("MambaForCausalLM", "FalconMambaForCausalLM")},
     "Mamba2ForCausalLM": {"time_step_min", "time_step_rank"},
-    "NemotronHForCausalLM": {  # without layers of experts
-        *("expand", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap"),
-        *("n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "use_bias"),
-        *("routed_scaling_factor", "topk_group"),
-    },
+    "NemotronHForCausalLM": {"expand", "moe_shared_expert_overlap", "n_shared_experts", "use_bias"},
     "FalconH1ForCausalLM": {"mamba_expand", "mamba_norm_before_gate"},
     "OlmoHybridForCausalLM": {
         *("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min"),

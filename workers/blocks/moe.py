@@ -179,9 +179,46 @@ class MoE(Block):
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int32, device=x.device)
         offsets = counts.index_add_(0, flat + 1, torch.ones_like(flat, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
         chosen = flat.index_select(0, order)
-        y = self.act.gate(self.gate_up(x.index_select(0, order), chosen, offsets))
-        y = self.down(y, chosen, offsets)
+        y = self.down(self.inner(x.index_select(0, order), chosen, offsets), chosen, offsets)
         return torch.empty_like(y).index_copy_(0, order, y).view(*experts.shape, -1)
+
+    def inner(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+        """What `down` is given, of x [M, in], in the order of experts [M]."""
+        return self.act.gate(self.gate_up(x, experts, offsets))
+
+
+class PlainMoE(MoE):
+    """Nemotron-H: experts without gates, down(act(up(x))).
+
+    Args:
+        latent: experts are this wide; x is made narrower before them, and their sum wide again; 0 = they are as wide.
+        bias: of what makes it narrower and wide again.
+    """
+
+    def __init__(
+        self, hidden_size: int, ffn_size: int, num_experts: int, *, router: Router, act: Activation, shared: Any,
+        latent: int = 0, bias: bool = False,
+    ):  # fmt: skip
+        super().__init__(hidden_size, ffn_size, num_experts, router=router, act=act, shared=shared)
+        hidden, inside = Axis("embed", hidden_size), Axis("latent" if latent else "embed", latent or hidden_size)
+        del self.gate_up
+        self.up = Experts(num_experts, {"": self.ffn}, inside)
+        self.down = Experts(num_experts, {"": inside}, self.ffn)
+        self.narrow = Linear(inside, hidden, bias=bias) if latent else None
+        self.widen = Linear(hidden, inside, bias=bias) if latent else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, E] -> [T, E]"""
+        weights, experts = self.router(x)
+        rows = x if self.narrow is None else self.narrow(x)
+        y = self.through(rows.repeat_interleave(experts.shape[1], 0), experts)
+        y = (y.float() * weights[..., None]).sum(1).to(x.dtype)
+        if self._reduce is not None:
+            y = self._reduce(y)
+        return (y if self.widen is None else self.widen(y)).add_(self.shared(x))
+
+    def inner(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+        return self.act(self.up(x, experts, offsets))
 
 
 class IdentityMoE(MoE):

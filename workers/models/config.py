@@ -133,6 +133,19 @@ class MoEConfig(DecoderConfig, frozen=True, kw_only=True):
             raise ValueError(f"{self.topk_group} groups of {group_len} experts are too few for a token")
 
 
+class SomeMoEConfig(MoEConfig, frozen=True, kw_only=True):
+    """A decoder of a family some of whose models have experts."""
+
+    num_experts: Count = 0
+    num_experts_per_tok: Count = 0
+
+    def __post_init__(self) -> None:
+        if self.num_experts:
+            MoEConfig.__post_init__(self)
+        else:
+            DecoderConfig.__post_init__(self)
+
+
 def every(period: int, num_layers: int) -> list[str]:
     """Layer types where each `period`-th layer sees everything, the others a window."""
     return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)]

@@ -10,7 +10,7 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mamba import GatedDeltaNet
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import Count, DecoderConfig, MoEConfig, Size
+from cableway.workers.models.config import Count, DecoderConfig, Size, SomeMoEConfig
 from cableway.workers.models.gguf_names import GGUF, MID_NORM, MIX, larger_norms, value_heads_in_turns
 from cableway.workers.models.moe import QWEN_MOE, mixture, on_frame
 from cableway.workers.models.names import HF, Names, Target, by_group, names, without_predictors
@@ -18,7 +18,7 @@ from cableway.workers.models.olmo import joint_norms
 from cableway.workers.models.registry import arch
 
 
-class Qwen3NextConfig(MoEConfig, frozen=True, kw_only=True):
+class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
     head_dim: Size = 256
     attention_bias: bool = False
     layer_types: list[str]
@@ -31,13 +31,7 @@ class Qwen3NextConfig(MoEConfig, frozen=True, kw_only=True):
     decoder_sparse_step: Size = 1
     mlp_only_layers: tuple[int, ...] = ()
     shared_expert_intermediate_size: Count = 0
-    num_experts: Count = 0
-    num_experts_per_tok: Count = 0
     num_nextn_predict_layers: Count = 0
-
-    def __post_init__(self) -> None:
-        if self.num_experts:
-            MoEConfig.__post_init__(self)
 
     @staticmethod
     def derive(config: dict[str, Any]) -> None:

@@ -1,0 +1,345 @@
+"""Hybrids of Mamba and attention: Jamba, Bamba, Granite 4 and Nemotron-H have some layers of attention, Falcon-H1 both
+mixers in each layer. Layers of Nemotron-H are a mixer alone, or an MLP or experts without gates."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer, MixerLayer, MLPLayer, TwoMixerLayer
+from cableway.workers.blocks.mamba import Mamba, Mamba2
+from cableway.workers.blocks.mlp import MLP, Activation, PlainMLP
+from cableway.workers.blocks.moe import Groups, PlainMoE, Router, sigmoid
+from cableway.workers.blocks.norm import RMSNorm, Scale
+from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Never, Size, SomeMoEConfig
+from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, PLAIN_MLP, TWO_MIXERS
+from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
+from cableway.workers.models.mamba import MAMBA, MIXER
+from cableway.workers.models.moe import GRANITE_MOE, LAYER, mixture, on_frame
+from cableway.workers.models.names import ATTENTION, EMBEDDINGS, Names, Target, experts, names, scaled
+from cableway.workers.models.registry import arch
+
+IN_HYBRID = names(MIXER, prefix="model.layers.{}.mamba.", to="layers.{}.mix.")
+FEED_FORWARD = names(
+    {
+        "feed_forward.gate_proj": "mlp.gate_up.gate",
+        "feed_forward.up_proj": "mlp.gate_up.up",
+        "feed_forward.down_proj": "mlp.down",
+        "feed_forward.router": "mlp.router.gate",
+        "input_layernorm": "norm_in",
+        "pre_ff_layernorm": "norm_mlp",
+    },
+    **LAYER,
+)
+JAMBA = (
+    EMBEDDINGS
+    | ATTENTION
+    | IN_HYBRID
+    | FEED_FORWARD
+    | experts("feed_forward.experts")
+    | names({"model.final_layernorm": "norm_out"})
+)
+GRANITE_HYBRID = GRANITE_MOE | IN_HYBRID
+GRANITE_DENSE_HYBRID = GRANITE_HYBRID | names(
+    {"shared_mlp.input_linear": "mlp.gate_up", "shared_mlp.output_linear": "mlp.down"}, **LAYER
+)
+NEMOTRON_H = (
+    MAMBA
+    | names(
+        {
+            "q_proj": "mix.qkv.q",
+            "k_proj": "mix.qkv.k",
+            "v_proj": "mix.qkv.v",
+            "o_proj": "mix.out",
+            "up_proj": "mlp.up",
+            "down_proj": "mlp.down",
+            "gate": "mlp.router.gate",
+            "gate.e_score_correction_bias": "mlp.router.correction",
+            "experts.{}.up_proj": "mlp.up.{}",
+            "experts.{}.down_proj": "mlp.down.{}",
+            "shared_experts.up_proj": "mlp.shared.up",
+            "shared_experts.down_proj": "mlp.shared.down",
+            "fc1_latent_proj": "mlp.narrow",
+            "fc2_latent_proj": "mlp.widen",
+        },
+        prefix="backbone.layers.{}.mixer.",
+        to="layers.{}.",
+    )
+    | Names(beyond=("mtp.",))
+)
+
+
+class JambaConfig(MoEConfig, frozen=True, kw_only=True):
+    attn_layer_period: Size = 8
+    attn_layer_offset: Count = 4
+    expert_layer_period: Size = 2
+    expert_layer_offset: Count = 1
+    mamba_d_state: Size = 16
+    mamba_d_conv: Size = 4
+    mamba_expand: Size = 2
+    mamba_dt_rank: Size
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if config.get("mamba_dt_rank", "auto") == "auto":
+            config["mamba_dt_rank"] = -(-config["hidden_size"] // 16)
+
+
+class HybridConfig(SomeMoEConfig, frozen=True, kw_only=True):
+    """Attention and Mamba 2; of Granite with experts, multipliers, and attention that mostly knows no positions."""
+
+    layer_types: list[str]
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    mamba_n_heads: Size = 128
+    mamba_d_head: Size = 64
+    mamba_n_groups: Size = 1
+    mamba_d_state: Size = 256
+    mamba_d_conv: Size = 4
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    position_embedding_type: str | None = "rope"
+    embedding_multiplier: Factor = 1.0
+    residual_multiplier: Factor = 1.0
+    attention_multiplier: Factor = 1.0
+    logits_scaling: Factor = 1.0
+    shared_intermediate_size: Count = 0
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        kinds = config.get("layer_types") or config.get("layers_block_type")
+        if kinds is None:
+            indices = config.get("attn_layer_indices") or []
+            kinds = ["attention" if i in indices else "mamba" for i in range(config["num_hidden_layers"])]
+        config["layer_types"] = kinds
+        head_dim = config.get("mamba_d_head", "auto")
+        if head_dim == "auto":
+            head_dim = config.get("mamba_expand", 2) * config["hidden_size"] // config["mamba_n_heads"]
+            config["mamba_d_head"] = head_dim
+        if config["mamba_n_heads"] * head_dim != config.get("mamba_expand", 2) * config["hidden_size"]:
+            raise ValueError("mamba_n_heads are not `mamba_expand` times as wide as hidden_size")
+
+    def mixes(self, attention: Attention, norm_eps: float | None) -> list[Any]:
+        """The mixer of each layer."""
+        mamba = Mamba2(
+            self.hidden_size,
+            self.mamba_n_heads,
+            self.mamba_d_head,
+            self.mamba_n_groups,
+            self.mamba_d_state,
+            self.mamba_d_conv,
+            bias=self.mamba_proj_bias,
+            conv_bias=self.mamba_conv_bias,
+            norm_eps=norm_eps,
+            limit=self.time_step_limit,
+        )
+        kinds = {
+            **dict.fromkeys(("attention", "full_attention"), attention),
+            **dict.fromkeys(("mamba", "linear_attention"), mamba),
+        }
+        return self.by_layer(self.layer_types, kinds)
+
+
+class BambaConfig(HybridConfig, frozen=True, kw_only=True):
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        HybridConfig.derive(config)
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.5)
+
+
+class NemotronHConfig(SomeMoEConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    norm_topk_prob: bool = True
+    moe_shared_expert_intermediate_size: Count = 0
+    moe_latent_size: Size | None = None
+    head_dim: Size = 128
+    layer_types: list[str]
+    hidden_act: str = "relu2"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    mamba_num_heads: Size = 128
+    mamba_head_dim: Size = 64
+    n_groups: Size = 8
+    ssm_state_size: Size = 128
+    conv_kernel: Size = 4
+    use_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    time_step_min: float = 0.001
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["hidden_act"] = config.get("mlp_hidden_act", "relu2")
+        kinds = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+        config["layer_types"] = config.get("layers_block_type") or [
+            kinds.get(kind, kind) for kind in config.get("hybrid_override_pattern", "")
+        ]
+        config["num_hidden_layers"] = len(config["layer_types"])
+        if "moe" not in config["layer_types"]:
+            config["n_routed_experts"] = 0
+
+
+class FalconH1Config(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    attention_bias: Never = False
+    mlp_bias: Never = False
+    projectors_bias: Never = False
+    mamba_proj_bias: Never = False
+    mamba_rms_norm: Never = False
+    mamba_n_heads: Size = 128
+    mamba_d_head: Size = 64
+    mamba_n_groups: Size = 1
+    mamba_d_state: Size = 256
+    mamba_d_conv: Size = 4
+    mamba_conv_bias: bool = True
+    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    embedding_multiplier: Factor = 1.0
+    lm_head_multiplier: Factor = 1.0
+    key_multiplier: Factor = 1.0
+    attention_in_multiplier: Factor = 1.0
+    attention_out_multiplier: Factor = 1.0
+    ssm_in_multiplier: Factor = 1.0
+    ssm_out_multiplier: Factor = 1.0
+    ssm_multipliers: tuple[Factor, Factor, Factor, Factor, Factor] = (1.0,) * 5
+    mlp_multipliers: tuple[Factor, Factor] = (1.0, 1.0)
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        wide = config.get("mamba_d_ssm") or config.get("mamba_expand", 2) * config["hidden_size"]
+        if wide != config["mamba_n_heads"] * config["mamba_d_head"]:
+            raise ValueError("mamba_n_heads of mamba_d_head are not as wide as mamba_d_ssm")
+
+
+def _falcon_h1_names(c: FalconH1Config) -> Names:
+    """Multipliers of what linear maps take or give are taken into their weights."""
+    sections = {part: c.ssm_in_multiplier * m for part, m in zip("zxbc", c.ssm_multipliers, strict=False)}
+    sections["dt"] = c.ssm_in_multiplier * c.ssm_multipliers[4]
+    scales = {
+        "mamba.in_proj": Target("mixes.0.project", layout=scaled(sections)),
+        "mamba.out_proj": Target("mixes.0.out", layout=scaled(c.ssm_out_multiplier)),
+        "self_attn.q_proj": Target("mixes.1.qkv.q", layout=scaled(c.attention_in_multiplier)),
+        "self_attn.k_proj": Target("mixes.1.qkv.k", layout=scaled(c.attention_in_multiplier * c.key_multiplier)),
+        "self_attn.v_proj": Target("mixes.1.qkv.v", layout=scaled(c.attention_in_multiplier)),
+        "self_attn.o_proj": Target("mixes.1.out", layout=scaled(c.attention_out_multiplier)),
+        "feed_forward.gate_proj": Target("mlp.gate_up.gate", layout=scaled(c.mlp_multipliers[0])),
+        "feed_forward.down_proj": Target("mlp.down", layout=scaled(c.mlp_multipliers[1])),
+    }
+    mixer = names(MIXER, prefix="model.layers.{}.mamba.", to="layers.{}.mixes.0.")
+    out = names({"model.final_layernorm": "norm_out"})
+    return EMBEDDINGS | FEED_FORWARD | mixer | names(scales, **LAYER) | out
+
+
+@arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names, gguf=GGUF | TWO_MIXERS)
+def falcon_h1(c: FalconH1Config) -> Decoder:
+    norm = RMSNorm(c.hidden_size, c.norm_eps)
+    mix = Mamba2(
+        c.hidden_size,
+        c.mamba_n_heads,
+        c.mamba_d_head,
+        c.mamba_n_groups,
+        c.mamba_d_state,
+        c.mamba_d_conv,
+        bias=False,
+        conv_bias=c.mamba_conv_bias,
+        norm_eps=None,
+        limit=c.time_step_limit,
+    )
+    layer = TwoMixerLayer(norm_in=norm, mixes=[mix, Attention.of(c)], norm_mlp=norm, mlp=MLP.of(c))
+    embed, logits = Scale(c.embedding_multiplier), Scale(c.lm_head_multiplier)
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
+
+
+@arch("JambaForCausalLM", config=JambaConfig, hf=JAMBA, gguf=GGUF)
+def jamba(c: JambaConfig) -> Decoder:
+    sizes, eps = (c.mamba_dt_rank, c.mamba_d_state, c.mamba_d_state), c.norm_eps
+    dt_norm, b_norm, c_norm = (RMSNorm(size, eps) for size in sizes)
+    mix = Mamba(
+        c.hidden_size,
+        c.mamba_expand * c.hidden_size,
+        c.mamba_d_state,
+        c.mamba_dt_rank,
+        c.mamba_d_conv,
+        bias=c.mamba_proj_bias,
+        conv_bias=c.mamba_conv_bias,
+        norms=(dt_norm, b_norm, c_norm),
+    )
+    attention, moe, dense, layers = Attention.of(c, rope=None), mixture(c), MLP.of(c), range(c.num_hidden_layers)
+    mixes = [attention if i % c.attn_layer_period == c.attn_layer_offset else mix for i in layers]
+    is_sparse = [i % c.expert_layer_period == c.expert_layer_offset and c.num_experts > 1 for i in layers]
+    return on_frame(c, mixes, [moe if sparse else dense for sparse in is_sparse])
+
+
+@arch("BambaForCausalLM", config=BambaConfig, hf=JAMBA)
+def bamba(c: BambaConfig) -> Decoder:
+    mixes = c.mixes(Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias), c.norm_eps)
+    return on_frame(c, mixes, [MLP.of(c, bias=c.mlp_bias)] * c.num_hidden_layers)
+
+
+def _granite_names(c: HybridConfig) -> Any:
+    return GRANITE_HYBRID if c.num_experts else GRANITE_DENSE_HYBRID
+
+
+@arch("GraniteMoeHybridForCausalLM", config=HybridConfig, hf=_granite_names, gguf=GGUF_NEIGHBOURS | GGUF_MAMBA2)
+def granite_hybrid(c: HybridConfig) -> Decoder:
+    norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
+    position = {} if c.position_embedding_type == "rope" else {"rope": None}
+    attention = Attention.of(c, bias=bias, out_bias=bias, scale=c.attention_multiplier, **position)
+    shared = MLP.of(c, ffn_size=c.shared_intermediate_size)
+    mlp = mixture(c, shared=shared, renorm=0.0) if c.num_experts else shared
+    layers = [
+        Layer(norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=mlp, norm_mlp_out=less)
+        for mix in c.mixes(attention, c.norm_eps)
+    ]
+    embed, logits = Scale(c.embedding_multiplier), Scale(1 / c.logits_scaling)
+    return Decoder(c, layers, norm_out=norm, on_embed=embed, on_logits=logits)
+
+
+def _nemotron_experts(c: NemotronHConfig) -> PlainMoE:
+    router = Router(
+        c.hidden_size,
+        c.num_experts,
+        c.num_experts_per_tok,
+        score=sigmoid,
+        correction=True,
+        groups=Groups(c.n_group, c.topk_group, 2),
+        renorm=1e-20 if c.norm_topk_prob else None,
+        scale=c.routed_scaling_factor,
+    )
+    return PlainMoE(
+        c.hidden_size,
+        c.moe_intermediate_size,
+        c.num_experts,
+        router=router,
+        act=Activation(c.hidden_act),
+        shared=PlainMLP.of(c, ffn_size=c.moe_shared_expert_intermediate_size, bias=c.mlp_bias),
+        latent=c.moe_latent_size or 0,
+        bias=c.mlp_bias,
+    )
+
+
+@arch("NemotronHForCausalLM", config=NemotronHConfig, hf=NEMOTRON_H, gguf=GGUF | GGUF_MAMBA2 | PLAIN_MLP)
+def nemotron_h(c: NemotronHConfig) -> Decoder:
+    norm, bias = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias
+    mix = Mamba2(
+        c.hidden_size,
+        c.mamba_num_heads,
+        c.mamba_head_dim,
+        c.n_groups,
+        c.ssm_state_size,
+        c.conv_kernel,
+        bias=c.mamba_proj_bias,
+        conv_bias=c.use_conv_bias,
+        norm_eps=c.norm_eps,
+        limit=(c.time_step_min, float("inf")),
+    )
+    attention = MixerLayer(norm_in=norm, mix=Attention.of(c, rope=None, bias=bias, out_bias=bias))
+    kinds = {
+        **dict.fromkeys(("mamba", "linear_attention"), MixerLayer(norm_in=norm, mix=mix)),
+        **dict.fromkeys(("attention", "full_attention"), attention),
+        "mlp": MLPLayer(norm_in=norm, mlp=PlainMLP.of(c, bias=c.mlp_bias)),
+    }
+    if c.num_experts:
+        kinds["moe"] = MLPLayer(norm_in=norm, mlp=_nemotron_experts(c))
+    return Decoder(c, c.by_layer(c.layer_types, kinds), norm_out=norm)

@@ -1,0 +1,79 @@
+"""LFM 2: short convolutions, with attention in some layers; experts in the larger ones."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.mamba import ShortConv
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.moe import sigmoid
+from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.models.config import Count, Size, SomeMoEConfig
+from cableway.workers.models.gguf_names import GGUF
+from cableway.workers.models.moe import LAYER, mixture, on_frame
+from cableway.workers.models.names import ATTENTION, EMBEDDINGS, experts, names
+from cableway.workers.models.registry import arch
+
+LFM2 = (
+    EMBEDDINGS
+    | ATTENTION
+    | experts("feed_forward.experts", "w1", "w3", "w2")
+    | names(
+        {
+            "self_attn.out_proj": "mix.out",
+            "self_attn.q_layernorm": "mix.q_norm",
+            "self_attn.k_layernorm": "mix.k_norm",
+            "conv.in_proj": "mix.project",
+            "conv.conv": "mix.conv",
+            "conv.out_proj": "mix.out",
+            "feed_forward.w1": "mlp.gate_up.gate",
+            "feed_forward.w3": "mlp.gate_up.up",
+            "feed_forward.w2": "mlp.down",
+            "feed_forward.gate": "mlp.router.gate",
+            "feed_forward.expert_bias": "mlp.router.correction",
+            "operator_norm": "norm_in",
+            "ffn_norm": "norm_mlp",
+        },
+        **LAYER,
+    )
+    | names({"model.embedding_norm": "norm_out"})
+)
+GGUF_LFM2 = GGUF | names({"token_embd_norm": "norm_out"})  # which is the first thing there is, in its own code
+
+
+class Lfm2Config(SomeMoEConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    layer_types: list[str]
+    conv_bias: bool = False
+    conv_L_cache: Size = 3
+    num_dense_layers: Count = 0
+    use_expert_bias: bool = True
+    norm_topk_prob: bool = True
+    tie_word_embeddings: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["tie_word_embeddings"] = config.get("tie_word_embeddings", config.get("tie_embedding", True))
+        full = config.get("full_attn_idxs") or []
+        kinds = ["full_attention" if i in full else "conv" for i in range(config["num_hidden_layers"])]
+        config.setdefault("layer_types", kinds)
+        if config.get("block_auto_adjust_ff_dim", "num_experts" not in config):
+            size = int(2 * config["intermediate_size"] / 3)
+            if config.get("block_ffn_dim_multiplier") is not None:
+                step = config.get("block_multiple_of", 256)
+                size = -(-int(config["block_ffn_dim_multiplier"] * size) // step) * step
+            config["intermediate_size"] = size
+
+
+@arch("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", config=Lfm2Config, hf=LFM2, gguf=GGUF_LFM2)
+def lfm2(c: Lfm2Config) -> Decoder:
+    attention = Attention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
+    conv = ShortConv(c.hidden_size, c.conv_L_cache, bias=c.conv_bias)
+    dense = MLP.of(c)
+    moe = None
+    if c.num_experts:
+        renorm = 1e-6 if c.norm_topk_prob else None
+        router = {"score": sigmoid, "correction": c.use_expert_bias, "renorm": renorm}
+        moe = mixture(c, scale=c.routed_scaling_factor, **router)
+    mlps = [dense if moe is None or i < c.num_dense_layers else moe for i in range(c.num_hidden_layers)]
+    return on_frame(c, c.by_layer(c.layer_types, {"full_attention": attention, "conv": conv}), mlps)
