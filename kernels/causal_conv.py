@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, scans, tl, triton
-from cableway.kernels.recurrence import RecurrentPlan, check_states, make_plan
+from cableway.kernels.recurrence import MIXED, RecurrentPlan, check_states, make_plan
 from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
 
 _CHANNELS = 64
@@ -104,9 +104,6 @@ def make(
     w, b = torch.randn(channels, width, device=device), torch.randn(channels, device=device)
     states = torch.randn(num_rows, channels * (width - 1) + 3, device=device)[:, : channels * (width - 1)]
     return call(x, w, b if bias else None, states, plan, silu=silu)
-
-
-MIXED = ((1, 20), (12, 12), (7, 30), (1, 1), (19, 24))
 
 
 @kernel(

@@ -43,6 +43,10 @@ class RecurrentPlan:
         return (position + 1) % self.block_size == 0 or position + 1 == length
 
 
+MIXED = ((1, 20), (12, 12), (7, 30), (1, 1), (19, 24))
+"""(new tokens, length) of sequences, for cases."""
+
+
 def check_states(states: Tensor, state_len: int, plan: RecurrentPlan) -> None:
     """Raise ValueError where states are not rows of that many numbers."""
     check(states.dim() == 2 and states.shape[1] == state_len and states.dtype == torch.float32, "states")

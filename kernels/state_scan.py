@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, scans, tl, triton
-from cableway.kernels.recurrence import RecurrentPlan, check_states, make_plan
+from cableway.kernels.recurrence import MIXED, RecurrentPlan, check_states, make_plan
 from cableway.kernels.registry import Call, are_contiguous, call, check, grid, kernel, nbytes
 
 
@@ -114,9 +114,6 @@ def make(spans, heads: tuple[int, int, int], state: int, block_size: int = 8, de
         torch.randn(num_rows, state_len + 3, device=device)[:, :state_len],
         plan,
     )
-
-
-MIXED = ((1, 20), (12, 12), (7, 30), (1, 1), (19, 24))
 
 
 @kernel(

@@ -139,3 +139,36 @@ def correct(begin, end, arguments):
                 for p in range(head_dim):
                     for n in range(size):
                         state[row + p * size + n] = h[p, n]
+
+
+@loop(12)
+def decay(begin, end, arguments):
+    """Real-gated recurrence of some channels of a sequence, a row of so many; see lru_scan.py."""
+    (
+        g, x, states, state_stride, y, query_start, seq_lens, table, table_stride, block_size, channels, part_len,
+    ) = integers(arguments, 12)  # fmt: skip
+    g_at, x_at, state, into = f32_at(g), f32_at(x), f32_at(states), f32_at(y)
+    starts, lengths, block = i32_at(query_start), i32_at(seq_lens), i32_at(table)
+    h = np.empty(part_len, np.float32)
+    num_parts = (channels + part_len - 1) // part_len
+    for item in range(begin, end):
+        sequence, first = item // num_parts, item % num_parts * part_len
+        size = min(part_len, channels - first)
+        start, length = intp(starts[sequence]), intp(lengths[sequence])
+        before = length - (intp(starts[sequence + 1]) - start)
+        h[:] = 0
+        if before > 0:
+            row = intp(block[sequence * table_stride + (before - 1) // block_size]) * state_stride
+            for i in range(size):
+                h[i] = state[row + first + i]
+        for position in range(before, length):
+            place = (start + position - before) * channels + first
+            for i in range(size):
+                a = exp(g_at[place + i])
+                taken = np.sqrt(float32(1) - a * a) if position else float32(1)
+                h[i] = a * h[i] + taken * x_at[place + i]
+                into[place + i] = h[i]
+            if (position + 1) % block_size == 0 or position + 1 == length:
+                row = intp(block[sequence * table_stride + position // block_size]) * state_stride
+                for i in range(size):
+                    state[row + first + i] = h[i]

@@ -323,6 +323,10 @@ ZOO: dict[str, list[Fields]] = {
         {**NEMOTRON_MOE, "n_group": 4, "topk_group": 2, "norm_topk_prob": False},
         {**NEMOTRON_MOE, "moe_latent_size": 24, "mlp_bias": True},
     ],
+    "RecurrentGemmaForCausalLM": [
+        {"hidden_size": 48, "lru_width": 64, "conv1d_width": 3, "attention_window_size": 9, "logits_soft_cap": 2.0},
+        {"num_hidden_layers": 4, "attention_bias": True, "num_key_value_heads": 4, "lru_width": 32},
+    ],
     "Lfm2ForCausalLM": [
         {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16, "intermediate_size": 100},
         {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False, "conv_bias": True},
@@ -413,6 +417,7 @@ UNUSED: dict[str, set[str]] = {
     "OlmoHybridForCausalLM": {
         *("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min"),
     },
+    "RecurrentGemmaForCausalLM": {"w_init_variance_scale", "final_w_init_variance_scale"},
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},
 }

@@ -9,7 +9,6 @@ Key: T tokens, H heads, R rank of the latents.
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.latent_attention import latent_attention
@@ -17,7 +16,7 @@ from cableway.kernels.latent_write import latent_write
 from cableway.kernels.rope import rope as rotate
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Mixer, Slot
-from cableway.workers.blocks.linear import Linear
+from cableway.workers.blocks.linear import Linear, by_heads
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
@@ -26,7 +25,6 @@ from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis, Mesh
 
 _EPS = 1e-6
-_TILE_ROWS = 8
 
 
 class HeadMatrices(Slot):
@@ -48,11 +46,7 @@ class HeadMatrices(Slot):
 
     def through(self, x: Tensor, matrices: Tensor) -> Tensor:
         """x [T, H, n] through matrices [H, n, m] -> [T, H, m]"""
-        if not self._is_invariant:
-            return torch.bmm(x.transpose(0, 1), matrices).transpose(0, 1)
-        padded = F.pad(x, (0, 0, 0, 0, 0, -len(x) % _TILE_ROWS))  # sums in one order, whatever rows are beside
-        tiles = [torch.bmm(tile.transpose(0, 1), matrices).transpose(0, 1) for tile in padded.split(_TILE_ROWS)]
-        return torch.cat(tiles)[: len(x)]
+        return by_heads(x, matrices, is_invariant=self._is_invariant)
 
 
 class LatentAttention(Mixer):

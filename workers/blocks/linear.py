@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.silu_mul import silu_mul
@@ -12,6 +13,8 @@ from cableway.workers.blocks.block import Slot
 from cableway.workers.formats.base import Place, Sum
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
+
+_TILE_ROWS = 8
 
 
 class Linear(Slot):
@@ -76,6 +79,49 @@ class Linear(Slot):
         if self._bias is not None:
             y += self._bias
         return y
+
+
+class HeadLinear(Slot):
+    """For each head a matrix of its own: y[h] = W[h] x[h] + b[h].
+
+    Args:
+        out: axis of each part, with a head for a unit, or one axis.
+    """
+
+    def __init__(self, out: Axis | Mapping[str, Axis], in_size: int, *, bias: bool = False):
+        self.parts = dict(out) if isinstance(out, Mapping) else {"": out}
+        self.leaves = {"weight": (in_size,), "bias": ()} if bias else {"weight": (in_size,)}
+        self._weight: Tensor  # [H, in, out]
+        self._bias: Tensor | None = None
+        self._is_invariant = False
+
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        def joined(leaf: str) -> Tensor:
+            """[H, out, …]"""
+            pieces = [
+                parts[part][leaf].piece(place.mesh.span(axis)).decode(place.dtype).unflatten(0, (-1, axis.unit))
+                for part, axis in self.parts.items()
+            ]
+            return torch.cat(pieces, 1).to(place.device)
+
+        self._weight = joined("weight").transpose(1, 2).contiguous()
+        if "bias" in self.leaves:
+            self._bias = joined("bias")
+        self._is_invariant = place.invariant
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, H, in] -> [T, H, out], with the parts of a head one after another"""
+        y = by_heads(x, self._weight, is_invariant=self._is_invariant)
+        return y if self._bias is None else y + self._bias
+
+
+def by_heads(x: Tensor, matrices: Tensor, *, is_invariant: bool) -> Tensor:
+    """x [T, H, in] through matrices [H, in, out] -> [T, H, out]"""
+    if not is_invariant:
+        return torch.bmm(x.transpose(0, 1), matrices).transpose(0, 1)
+    padded = F.pad(x, (0, 0, 0, 0, 0, -len(x) % _TILE_ROWS))  # sums in one order, whatever rows are beside
+    tiles = [torch.bmm(tile.transpose(0, 1), matrices).transpose(0, 1) for tile in padded.split(_TILE_ROWS)]
+    return torch.cat(tiles)[: len(x)]
 
 
 class Embedding(Slot):

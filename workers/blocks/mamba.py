@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.causal_conv import causal_conv
-from cableway.kernels.delta_scan import delta_scan
 from cableway.kernels.rms_norm import rms_norm
 from cableway.kernels.silu_mul import silu_mul
 from cableway.kernels.state_scan import state_scan
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Mixer, Slot
-from cableway.workers.blocks.linear import Linear, Vector
-from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.blocks.linear import HeadLinear, Linear, Vector
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place
 from cableway.workers.formats.stored import Stored
@@ -129,15 +127,36 @@ class Mamba(Recurrent):
         states, plan = step.recurrent(self.number)
         x, z = self.project(x).chunk(2, 1)
         x = self.conv(x, states[:, : self._conv_len], step, self.number)
-        dt, b, c = self.select(x).split(self.sizes, 1)
-        if self.dt_norm is not None:
-            dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)
-        dt = F.softplus(self.dt(dt).float())
-        b, c = (part.float().contiguous()[:, None] for part in (b, c))
+        dt, b, c = self.selected(x)
+        dt, b, c = F.softplus(dt.float()), b.float().contiguous(), c.float().contiguous()
         scanned = state_scan(
             x.float()[..., None].contiguous(), dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan
         )
         return self.out(silu_mul(torch.cat((z, scanned.squeeze(-1).to(x.dtype)), 1)))
+
+    def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, C] -> time steps [T, C], before they are made positive, and b and c [T, G, N]"""
+        dt, b, c = self.select(x).split(self.sizes, 1)
+        if self.dt_norm is not None:
+            dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)
+        return self.dt(dt), b[:, None], c[:, None]
+
+
+class HeadedMamba(Mamba):
+    """Zamba: Mamba 1 in heads, each of which has time steps, b and c of its own channels."""
+
+    def __init__(
+        self, hidden_size: int, inner_size: int, state_size: int, step_size: int, width: int, *, num_heads: int,
+        bias: bool, conv_bias: bool,
+    ):  # fmt: skip
+        super().__init__(hidden_size, inner_size, state_size, step_size, width, bias=bias, conv_bias=conv_bias)
+        self.head_dim = inner_size // num_heads
+        self.select = HeadLinear(Axis("heads", num_heads, sum(self.sizes)), self.head_dim)
+        self.dt = HeadLinear(Axis("heads", num_heads, self.head_dim), step_size, bias=True)
+
+    def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dt, b, c = self.select(x.unflatten(1, (-1, self.head_dim))).split(self.sizes, -1)
+        return self.dt(dt).flatten(1), b, c
 
 
 class Mamba2(Recurrent):
@@ -202,56 +221,3 @@ class Mamba2(Recurrent):
             mean = self._mesh.all_reduce(y.square().sum(-1, keepdim=True)).div_(self.channels.size)
             y = y * torch.rsqrt(mean + self.norm_eps)
         return y.mul_(self.norm.weight).to(z.dtype)
-
-
-class GatedDeltaNet(Recurrent):
-    """Qwen3-Next: linear attention whose state is corrected towards each value, and a norm of heads before the gate.
-
-    Args:
-        most: part of a correction that is made at most; beyond 1 what a state holds may change its sign.
-    """
-
-    def __init__(
-        self, hidden_size: int, num_heads: int, num_k_heads: int, head_dim: int, key_dim: int, width: int, *,
-        norm_eps: float, most: float = 1.0,
-    ):  # fmt: skip
-        embed, heads = Axis("embed", hidden_size), Axis("heads", num_heads)
-        self.keys, self.values = Axis("heads", num_k_heads, key_dim), Axis("heads", num_heads, head_dim)
-        convolved = {"q": self.keys, "k": self.keys, "v": self.values}
-        self.project = Linear({**convolved, "z": self.values}, embed)
-        self.steps = Linear({"b": heads, "a": heads}, embed)
-        self.conv = CausalConv(convolved, width, bias=False, silu=True)
-        self.a_log, self.dt_bias = Vector(heads), Vector(heads)
-        self.norm = RMSNorm(head_dim, norm_eps)
-        self.out = Linear(embed, self.values)
-        self.head_dim, self.key_dim, self.most = head_dim, key_dim, most
-
-    def state_len(self, mesh: Mesh) -> int:
-        return self.conv.state_len(mesh) + mesh.span(self.values).size * self.key_dim
-
-    def prepare(self, place: Place) -> None:
-        super().prepare(place)
-        keys, values = place.mesh.span(self.keys).size, place.mesh.span(self.values).size
-        self._sizes = (2 * keys + values, values)
-        self._conv_sizes = (keys, keys, values)
-        self._conv_len = self.conv.state_len(place.mesh)
-        self._a = -self.a_log.weight.exp()
-        # Keys have length 1, and queries 1 / sqrt(key_dim): an RMS norm with these for weights.
-        self._lengths = [torch.full((self.key_dim,), self.key_dim**power, device=place.device) for power in (-1, -0.5)]
-
-    def __call__(self, x: Tensor, step: Step) -> Tensor:
-        """x [T, E] -> [T, E]"""
-        states, plan = step.recurrent(self.number)
-        b, a = self.steps(x).float().chunk(2, 1)
-        x, z = self.project(x).split(self._sizes, 1)
-        q, k, v = self.conv(x, states[:, : self._conv_len], step, self.number).float().split(self._conv_sizes, 1)
-        q, k = (
-            rms_norm(part.unflatten(1, (-1, self.key_dim)), length, eps=1e-6 / self.key_dim)
-            for part, length in zip((q, k), self._lengths, strict=True)
-        )
-        g = F.softplus(a + self.dt_bias.weight).mul_(self._a)
-        v = v.unflatten(1, (-1, self.head_dim)).contiguous()
-        beta = b.sigmoid().mul_(self.most).contiguous()
-        y = delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan)
-        y = self.norm(y.to(z.dtype)).flatten(0, 1)
-        return self.out(silu_mul(torch.cat((z.reshape(y.shape), y), 1)).view(z.shape))

@@ -17,6 +17,8 @@ from cableway.workers.models.names import (
     Names,
     Target,
     by_group,
+    by_head,
+    by_head_transposed,
     concatenated,
     flat,
     interleaved,
@@ -47,20 +49,6 @@ def one_row(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """A matrix of one row, as a row."""
     shape = (1, math.prod(stored.shape))
     return concatenated(stored.computed(shape, lambda t: t.view(shape)), parts)
-
-
-def by_head(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
-    """[H, out, in]"""
-    num_heads, num_out, num_in = stored.shape
-    return concatenated(stored.changed((num_heads * num_out, num_in), lambda t: t.flatten(0, 1)), parts)
-
-
-def by_head_transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
-    """[H, in, out]"""
-    num_heads, num_in, num_out = stored.shape
-    return concatenated(
-        stored.computed((num_heads * num_out, num_in), lambda t: t.transpose(1, 2).flatten(0, 1)), parts
-    )
 
 
 _ATTENTION: dict[str, str | Target] = {

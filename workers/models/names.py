@@ -115,6 +115,20 @@ def _stacked(stored: Stored, parts: Mapping[str, Axis], layout: Layout) -> dict[
     return cut
 
 
+def by_head(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """[H, out, in]"""
+    num_heads, num_out, num_in = stored.shape
+    return concatenated(stored.changed((num_heads * num_out, num_in), lambda t: t.flatten(0, 1)), parts)
+
+
+def by_head_transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """[H, in, out]"""
+    num_heads, num_in, num_out = stored.shape
+    return concatenated(
+        stored.computed((num_heads * num_out, num_in), lambda t: t.transpose(1, 2).flatten(0, 1)), parts
+    )
+
+
 def flat(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """A row of numbers saved as a table, such as one of heads."""
     return concatenated(stored.changed((math.prod(stored.shape),), Tensor.flatten), parts)

@@ -6,8 +6,8 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, GatedAttention
 from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.delta import GatedDeltaNet
 from cableway.workers.blocks.layers import Layer
-from cableway.workers.blocks.mamba import GatedDeltaNet
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, DecoderConfig, Size, SomeMoEConfig

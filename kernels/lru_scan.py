@@ -1,0 +1,110 @@
+"""Real-gated linear recurrent unit: each channel decays, and takes in its token so far as it has decayed.
+
+    a = exp(g);   h = a h + sqrt(1 - a²) x;   y = h;   of a sequence's first token h = x
+
+g, x    [num_tokens, channels]      f32, contiguous; g <= 0
+states  [num_rows, channels]        f32  rows may be strided
+plan    a RecurrentPlan: see recurrence.py
+y       [num_tokens, channels]      f32, contiguous
+
+Bound: bytes; reads g and x, writes y.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cableway.kernels.lang import jit, scans, tl, triton
+from cableway.kernels.recurrence import MIXED, RecurrentPlan, check_states, make_plan
+from cableway.kernels.registry import Call, are_contiguous, call, check, grid, kernel, nbytes
+
+_CHANNELS = 64
+
+
+def ref(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
+    y = torch.zeros_like(x)
+    for sequence, (start, end, length) in enumerate(plan.spans()):
+        before = length - (end - start)
+        h = states[plan.row(sequence, before - 1)].clone() if before > 0 else torch.zeros_like(x[0])
+        for position in range(before, length):
+            t = start + position - before
+            h = g[t].exp() * h + (1 - (2 * g[t]).exp()).sqrt() * x[t] if position else x[t]
+            y[t] = h
+            if plan.keeps(position, length):
+                states[plan.row(sequence, position)] = h
+    return y
+
+
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
+def _lru_scan(
+    g_ptr, x_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr, state_stride, table_stride, channels,
+    block_size, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Some channels of one sequence, token after token."""
+    sequence = tl.program_id(0).to(tl.int64)
+    start = tl.load(query_start_ptr + sequence).to(tl.int64)
+    num_new = tl.load(query_start_ptr + sequence + 1).to(tl.int32) - start.to(tl.int32)
+    length = tl.load(seq_lens_ptr + sequence)
+    table_ptr += sequence * table_stride
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    before = length - num_new
+    row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
+    h = tl.where(before > 0, tl.load(states_ptr + row * state_stride + channel, mask=inside, other=0.0), 0.0)
+    if length > 0:
+        for token in range(num_new):
+            place = (start + token) * channels + channel
+            g = tl.load(g_ptr + place, mask=inside, other=0.0)
+            x = tl.load(x_ptr + place, mask=inside, other=0.0)
+            position = before + token
+            a = tl.exp(g)
+            h = a * h + tl.where(position > 0, tl.sqrt(1 - a * a), 1.0) * x
+            tl.store(y_ptr + place, h, mask=inside)
+            if ((position + 1) % block_size == 0) | (position + 1 == length):
+                row = tl.load(table_ptr + position // block_size).to(tl.int64)
+                tl.store(states_ptr + row * state_stride + channel, h, mask=inside)
+
+
+def launch(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
+    y = torch.empty_like(x)
+    _lru_scan[(plan.num_seqs, triton.cdiv(x.shape[1], _CHANNELS))](
+        g, x, states, y, plan.query_start, plan.seq_lens, plan.block_table, states.stride(0),
+        plan.block_table.stride(0), x.shape[1], plan.block_size, CHANNELS=_CHANNELS, num_warps=2,
+    )  # fmt: skip
+    return y
+
+
+def make(spans, channels: int, block_size: int = 8, device: str = "cpu") -> Call:
+    """`spans`: (new tokens, length) of each sequence."""
+    plan, num_rows = make_plan(spans, block_size, device)
+    num_tokens = sum(new for new, _ in spans)
+    g = -torch.rand(num_tokens, channels, device=device)
+    states = torch.randn(num_rows, channels + 3, device=device)[:, :channels]
+    return call(g, torch.randn(num_tokens, channels, device=device), states, plan)
+
+
+@kernel(
+    ref=ref,
+    launch=launch,
+    make=make,
+    cases=grid(spans=(MIXED,), channels=(100, 24)),
+    bench_cases=grid(spans=(((1, 100),) * 64, ((512, 512),)), channels=(2560,)),
+    num_bytes=lambda c: 3 * nbytes(c.args[0]),
+    updates=(2,),
+)
+def lru_scan(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
+    """y [T, C], and the states that follow are left; ValueError when shapes or dtypes do not fit."""
+    check(x.dim() == 2 and g.shape == x.shape, "g and x do not fit")
+    check(g.dtype == x.dtype == torch.float32 and are_contiguous(g, x), "g or x is strided, or not float32")
+    check_states(states, x.shape[1], plan)
+    if not x.is_cpu:
+        return launch(g, x, states, plan)
+    (num_tokens, channels), y = x.shape, torch.empty_like(x)
+    scans.run(
+        scans.decay, plan.num_seqs * -(-channels // _CHANNELS), 2 * _CHANNELS * (num_tokens // plan.num_seqs + 1),
+        g.data_ptr(), x.data_ptr(), states.data_ptr(), states.stride(0), y.data_ptr(), plan.query_start.data_ptr(),
+        plan.seq_lens.data_ptr(), plan.block_table.data_ptr(), plan.block_table.stride(0), plan.block_size, channels,
+        _CHANNELS,
+    )  # fmt: skip
+    return y

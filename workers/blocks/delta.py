@@ -1,0 +1,71 @@
+"""Linear attention by the delta rule: a state is corrected towards each token's value at its key.
+
+Key: T tokens, E hidden.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cableway.kernels.delta_scan import delta_scan
+from cableway.kernels.rms_norm import rms_norm
+from cableway.kernels.silu_mul import silu_mul
+from cableway.workers.blocks.linear import Linear, Vector
+from cableway.workers.blocks.mamba import CausalConv, Recurrent
+from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.blocks.step import Step
+from cableway.workers.formats.base import Place
+from cableway.workers.parallel import Axis, Mesh
+
+
+class GatedDeltaNet(Recurrent):
+    """Qwen3-Next: linear attention whose state is corrected towards each value, and a norm of heads before the gate.
+
+    Args:
+        most: part of a correction that is made at most; beyond 1 what a state holds may change its sign.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_k_heads: int, head_dim: int, key_dim: int, width: int, *,
+        norm_eps: float, most: float = 1.0,
+    ):  # fmt: skip
+        embed, heads = Axis("embed", hidden_size), Axis("heads", num_heads)
+        self.keys, self.values = Axis("heads", num_k_heads, key_dim), Axis("heads", num_heads, head_dim)
+        convolved = {"q": self.keys, "k": self.keys, "v": self.values}
+        self.project = Linear({**convolved, "z": self.values}, embed)
+        self.steps = Linear({"b": heads, "a": heads}, embed)
+        self.conv = CausalConv(convolved, width, bias=False, silu=True)
+        self.a_log, self.dt_bias = Vector(heads), Vector(heads)
+        self.norm = RMSNorm(head_dim, norm_eps)
+        self.out = Linear(embed, self.values)
+        self.head_dim, self.key_dim, self.most = head_dim, key_dim, most
+
+    def state_len(self, mesh: Mesh) -> int:
+        return self.conv.state_len(mesh) + mesh.span(self.values).size * self.key_dim
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        keys, values = place.mesh.span(self.keys).size, place.mesh.span(self.values).size
+        self._sizes = (2 * keys + values, values)
+        self._conv_sizes = (keys, keys, values)
+        self._conv_len = self.conv.state_len(place.mesh)
+        self._a = -self.a_log.weight.exp()
+        # Keys have length 1, and queries 1 / sqrt(key_dim): an RMS norm with these for weights.
+        self._lengths = [torch.full((self.key_dim,), self.key_dim**power, device=place.device) for power in (-1, -0.5)]
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x [T, E] -> [T, E]"""
+        states, plan = step.recurrent(self.number)
+        b, a = self.steps(x).float().chunk(2, 1)
+        x, z = self.project(x).split(self._sizes, 1)
+        q, k, v = self.conv(x, states[:, : self._conv_len], step, self.number).float().split(self._conv_sizes, 1)
+        q, k = (
+            rms_norm(part.unflatten(1, (-1, self.key_dim)), length, eps=1e-6 / self.key_dim)
+            for part, length in zip((q, k), self._lengths, strict=True)
+        )
+        g = F.softplus(a + self.dt_bias.weight).mul_(self._a)
+        v = v.unflatten(1, (-1, self.head_dim)).contiguous()
+        beta = b.sigmoid().mul_(self.most).contiguous()
+        y = delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan)
+        y = self.norm(y.to(z.dtype)).flatten(0, 1)
+        return self.out(silu_mul(torch.cat((z.reshape(y.shape), y), 1)).view(z.shape))

@@ -1,0 +1,88 @@
+"""RecurrentGemma (Griffin): Gemma's frame, with real-gated linear recurrences and, in every third layer, attention to a
+window."""
+
+import math
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.lru import GatedLRU
+from cableway.workers.blocks.mlp import MLP, Activation
+from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
+from cableway.workers.models.config import DecoderConfig, Factor, Size, Window
+from cableway.workers.models.moe import on_frame
+from cableway.workers.models.names import EMBEDDINGS, Target, by_head_transposed, flat, names
+from cableway.workers.models.registry import arch
+
+RECURRENT_GEMMA = (
+    EMBEDDINGS
+    | names({"model.final_norm": "norm_out"})
+    | names(
+        {
+            "temporal_pre_norm": "norm_in",
+            "temporal_block.q_proj": "mix.qkv.q",
+            "temporal_block.k_proj": "mix.qkv.k",
+            "temporal_block.v_proj": "mix.qkv.v",
+            "temporal_block.o_proj": "mix.out",
+            "temporal_block.linear_x": "mix.project.x",
+            "temporal_block.linear_y": "mix.project.y",
+            "temporal_block.linear_out": "mix.out",
+            "temporal_block.conv_1d": "mix.conv",
+            "temporal_block.rg_lru.input_gate_weight": Target("mix.gates.taken", layout=by_head_transposed),
+            "temporal_block.rg_lru.input_gate_bias": Target("mix.gates.taken", layout=flat, leaf="bias"),
+            "temporal_block.rg_lru.recurrent_gate_weight": Target("mix.gates.decay", layout=by_head_transposed),
+            "temporal_block.rg_lru.recurrent_gate_bias": Target("mix.gates.decay", layout=flat, leaf="bias"),
+            "temporal_block.rg_lru.recurrent_param": "mix.rate",
+            "channel_pre_norm": "norm_mlp",
+            "mlp_block.gate_proj": "mlp.gate_up.gate",
+            "mlp_block.up_proj": "mlp.gate_up.up",
+            "mlp_block.down_proj": "mlp.down",
+        },
+        ignored=("temporal_block.rotary_emb",),
+        prefix="model.layers.{}.",
+        to="layers.{}.",
+    )
+)
+
+
+class RecurrentGemmaConfig(DecoderConfig, frozen=True, kw_only=True):
+    hidden_act: str = "gelu_pytorch_tanh"
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    lru_width: Size
+    conv1d_width: Size = 4
+    attention_window_size: Window = 2048
+    block_types: tuple[str, ...] = ("recurrent", "recurrent", "attention")
+    logits_soft_cap: Factor = 30.0
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["lru_width"] = config.get("lru_width") or config["hidden_size"]
+        config["intermediate_size"] //= 2
+        if not config.get("rope_parameters"):
+            config.setdefault("partial_rotary_factor", 0.5)
+
+
+def _rounded(x: float) -> float:
+    """To the 8 bits of a bfloat16, which the scale of embeddings is kept in, whatever the weights are."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * 256), exponent - 8)
+
+
+@arch("RecurrentGemmaForCausalLM", config=RecurrentGemmaConfig, hf=RECURRENT_GEMMA)
+def recurrent_gemma(c: RecurrentGemmaConfig) -> Decoder:
+    num_layers, kinds = c.num_hidden_layers, c.block_types
+    mixes = {
+        "recurrent": GatedLRU(
+            c.hidden_size, c.num_attention_heads, c.lru_width, c.conv1d_width, act=Activation(c.hidden_act)
+        ),
+        "attention": Attention.of(c, window=c.attention_window_size, bias=c.attention_bias, out_bias=True),
+    }
+    return on_frame(
+        c,
+        c.by_layer([kinds[i % len(kinds)] for i in range(num_layers)], mixes),
+        [MLP.of(c, bias=True)] * num_layers,
+        RMSNorm(c.hidden_size, c.norm_eps, 1.0),
+        on_embed=Scale(_rounded(c.hidden_size**0.5)),
+        on_logits=SoftCap(c.logits_soft_cap),
+    )
