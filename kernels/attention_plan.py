@@ -11,8 +11,8 @@ The new tokens' own keys and values are already in the cache: kv_write runs firs
 
 q            [num_tokens, num_heads, head_dim]  dtype of cache; heads contiguous, tokens may be strided
 cache        [2, num_blocks, block_size, num_kv_heads, head_dim]  bf16|f16|f32; see kv_write.py
-slopes, sinks  [num_heads] f32 or None
 plan         an AttentionPlan: which tokens and which blocks each sequence has
+scores       a Scores: scale, window, soft_cap, slopes and sinks
 returns      [num_tokens, num_heads, head_dim]  contiguous
 """
 
@@ -28,6 +28,17 @@ from cableway.kernels import decode_work, prefill_work
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.kv_write import kv_cache_shape
 from cableway.kernels.registry import FLOATS, Call, call, check, nbytes
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What makes weights of products of queries and keys: the same in every step."""
+
+    scale: float
+    window: int = 0  # keys that a token sees, its own included; 0 = all before it
+    soft_cap: float = 0.0
+    slopes: Tensor | None = None  # [num_heads] f32
+    sinks: Tensor | None = None  # [num_heads] f32
 
 
 @dataclass(frozen=True)
@@ -83,9 +94,9 @@ def num_bytes(made: Call) -> int:
     return 2 * nbytes(q) + nbytes(cache[:, 0, 0]) * sum(length for _, _, length in plan.spans)
 
 
-def check_fits(q: Tensor, cache: Tensor, *by_head: Tensor | None) -> None:
+def check_fits(q: Tensor, cache: Tensor, scores: Scores) -> None:
     """Raise ValueError where q, the cache, or slopes and sinks are not what the contract says."""
-    for x in by_head:
+    for x in (scores.slopes, scores.sinks):
         check(x is None or (x.shape == q.shape[1:2] and x.dtype == torch.float32), "slopes or sinks are not [H] f32")
     check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
     check(
@@ -95,26 +106,23 @@ def check_fits(q: Tensor, cache: Tensor, *by_head: Tensor | None) -> None:
     check(q.shape[1] % cache.shape[3] == 0, "num_heads is no multiple of num_kv_heads")
 
 
-def ref(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
     group, block_size = q.shape[1] // cache.shape[3], cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for i, (start, end, length) in enumerate(plan.spans):
         blocks = plan.block_table[i, : -(-length // block_size)].long()
         k, v = (x[blocks].flatten(0, 1)[:length].repeat_interleave(group, 1).float() for x in cache)
-        scores = torch.einsum("qhd,khd->hqk", q[start:end].float(), k) * scale
-        if soft_cap:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
+        z = torch.einsum("qhd,khd->hqk", q[start:end].float(), k) * scores.scale
+        if scores.soft_cap:
+            z = scores.soft_cap * torch.tanh(z / scores.soft_cap)
         distance = torch.arange(length - end + start, length)[:, None] - torch.arange(length)
-        if slopes is not None:
-            scores = scores - slopes[:, None, None] * distance.to(q.device)
-        unseen = (distance < 0) | (distance >= (window or length))
-        scores = scores.masked_fill(unseen.to(q.device), float("-inf"))
-        if sinks is not None:
-            scores = torch.cat((scores, sinks[:, None, None].expand(-1, end - start, 1)), -1)
-        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :length], v).to(q.dtype)
+        if scores.slopes is not None:
+            z = z - scores.slopes[:, None, None] * distance.to(q.device)
+        unseen = (distance < 0) | (distance >= (scores.window or length))
+        z = z.masked_fill(unseen.to(q.device), float("-inf"))
+        if scores.sinks is not None:
+            z = torch.cat((z, scores.sinks[:, None, None].expand(-1, end - start, 1)), -1)
+        out[start:end] = torch.einsum("hqk,khd->qhd", z.softmax(-1)[..., :length], v).to(q.dtype)
     return out
 
 
@@ -151,6 +159,11 @@ def make(
         max_seq_len=max(seq_lens),
         invariant=invariant,
     )
-    by_head = {"slopes": torch.rand(num_heads, device=device)} if slopes else {}
-    by_head |= {"sinks": torch.randn(num_heads, device=device) * 2} if sinks else {}
-    return call(q, cache, plan, scale=2 * head_dim**-0.5, window=window, soft_cap=soft_cap, **by_head)
+    scores = Scores(
+        2 * head_dim**-0.5,
+        window,
+        soft_cap,
+        torch.rand(num_heads, device=device) if slopes else None,
+        torch.randn(num_heads, device=device) * 2 if sinks else None,
+    )
+    return call(q, cache, plan, scores=scores)

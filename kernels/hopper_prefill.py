@@ -25,7 +25,7 @@ from torch import Tensor
 from cableway.kernels.lang import async_load, gl, gluon_jit, gpu_capability, hopper, triton
 
 if TYPE_CHECKING:
-    from cableway.kernels.attention_plan import AttentionPlan
+    from cableway.kernels.attention_plan import AttentionPlan, Scores
 
 _ROWS = _KEYS = 64
 _LOG2_E = 1.4426950408889634
@@ -213,9 +213,7 @@ def fits(q: Tensor, plan: AttentionPlan) -> bool:
     return gpu_capability() == 90 and is_half and head_dim % 8 == 0 and num_heads <= _ROWS and not plan.invariant
 
 
-def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, *, scale: float, window: int, soft_cap: float
-) -> None:
+def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: Scores) -> None:
     """Write `out` [T, H, D] for the sequences that paged_decode leaves."""
     (num_tokens, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     group = num_heads // num_kv_heads
@@ -223,11 +221,13 @@ def launch(
     work = plan.prefill_work(num_tokens=num_tokens, tile=max(_ROWS // block_group, 1), skips_singles=True)
     block_dim = max(triton.next_power_of_2(head_dim), 64)
     # The cap's tanh(z) is 1 - 2 / (1 + exp(2 z)).
-    factor, cap = (2 * scale / soft_cap, soft_cap * _LOG2_E) if soft_cap else (scale, 0.0)
+    factor, cap = scores.scale, scores.soft_cap * _LOG2_E
+    if scores.soft_cap:
+        factor *= 2 / scores.soft_cap
     _hopper_prefill[(num_kv_heads, len(work))](
-        q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work, factor * _LOG2_E, cap, window,
+        q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work, factor * _LOG2_E, cap, scores.window,
         q.stride(0), cache.stride(0), plan.block_table.stride(0),
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=soft_cap > 0,
-        HAS_WINDOW=window > 0, ROWS=_ROWS, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim,
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=scores.soft_cap > 0,
+        HAS_WINDOW=scores.window > 0, ROWS=_ROWS, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim,
         KEYS=_KEYS if block_dim <= 128 else _KEYS // 2, STAGES=3 if block_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import attention_plan
-from cableway.kernels.attention_plan import AttentionPlan
+from cableway.kernels.attention_plan import AttentionPlan, Scores
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, call, check, grid, kernel, nbytes
@@ -30,7 +30,7 @@ _ROWS = 16
 
 
 def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
-    return attention_plan.ref(q, cache.expand(2, *cache.shape[1:]), plan, scale=scale)[..., :rank].contiguous()
+    return attention_plan.ref(q, cache.expand(2, *cache.shape[1:]), plan, Scores(scale))[..., :rank].contiguous()
 
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
@@ -138,4 +138,4 @@ def latent_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: fl
     if not q.is_cpu:
         return launch(q, cache, plan, scale=scale, rank=rank)
     twice = cache.expand(2, *cache.shape[1:])
-    return cpu_attention.attend(q, twice, plan, scale=scale, window=0, soft_cap=0.0)[..., :rank].contiguous()
+    return cpu_attention.attend(q, twice, plan, Scores(scale))[..., :rank].contiguous()

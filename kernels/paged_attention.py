@@ -13,34 +13,28 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import hopper_prefill, paged_decode, paged_prefill
-from cableway.kernels.attention_plan import AttentionPlan, check_fits, make, num_bytes, ref
+from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid, kernel
 
 
-def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
-    by_head = {"slopes": slopes, "sinks": sinks}
     if plan.invariant or not plan.may_have_singles:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:
-        out = paged_decode.launch(q, cache, plan, **options, **by_head)
+        out = paged_decode.launch(q, cache, plan, scores)
         if plan.max_query_len == 1 and len(q) == len(plan.seq_lens):
             return out
-    if slopes is None and sinks is None and hopper_prefill.fits(q, plan):
-        hopper_prefill.launch(q, cache, plan, out, **options)
-    else:
-        paged_prefill.launch(q, cache, plan, out, **options, **by_head)
+    is_plain = scores.slopes is None and scores.sinks is None
+    prefill = hopper_prefill if is_plain and hopper_prefill.fits(q, plan) else paged_prefill
+    prefill.launch(q, cache, plan, out, scores)
     return out
 
 
 def _visible_keys(made: Call) -> int:
     """Pairs of a query token and a key it sees."""
-    window = made.kwargs["window"]
+    window = made.kwargs["scores"].window
     lengths = (p + 1 for start, end, length in made.args[2].spans for p in range(length - end + start, length))
     return sum(min(length, window or length) for length in lengths)
 
@@ -71,11 +65,8 @@ BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
     num_flops=lambda c: 4 * c.args[0].shape[1] * c.args[0].shape[2] * _visible_keys(c),
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
-def paged_attention(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attend q [T, H, D] to the cached keys of its sequences -> [T, H, D]; ValueError when shapes do not fit."""
-    check_fits(q, cache, slopes, sinks)
+    check_fits(q, cache, scores)
     form = cpu_attention.attend if q.device.type == "cpu" else launch
-    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap, slopes=slopes, sinks=sinks)
+    return form(q, cache, plan, scores)

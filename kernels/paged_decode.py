@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cableway.kernels.attention_plan import AttentionPlan, check_fits, make, num_bytes, ref
+from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, are_contiguous, check, grid, kernel
@@ -245,19 +245,11 @@ def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    tuning = FEW if len(plan.seq_lens) <= _MOST_FEW else MANY
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "slopes": slopes, "sinks": sinks}
-    return launch_tuned(q, cache, plan, tuning, **options)
+def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
+    return launch_tuned(q, cache, plan, scores, FEW if len(plan.seq_lens) <= _MOST_FEW else MANY)
 
 
-def launch_tuned(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, window: int, soft_cap: float,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def launch_tuned(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, tuning: Tuning) -> Tensor:
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     check(are_contiguous(plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     group = num_heads // num_kv_heads
@@ -265,10 +257,11 @@ def launch_tuned(
     block_group = triton.next_power_of_2(group)
     tile = min(max(tuning.tile_bytes // (block_dim * q.element_size()), 16), tuning.most_tile_keys)
     num_shares = max(tuning.shares_a_processor * _num_processors(q.device) // num_kv_heads, 1)
+    slopes, sinks = scores.slopes, scores.sinks
     num_works = len(plan._decode_works)
     work, arrivals = plan.decode_work(
         num_shares=num_shares, tile=tile, least_tiles=-(-tuning.least_stretch_keys // tile),
-        num_kv_heads=num_kv_heads, window=window,
+        num_kv_heads=num_kv_heads, window=scores.window,
     )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_parts = len(work) * num_heads
@@ -277,8 +270,8 @@ def launch_tuned(
     _paged_decode[(num_kv_heads, len(work))](
         q, cache, out, plan.block_table, work, arrivals, tops, masses, sums,
         plan.seq_lens, q if slopes is None else slopes, q if sinks is None else sinks,
-        scale, soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=soft_cap > 0,
+        scores.scale, scores.soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=scores.soft_cap > 0,
         HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
         BLOCK_PARTS=max(512 * tuning.num_warps // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
@@ -318,16 +311,13 @@ UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
     num_bytes=num_bytes,
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
-def paged_decode(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int = 0, soft_cap: float = 0.0,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def paged_decode(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attend q [num_seqs, H, D] to the cached keys of its sequences -> the same shape; ValueError as paged_attention.
 
     The sums of a sequence may be cut otherwise in another batch: not for plans that ask for invariant results.
     """
-    check_fits(q, cache, slopes, sinks)
+    check_fits(q, cache, scores)
     check(len(q) == len(plan.seq_lens) and plan.max_query_len == 1, "not one token a sequence")
     check(not plan.invariant, "the plan asks for invariant results")
     form = cpu_attention.attend if q.device.type == "cpu" else launch
-    return form(q, cache, plan, scale=scale, window=window, soft_cap=soft_cap, slopes=slopes, sinks=sinks)
+    return form(q, cache, plan, scores)

@@ -15,7 +15,7 @@ from torch import Tensor
 from cableway.kernels.lang import jit, tl, triton
 
 if TYPE_CHECKING:
-    from cableway.kernels.attention_plan import AttentionPlan
+    from cableway.kernels.attention_plan import AttentionPlan, Scores
 
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
@@ -86,10 +86,7 @@ def _paged_prefill(
         tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(q.dtype), mask=inside)
 
 
-def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, *, scale: float, window: int, soft_cap: float,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
-) -> None:  # fmt: skip
+def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: Scores) -> None:
     """Write `out` [T, H, D] for all sequences of an invariant plan, else for those that paged_decode leaves."""
     (num_tokens, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     group = num_heads // num_kv_heads
@@ -100,11 +97,12 @@ def launch(
     # Two stages of keys and values fit the 99 KiB of a block on smaller GPUs: heads of 128 in float32, of 256 else.
     block_keys = min(max((1 << 14) // (block_dim * q.element_size()), 16), 64)
     work = plan.prefill_work(num_tokens=num_tokens, tile=tile, skips_singles=not plan.invariant)
+    slopes, sinks = scores.slopes, scores.sinks
     _paged_prefill[(num_kv_heads, len(work))](
         q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work,
-        q if slopes is None else slopes, q if sinks is None else sinks, scale, soft_cap, window,
+        q if slopes is None else slopes, q if sinks is None else sinks, scores.scale, scores.soft_cap, scores.window,
         q.stride(0), cache.stride(0), plan.block_table.stride(0), block_size, num_kv_heads,
-        GROUP=group, HEAD_DIM=head_dim, HAS_CAP=soft_cap > 0, HAS_WINDOW=window > 0,
+        GROUP=group, HEAD_DIM=head_dim, HAS_CAP=scores.soft_cap > 0, HAS_WINDOW=scores.window > 0,
         HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         TILE=tile, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim, BLOCK_KEYS=block_keys,
         num_warps=4, num_stages=2,

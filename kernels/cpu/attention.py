@@ -26,7 +26,7 @@ from torch import Tensor
 from cableway.kernels.lang import loops
 
 if TYPE_CHECKING:
-    from cableway.kernels.attention_plan import AttentionPlan
+    from cableway.kernels.attention_plan import AttentionPlan, Scores
 
 _TILE = 128
 _INVARIANT_TILE = 16
@@ -129,35 +129,19 @@ def _is_few(num_rows: int, num_keys: int) -> bool:
 
 
 class Heads(NamedTuple):
-    """How one call computes: shapes, and what is done to scores."""
-
     num_kv_heads: int
     group: int  # G
     head_dim: int
-    scale: float
-    soft_cap: float
-    slopes: Tensor | None  # [KV, 1, G, 1] f32
-    sinks: Tensor | None  # [KV, 1, G, 1] f32
-
-    @property
-    def are_plain(self) -> bool:
-        """Whether torch's own attention computes the same."""
-        return not self.soft_cap and self.slopes is None and self.sinks is None
 
 
-def attend(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, window: int, soft_cap: float,
-    slopes: Tensor | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
     """q [T, H, D] -> [T, H, D]; see `paged_attention`."""
     if q.dtype == torch.float16:  # CPUs have no fast products of it
-        options = {"scale": scale, "window": window, "soft_cap": soft_cap, "slopes": slopes, "sinks": sinks}
-        return attend(q.float(), cache, plan, **options).half()
+        return attend(q.float(), cache, plan, scores).half()
     _, _, block_size, num_kv_heads, head_dim = cache.shape
-    host = plan.on_host(block_size, window, q.dtype)
-    group = q.shape[1] // num_kv_heads
-    by_head = [None if x is None else x.view(num_kv_heads, 1, group, 1) for x in (slopes, sinks)]
-    heads = Heads(num_kv_heads, group, head_dim, scale, soft_cap, *by_head)
+    host = plan.on_host(block_size, scores.window, q.dtype)
+    heads = Heads(num_kv_heads, q.shape[1] // num_kv_heads, head_dim)
+    slopes, sinks = scores.slopes, scores.sinks
     out = torch.empty(q.shape, dtype=q.dtype)
     for start, end in host.nobodies:
         out[start:end] = 0
@@ -167,13 +151,14 @@ def attend(
             loops.attend, len(host.singles) * num_kv_heads, operations, q.data_ptr(), q.stride(0), out.data_ptr(),
             loops.KINDS[q.dtype], cache.data_ptr(), loops.KINDS[cache.dtype], cache.stride(0),
             plan.block_table.data_ptr(), plan.block_table.stride(0), host.singles.data_ptr(), host.most_keys,
-            num_kv_heads, heads.group, head_dim, block_size, window,
-            0 if slopes is None else slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(), scale, soft_cap,
+            num_kv_heads, heads.group, head_dim, block_size, scores.window,
+            0 if slopes is None else slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+            scores.scale, scores.soft_cap,
         )  # fmt: skip
     if host.chunks:
         keys, values = cache.flatten(2).unbind()
         for chunk in host.chunks:
-            _attend_chunk(q, keys, values, chunk, heads, out, invariant=plan.invariant)
+            _attend_chunk(q, keys, values, chunk, heads, scores, out, invariant=plan.invariant)
     return out
 
 
@@ -183,13 +168,15 @@ def _gather(blocks: Tensor, index: Tensor, heads: Heads, dtype: torch.dtype) -> 
 
 
 def _attend_chunk(
-    q: Tensor, keys: Tensor, values: Tensor, chunk: Chunk, heads: Heads, out: Tensor, *, invariant: bool
+    q: Tensor, keys: Tensor, values: Tensor, chunk: Chunk, heads: Heads, scores: Scores, out: Tensor, *, invariant: bool
 ) -> None:
     """Attention of one sequence's new tokens, q and out [T, H, D]."""
+    # Whether torch's own attention computes the same.
+    is_plain = not (invariant or scores.soft_cap or scores.slopes is not None or scores.sinks is not None)
     k, v = _gather(keys, chunk.blocks, heads, q.dtype), _gather(values, chunk.blocks, heads, q.dtype)
     k[chunk.num_keys :] = 0
     v[chunk.num_keys :] = 0
-    num_kv_heads, group, head_dim = heads[:3]
+    num_kv_heads, group, head_dim = heads
     k, v = (x.view(-1, num_kv_heads, head_dim).transpose(0, 1) for x in (k, v))
     q, out = (x.unflatten(1, (num_kv_heads, group)) for x in (q, out))
     for tile in chunk.tiles:
@@ -199,18 +186,18 @@ def _attend_chunk(
         num_rows = len(rows)
         rows = rows.transpose(0, 1).reshape(num_kv_heads, num_rows * group, head_dim)
         k_tile, v_tile = k[:, tile.first_key : tile.last_key], v[:, tile.first_key : tile.last_key]
-        if not invariant and heads.are_plain and _is_few(num_rows, k_tile.shape[1]):
+        if is_plain and _is_few(num_rows, k_tile.shape[1]):
             mask = tile.mask.expand(-1, group, -1).flatten(0, 1)
             y = F.scaled_dot_product_attention(
-                rows[None], k_tile[None], v_tile[None], attn_mask=mask, scale=heads.scale
+                rows[None], k_tile[None], v_tile[None], attn_mask=mask, scale=scores.scale
             )[0]
         else:
-            scores = _scores(rows, k_tile.transpose(1, 2), heads.scale, heads.soft_cap)
-            by_head = scores.view(num_kv_heads, num_rows, group, -1)
-            if heads.slopes is not None:
-                by_head += (heads.slopes * _distances(tile, chunk)).to(scores.dtype)
-            by_head[..., -tile.mask.shape[-1] :] += tile.mask
-            y = torch.bmm(_weights(by_head, heads.sinks).flatten(1, 2), v_tile)
+            z = _products(rows, k_tile.transpose(1, 2), scores).view(num_kv_heads, num_rows, group, -1)
+            if scores.slopes is not None:
+                z += (_by_head(scores.slopes, heads) * _distances(tile, chunk)).to(z.dtype)
+            z[..., -tile.mask.shape[-1] :] += tile.mask
+            sinks = None if scores.sinks is None else _by_head(scores.sinks, heads)
+            y = torch.bmm(_weights(z, sinks).flatten(1, 2), v_tile)
         y = y.unflatten(1, (num_rows, group))[:, tile.rows_before : num_rows - tile.rows_after]
         out[tile.start : tile.end] = y.transpose(0, 1)
 
@@ -222,15 +209,19 @@ def _distances(tile: Tile, chunk: Chunk) -> Tensor:
     return (torch.arange(tile.first_key, tile.last_key) - position[:, None])[:, None]
 
 
-def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+def _weights(z: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax of scores [KV, R, G, k], with a score more a head that nothing is read for."""
     if sinks is None:
-        return scores.softmax(-1)
-    sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
-    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+        return z.softmax(-1)
+    return torch.cat((z, sinks.to(z.dtype).expand(*z.shape[:-1], 1)), -1).softmax(-1)[..., :-1]
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, soft_cap: float) -> Tensor:
+def _by_head(x: Tensor, heads: Heads) -> Tensor:
+    """x [H] -> [KV, 1, G, 1]"""
+    return x.view(heads.num_kv_heads, 1, heads.group, 1)
+
+
+def _products(q: Tensor, k: Tensor, scores: Scores) -> Tensor:
     """scale * q [b, m, d] @ k [b, d, n], capped where soft_cap > 0."""
-    scores = torch.baddbmm(q.new_empty(1), q, k, beta=0, alpha=scale)
-    return scores.div_(soft_cap).tanh_().mul_(soft_cap) if soft_cap else scores
+    z, cap = torch.baddbmm(q.new_empty(1), q, k, beta=0, alpha=scores.scale), scores.soft_cap
+    return z.div_(cap).tanh_().mul_(cap) if cap else z

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cableway.kernels.attention_plan import AttentionPlan
+from cableway.kernels.attention_plan import AttentionPlan, Scores
 from tests.kernels import laws
 
 ATTENTION = laws.named("paged_attention")
@@ -24,7 +24,7 @@ def attend(q: Tensor, cache: Tensor, table: Tensor, spans: list[tuple[int, int, 
         invariant=True,
     )
     step = torch.cat([q[sequence, first:end] for sequence, first, end in spans])
-    return list(laws.form(ATTENTION)(step, cache, plan, scale=0.25, window=window).split(lengths.tolist()))
+    return list(laws.form(ATTENTION)(step, cache, plan, Scores(0.25, window)).split(lengths.tolist()))
 
 
 @pytest.mark.parametrize("window", [0, 9, 32])

@@ -7,6 +7,7 @@ Key: T tokens, H heads, R rank of the latents.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,53 +50,56 @@ class HeadMatrices(Slot):
         return by_heads(x, matrices, is_invariant=self._is_invariant)
 
 
+class LatentSizes(NamedTuple):
+    latent: int  # of keys and values: R
+    q_latent: int  # that queries are made from; 0 = they are made from x at once
+    nope: int  # part of a head's query and key that is not rotated
+    rope: int  # part that is
+    v: int  # of a head's value
+
+
 class LatentAttention(Mixer):
     """Causal self-attention over latents.
 
     Args:
-        latent: size of the latents. q_latent: queries are made from latents of their own; 0 = from x at once.
-        nope_dim, rope_dim: parts of a head's query and key that are not rotated, and that are.
-        v_dim: of a head's value.
+        scale: of the scores.
         bias: of what makes latents, and of the output.
-        q_scale, kv_scale: of queries, and of the latents of keys and values.
+        kv_scale: of the latents of keys and values.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, *, q_latent: int, latent: int, nope_dim: int, rope_dim: int, v_dim: int,
-        rope: Rope, scale: float, bias: bool = False, q_scale: float = 1.0, kv_scale: float = 1.0,
+        self, hidden_size: int, num_heads: int, sizes: LatentSizes, *, rope: Rope, scale: float, bias: bool = False,
+        kv_scale: float = 1.0,
     ):  # fmt: skip
-        embed, heads = Axis("embed", hidden_size), Axis("heads", num_heads, nope_dim + rope_dim)
-        narrow = Axis("latent", q_latent)
-        self.q_down = Linear(narrow, embed, bias=bias) if q_latent else None
-        self.q_norm = RMSNorm(q_latent, _EPS) if q_latent else None
-        self.q = Linear(heads, narrow if q_latent else embed)
-        self.kv_down = Linear({"latent": Axis("latent", latent), "k": Axis("latent", 1, rope_dim)}, embed, bias=bias)
-        self.kv_norm = RMSNorm(latent, _EPS)
-        self.kv_up = HeadMatrices(num_heads, nope_dim, v_dim, latent)
-        self.out = Linear(embed, Axis("heads", num_heads, v_dim), bias=bias)
-        self.rope, self.scale = rope, scale
-        self.rank, self.nope_dim, self.rope_dim = latent, nope_dim, rope_dim
-        self.q_scale, self.kv_scale = q_scale, kv_scale
+        embed, heads = Axis("embed", hidden_size), Axis("heads", num_heads, sizes.nope + sizes.rope)
+        q_latent, latent = Axis("latent", sizes.q_latent), Axis("latent", sizes.latent)
+        self.q_down = Linear(q_latent, embed, bias=bias) if sizes.q_latent else None
+        self.q_norm = RMSNorm(sizes.q_latent, _EPS) if sizes.q_latent else None
+        self.q = Linear(heads, q_latent if sizes.q_latent else embed)
+        self.kv_down = Linear({"latent": latent, "k": Axis("latent", 1, sizes.rope)}, embed, bias=bias)
+        self.kv_norm = RMSNorm(sizes.latent, _EPS)
+        self.kv_up = HeadMatrices(num_heads, sizes.nope, sizes.v, sizes.latent)
+        self.out = Linear(embed, Axis("heads", num_heads, sizes.v), bias=bias)
+        self.sizes, self.rope, self.scale, self.kv_scale = sizes, rope, scale, kv_scale
 
     def state(self, mesh: Mesh) -> StateSpec:
-        return StateSpec("latent", (self.number,), 1, self.rank + self.rope_dim, num_planes=1)
+        return StateSpec("latent", (self.number,), 1, self.sizes.latent + self.sizes.rope, num_planes=1)
 
     def ropes(self) -> list[Rope]:
         return [self.rope]
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E], and this layer's cache takes the latents of the T tokens."""
+        rank, nope, rope = self.sizes.latent, self.sizes.nope, self.sizes.rope
         q = self.q(x if self.q_down is None else self.q_norm(self.q_down(x)))
-        if self.q_scale != 1:
-            q = q.mul_(self.q_scale)
-        q = q.unflatten(1, (-1, self.nope_dim + self.rope_dim))
+        q = q.unflatten(1, (-1, nope + rope))
         kept = self.kv_down(x)
-        latent = self.kv_norm(kept[:, : self.rank])
-        kept[:, : self.rank] = latent if self.kv_scale == 1 else latent.mul_(self.kv_scale)
-        rotate(q[..., self.nope_dim :], kept[:, None, self.rank :], step.angles(self.rope))
-        absorbed = self.kv_up.through(q[..., : self.nope_dim], self.kv_up.make_keys)
+        latent = self.kv_norm(kept[:, :rank])
+        kept[:, :rank] = latent if self.kv_scale == 1 else latent.mul_(self.kv_scale)
+        rotate(q[..., nope:], kept[:, None, rank:], step.angles(self.rope))
+        absorbed = self.kv_up.through(q[..., :nope], self.kv_up.make_keys)
         cache, plan, slots = step.state(self.number)
         latent_write(kept, cache, slots)
-        whole = torch.cat((absorbed, q[..., self.nope_dim :]), -1)
-        y = latent_attention(whole, cache, plan, scale=self.scale, rank=self.rank)
+        whole = torch.cat((absorbed, q[..., nope:]), -1)
+        y = latent_attention(whole, cache, plan, scale=self.scale, rank=rank)
         return self.out(self.kv_up.through(y, self.kv_up.make_values).flatten(1))

@@ -173,14 +173,3 @@ class SoftCap(Block):
     def __call__(self, x: Tensor) -> Tensor:
         """In place."""
         return x.div_(self.cap).tanh_().mul_(self.cap)
-
-
-class Clip(Block):
-    """y = min(max(x, -limit), limit)"""
-
-    def __init__(self, limit: float):
-        self.limit = limit
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """In place."""
-        return x.clamp_(-self.limit, self.limit)

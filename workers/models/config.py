@@ -1,7 +1,7 @@
 """What a family reads of a config.json, typed and checked; spellings of older files are brought to one first."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -65,6 +65,9 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     norm_eps: Epsilon = 1e-6
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
+
+    rotary_frac: ClassVar[float] = 1.0
+    """Part of a head that is rotated where a file has no `rope_parameters` and does not say."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -176,6 +179,8 @@ def _modern(config: Mapping[str, Any], kind: type[DecoderConfig], fields: Mappin
         if modern.get(name) is None:
             modern.pop(name, None)
     kind.derive(modern)
+    if not modern.get("rope_parameters"):
+        modern.setdefault("partial_rotary_factor", kind.rotary_frac)
     if "moe_intermediate_size" in fields:
         modern.setdefault("moe_intermediate_size", modern.get("intermediate_size"))
         modern.setdefault("intermediate_size", modern["moe_intermediate_size"])

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.latent import LatentAttention
+from cableway.workers.blocks.latent import LatentAttention, LatentSizes
 from cableway.workers.blocks.layers import Layer, ShortcutLayer
 from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP
@@ -142,23 +142,19 @@ class LongcatConfig(DeepseekV3Config, frozen=True, kw_only=True):
         config["moe_intermediate_size"] = config["expert_ffn_hidden_size"]
 
 
-def latent_attention(c: Any, **options: Any) -> LatentAttention:
+def latent_attention(c: Any, q_scale: float = 1.0, kv_scale: float = 1.0) -> LatentAttention:
     nope_dim, rope_dim, rope = c.qk_nope_head_dim, c.qk_rope_head_dim, c.rope_parameters
-    scale = (nope_dim + rope_dim) ** -0.5
+    scale = q_scale * (nope_dim + rope_dim) ** -0.5
     if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
         scale *= yarn_length(rope["factor"], rope["mscale_all_dim"]) ** 2
     return LatentAttention(
         c.hidden_size,
         c.num_attention_heads,
-        q_latent=c.q_lora_rank or 0,
-        latent=c.kv_lora_rank,
-        nope_dim=nope_dim,
-        rope_dim=rope_dim,
-        v_dim=c.v_head_dim,
+        LatentSizes(c.kv_lora_rank, c.q_lora_rank or 0, nope_dim, rope_dim, c.v_head_dim),
         rope=c.rope(),
         scale=scale,
         bias=c.attention_bias,
-        **options,
+        kv_scale=kv_scale,
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cableway.workers.blocks.attention import Attention, LateNormAttention
+from cableway.workers.blocks.attention import Attention, LateNormAttention, NormedAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import ParallelLayer
 from cableway.workers.blocks.linear import Axis
@@ -110,22 +110,14 @@ class NormConfig(BiasConfig, frozen=True, kw_only=True):
 
 
 class NemotronConfig(NormConfig, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        BiasConfig.derive(config)
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.5)
+    rotary_frac = 0.5
 
 
 class PersimmonConfig(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     hidden_act: str = "relu2"
     qk_layernorm: bool = True
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.5)
+    rotary_frac = 0.5
 
 
 class StableLmConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -133,11 +125,7 @@ class StableLmConfig(DecoderConfig, frozen=True, kw_only=True):
     use_qkv_bias: bool = False
     qk_layernorm: bool = False
     use_parallel_residual: bool = False
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.25)
+    rotary_frac = 0.25
 
 
 class SmolLM3Config(WindowedConfig, frozen=True, kw_only=True):
@@ -227,9 +215,8 @@ def hunyuan(c: LlamaConfig) -> Decoder:
 
 @arch("BitNetForCausalLM", config=LlamaConfig, hf=BITNET)
 def bitnet(c: LlamaConfig) -> Decoder:
-    heads, ffn = Axis("heads", c.num_attention_heads, c.head_dim), Axis("ffn", c.intermediate_size)
-    bias = c.attention_bias
-    mix = Attention.of(c, norm_y=JointNorm(heads, c.norm_eps), bias=bias, out_bias=bias)
+    ffn, bias = Axis("ffn", c.intermediate_size), c.attention_bias
+    mix = NormedAttention.of(c, eps=c.norm_eps, bias=bias, out_bias=bias)
     return pre_norm(c, [mix] * c.num_hidden_layers, MLP.of(c, norm=JointNorm(ffn, c.norm_eps)))
 
 

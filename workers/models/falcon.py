@@ -3,11 +3,11 @@ Bloom and MPT (ALiBi), OPT (learned positions)."""
 
 from typing import Any, Literal
 
-from cableway.workers.blocks.attention import ALiBi, Attention
+from cableway.workers.blocks.attention import ALiBi, Attention, ClippedAttention
 from cableway.workers.blocks.decoder import Decoder, Positions
 from cableway.workers.blocks.layers import Layer, ParallelLayer, PostNormLayer
 from cableway.workers.blocks.mlp import Activation, PlainMLP
-from cableway.workers.blocks.norm import Clip, LayerNorm, PlainLayerNorm
+from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Never, Size
 from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
 from cableway.workers.models.names import Names, Target, by_group, names
@@ -130,7 +130,7 @@ def _falcon_gguf(c: FalconConfig) -> Names:
 @arch("RWForCausalLM", config=FalconConfig, hf=BLOOM, verified=relative("Falcon"))
 def falcon(c: FalconConfig) -> Decoder:
     norm, bias, has_two = LayerNorm(c.hidden_size, c.norm_eps), c.bias, c.num_ln_in_parallel_attn
-    position = {"rope": None, "scores": ALiBi(c.num_attention_heads, scale=c.head_dim**-0.5)} if c.alibi else {}
+    position = {"rope": ALiBi(c.num_attention_heads, scale=c.head_dim**-0.5)} if c.alibi else {}
     mix, mlp = Attention.of(c, bias=bias, out_bias=bias, **position), PlainMLP.of(c, bias=bias)
     if c.new_decoder_architecture and has_two in (None, 2):
         layer = ParallelLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)
@@ -144,7 +144,7 @@ def falcon(c: FalconConfig) -> Decoder:
 @arch("BloomForCausalLM", config=BloomConfig, hf=BLOOM, gguf=GGUF | PLAIN_MLP)
 def bloom(c: BloomConfig) -> Decoder:
     norm, alibi = LayerNorm(c.hidden_size, c.norm_eps), ALiBi(c.num_attention_heads)
-    mix = Attention.of(c, rope=None, scores=alibi, bias=True, out_bias=True)
+    mix = Attention.of(c, rope=alibi, bias=True, out_bias=True)
     layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=PlainMLP.of(c, act=Activation("gelu_tanh"), bias=True))
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=norm)
 
@@ -153,15 +153,8 @@ def bloom(c: BloomConfig) -> Decoder:
 @arch("MPTForCausalLM", config=MPTConfig, hf=MPT, verified=relative("Mpt"))
 def mpt(c: MPTConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps, bias=None)
-    mix = Attention.of(
-        c,
-        rope=None,
-        scores=ALiBi(c.num_attention_heads, most=c.alibi_bias_max),
-        scale=c.softmax_scale,
-        clip=Clip(c.clip_qkv) if c.clip_qkv else None,
-        bias=None,
-        out_bias=None,
-    )
+    alibi = ALiBi(c.num_attention_heads, most=c.alibi_bias_max)
+    mix = ClippedAttention.of(c, rope=alibi, scale=c.softmax_scale, clip=c.clip_qkv, bias=None, out_bias=None)
     layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=PlainMLP.of(c, act=Activation("gelu"), bias=None))
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
 

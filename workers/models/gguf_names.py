@@ -59,7 +59,7 @@ _ATTENTION: dict[str, str | Target] = {
     "attn_q_norm": "q_norm",
     "attn_k_norm": "k_norm",
     "attn_output": "out",
-    "attn_sinks": "scores.logits",
+    "attn_sinks": "sinks",
     "attn_q_a": "q_down",
     "attn_q_a_norm": "q_norm",
     "attn_q_b": "q",

@@ -44,11 +44,7 @@ class GlmConfig(DecoderConfig, frozen=True, kw_only=True):
     head_dim: Size = 128
     norm_eps: float = 1.5625e-07
     attention_bias: bool = True
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.5)
+    rotary_frac = 0.5
 
 
 class ChatGLMConfig(DecoderConfig, frozen=True, kw_only=True):

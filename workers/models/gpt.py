@@ -116,11 +116,7 @@ class NeoXConfig(GPTConfig, frozen=True, kw_only=True):
     hidden_act: str = "gelu"
     use_parallel_residual: bool = True
     attention_bias: bool = True
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.25)
+    rotary_frac = 0.25
 
 
 class StarCoder2Config(GPTConfig, frozen=True, kw_only=True):

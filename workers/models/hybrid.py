@@ -143,11 +143,7 @@ class HybridConfig(SomeMoEConfig, frozen=True, kw_only=True):
 
 
 class BambaConfig(HybridConfig, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        HybridConfig.derive(config)
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.5)
+    rotary_frac = 0.5
 
 
 class NemotronHConfig(SomeMoEConfig, frozen=True, kw_only=True):

@@ -3,12 +3,12 @@ Open, MiniMax M2, Granite, DBRX, GPT-OSS, DeepSeek V1, Bailing. Routers differ, 
 
 from typing import Any
 
-from cableway.workers.blocks.attention import Attention, LateNormAttention, Sinks
+from cableway.workers.blocks.attention import Attention, ClippedAttention, LateNormAttention, SinkAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP, Activation, ClampedGate
 from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer, sigmoid
-from cableway.workers.blocks.norm import Clip, LayerNorm, RMSNorm, Scale
+from cableway.workers.blocks.norm import LayerNorm, RMSNorm, Scale
 from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window, every
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, MID_NORM
 from cableway.workers.models.glm import halves
@@ -91,7 +91,7 @@ GPT_OSS = (
     | PRE_NORMS
     | names(
         {
-            "self_attn.sinks": "mix.scores.logits",
+            "self_attn.sinks": "mix.sinks",
             "mlp.router": "mlp.router.gate",
             "mlp.experts.gate_up_proj": Target("mlp.gate_up", layout=stacked_in_turns),
             "mlp.experts.gate_up_proj_bias": Target("mlp.gate_up", layout=stacked_in_turns, leaf="bias"),
@@ -186,10 +186,7 @@ class SolarOpenConfig(DeepseekMoEConfig, frozen=True, kw_only=True):
 
 
 class Glm4MoEConfig(SolarOpenConfig, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.5)
+    rotary_frac = 0.5
 
 
 class Dots1Config(DeepseekMoEConfig, frozen=True, kw_only=True):
@@ -337,8 +334,8 @@ def phimoe(c: PhiMoEConfig) -> Decoder:
 
 @arch("OlmoeForCausalLM", config=OlmoeConfig, hf=QWEN_MOE, gguf=GGUF)
 def olmoe(c: OlmoeConfig) -> Decoder:
-    bias, clip = c.attention_bias, Clip(c.clip_qkv) if c.clip_qkv else None
-    mix = Attention.of(c, qk_norm=joint_norms(c), bias=bias, out_bias=bias, clip=clip)
+    bias = c.attention_bias
+    mix = ClippedAttention.of(c, clip=c.clip_qkv, qk_norm=joint_norms(c), bias=bias, out_bias=bias)
     return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c))
 
 
@@ -443,15 +440,15 @@ def granite_moe(c: GraniteMoEConfig) -> Decoder:
 
 @arch("DbrxForCausalLM", config=DbrxConfig, hf=DBRX, gguf=GGUF | GGUF_DBRX)
 def dbrx(c: DbrxConfig) -> Decoder:
-    mix = Attention.of(c, clip=Clip(c.clip_qkv) if c.clip_qkv else None)
+    mix = ClippedAttention.of(c, clip=c.clip_qkv)
     return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c), LayerNorm(c.hidden_size, c.norm_eps, bias=False))
 
 
 @arch("GptOssForCausalLM", config=GptOssConfig, hf=GPT_OSS, gguf=GGUF | MID_NORM)
 def gpt_oss(c: GptOssConfig) -> Decoder:
-    sinks, bias = Sinks(c.num_attention_heads), c.attention_bias
+    bias = c.attention_bias
     windows = c.by_layer(c.layer_types, {"full_attention": 0, "sliding_attention": c.sliding_window})
-    mixes = [Attention.of(c, window=window, scores=sinks, bias=bias, out_bias=bias) for window in windows]
+    mixes = [SinkAttention.of(c, window=window, bias=bias, out_bias=bias) for window in windows]
     moe = MoE(
         c.hidden_size,
         c.intermediate_size,

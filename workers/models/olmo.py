@@ -3,12 +3,12 @@ and k; in OLMo 3 and the larger Exaone 4 most layers see a window, and Exaone's 
 
 from typing import Any
 
-from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.attention import Attention, ClippedAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP
-from cableway.workers.blocks.norm import Clip, JointNorm, PlainLayerNorm, RMSNorm
+from cableway.workers.blocks.norm import JointNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
 from cableway.workers.models.llama import pre_norm
@@ -72,8 +72,8 @@ class Exaone4Config(DecoderConfig, frozen=True, kw_only=True):
 
 @arch("OlmoForCausalLM", config=OlmoConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
 def olmo(c: OlmoConfig) -> Decoder:
-    clip, bias = Clip(c.clip_qkv) if c.clip_qkv else None, c.attention_bias
-    mixes = [Attention.of(c, bias=bias, out_bias=bias, clip=clip)] * c.num_hidden_layers
+    bias = c.attention_bias
+    mixes = [ClippedAttention.of(c, clip=c.clip_qkv, bias=bias, out_bias=bias)] * c.num_hidden_layers
     return pre_norm(c, mixes, norm=PlainLayerNorm(c.hidden_size, 1e-5))
 
 

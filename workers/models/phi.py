@@ -1,7 +1,5 @@
 """Phi 1 and 2: attention and MLP side by side after one LayerNorm. Phi 3 and 4: Llama, fused matrices, longrope."""
 
-from typing import Any
-
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import ParallelLayer
@@ -29,11 +27,7 @@ class PhiConfig(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     hidden_act: str = "gelu_new"
     qk_layernorm: bool = False
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.5)
+    rotary_frac = 0.5
 
 
 class Phi3Config(DecoderConfig, frozen=True, kw_only=True):

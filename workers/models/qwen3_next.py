@@ -32,6 +32,7 @@ class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
     mlp_only_layers: tuple[int, ...] = ()
     shared_expert_intermediate_size: Count = 0
     num_nextn_predict_layers: Count = 0
+    rotary_frac = 0.25
 
     @staticmethod
     def derive(config: dict[str, Any]) -> None:
@@ -40,8 +41,6 @@ class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
             "linear_attention" if (i + 1) % period else "full_attention" for i in range(config["num_hidden_layers"])
         ]
         config.setdefault("layer_types", kinds)
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.25)
 
     def is_sparse(self, layer: int) -> bool:
         return (

@@ -54,13 +54,12 @@ class RecurrentGemmaConfig(DecoderConfig, frozen=True, kw_only=True):
     attention_window_size: Window = 2048
     block_types: tuple[str, ...] = ("recurrent", "recurrent", "attention")
     logits_soft_cap: Factor = 30.0
+    rotary_frac = 0.5
 
     @staticmethod
     def derive(config: dict[str, Any]) -> None:
         config["lru_width"] = config.get("lru_width") or config["hidden_size"]
         config["intermediate_size"] //= 2
-        if not config.get("rope_parameters"):
-            config.setdefault("partial_rotary_factor", 0.5)
 
 
 def _rounded(x: float) -> float:

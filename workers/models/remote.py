@@ -117,7 +117,7 @@ def _baichuan_gguf(c: BaichuanConfig) -> Names:
     verified=relative("Llama"),
 )
 def baichuan(c: BaichuanConfig) -> Decoder:
-    position = {} if c.has_rope else {"rope": None, "scores": ALiBi(c.num_attention_heads)}
+    position = {} if c.has_rope else {"rope": ALiBi(c.num_attention_heads)}
     return pre_norm(c, [Attention.of(c, **position)] * c.num_hidden_layers)
 
 
@@ -135,7 +135,7 @@ def telechat2(c: DecoderConfig) -> Decoder:
 @arch("JAISLMHeadModel", config=JaisConfig, hf=JAIS, verified=relative("StableLm"))
 def jais(c: JaisConfig) -> Decoder:
     norm, scale = LayerNorm(c.hidden_size, c.norm_eps), c.head_dim ** -(1.0 if c.mup_scale_qk_dot_by_d else 0.5)
-    mix = Attention.of(c, rope=None, scores=ALiBi(c.num_attention_heads), scale=scale, bias=True, out_bias=True)
+    mix = Attention.of(c, rope=ALiBi(c.num_attention_heads), scale=scale, bias=True, out_bias=True)
     layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=MLP.of(c, bias=True))
     embed, logits = Scale(c.embedding_factor), Scale(c.logit_factor)
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
