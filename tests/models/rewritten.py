@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.models.zoo import MINIMAX
+
 Config = dict[str, Any]
 Tensors = dict[str, Tensor]
 
@@ -441,3 +443,17 @@ REWRITTEN["BailingMoeForCausalLM"] = Rewritten(
     both_tensors(deepseek_tensors, fuse("attention.query_key_value", *QKV)),
     prepare=ungated_share,
 )
+
+
+def minimax_config(config: Config) -> None:
+    old_rope(config)
+    without("block_size", "router_jitter_noise", "sliding_window")(config)
+    for ours, theirs in (("full_attn", "full_attention"), ("linear_attn", "linear_attention"), ("mlp", "mlp")):
+        for letter in ("alpha", "beta"):
+            renamed(**{f"{ours}_{letter}_factor": f"layernorm_{theirs}_{letter}"})(config)
+    config["attn_type_list"] = [int(kind == "full_attention") for kind in config.pop("layer_types")]
+    config |= {"postnorm": True, "rotary_dim": config["head_dim"], "shared_intermediate_size": 0}
+
+
+REWRITTEN["MiniMaxText01ForCausalLM"] = Rewritten("MiniMax", {**MINIMAX, "sliding_window": None}, config=minimax_config)
+REWRITTEN["MiniMaxM1ForCausalLM"] = REWRITTEN["MiniMaxText01ForCausalLM"]

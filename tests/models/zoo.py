@@ -91,6 +91,18 @@ DEEPSEEK = {
     "routed_scaling_factor": 1.7,
     "norm_topk_prob": True,
 }
+MINIMAX = {
+    **LOCAL,
+    "sliding_window": 9,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "full_attn_alpha_factor": 1.3,
+    "full_attn_beta_factor": 0.7,
+    "linear_attn_alpha_factor": 0.8,
+    "linear_attn_beta_factor": 1.4,
+    "mlp_alpha_factor": 0.6,
+    "mlp_beta_factor": 1.7,
+    "block_size": 16,
+}
 
 ZOO: dict[str, list[Fields]] = {
     "LlamaForCausalLM": [
@@ -105,6 +117,7 @@ ZOO: dict[str, list[Fields]] = {
     ],
     "MistralForCausalLM": [{"sliding_window": 11}, {"sliding_window": 200}, {"sliding_window": None, "head_dim": 24}],
     "MinistralForCausalLM": [SOME_NEAR],
+    "CwmForCausalLM": [{**SOME_NEAR, "rope_parameters": LLAMA3}, {"sliding_window": 9, "num_hidden_layers": 5}],
     "Qwen2ForCausalLM": [
         {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
         {"head_dim": None, "tie_word_embeddings": True},
@@ -227,6 +240,7 @@ ZOO: dict[str, list[Fields]] = {
     ],
     "HunYuanMoEV1ForCausalLM": [{"num_experts": 4, "moe_topk": 2}, {"num_experts": 4, "attention_bias": True}],
     "MiniMaxM2ForCausalLM": [{**EXPERTS, "rope_parameters": HALF}],
+    "MiniMaxForCausalLM": [MINIMAX],
     "GraniteMoeForCausalLM": [{**LOCAL, **MULTIPLIERS}, {**LOCAL, "attention_bias": True}],
     "GraniteMoeSharedForCausalLM": [{**LOCAL, **MULTIPLIERS, "shared_intermediate_size": 56}],
     "DbrxForCausalLM": [
@@ -409,6 +423,8 @@ UNUSED: dict[str, set[str]] = {
     "Ernie4_5_MoeForCausalLM": {"moe_norm_min"},
     "MixtralForCausalLM": {"router_jitter_noise"},
     "MiniMaxM2ForCausalLM": {"router_jitter_noise"},
+    "MiniMaxForCausalLM": {"router_jitter_noise", "block_size"},
+    **{name: {"shared_intermediate_size"} for name in ("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM")},  # 0
     "DbrxForCausalLM": {"hidden_size", "num_key_value_heads", "moe_jitter_eps"},
     **{name: {"expand", "time_step_min"} for name in ("MambaForCausalLM", "FalconMambaForCausalLM")},
     "Mamba2ForCausalLM": {"time_step_min", "time_step_rank"},

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cableway.workers.blocks.block import Block, Mixer
@@ -115,6 +116,33 @@ class PostNormLayer(Block):
             residual.copy_(x)
         residual.zero_()
         return x
+
+
+class NormedStreamLayer(Block):
+    """Norms stand on the stream itself, before each block: with x = norm(h), h = keep x + block(x).
+
+    Args:
+        keep: of the mixer and of the MLP.
+    """
+
+    def __init__(
+        self, *, mix: Mixer, mlp: Any, norm_in: Norm, norm_mlp: Norm, keep: tuple[float, float],
+        norm_mix_out: Any = None, norm_mlp_out: Any = None,
+    ):  # fmt: skip
+        self.norm_in, self.mix, self.norm_mix_out = norm_in, mix, norm_mix_out
+        self.norm_mlp, self.mlp, self.norm_mlp_out = norm_mlp, mlp, norm_mlp_out
+        self.keep = keep
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, self.norm_in)
+        torch.mul(x, self.keep[0], out=residual)
+        delta = self.mix(x, step)
+        if self.norm_mix_out is not None:
+            delta = self.norm_mix_out(delta)
+        x = add(delta, residual, self.norm_mlp)
+        torch.mul(x, self.keep[1], out=residual)
+        delta = self.mlp(x)
+        return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
 
 
 def add(delta: Tensor, residual: Tensor, norm: Norm | None, block: Block | None = None) -> Any:

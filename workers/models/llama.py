@@ -1,4 +1,4 @@
-"""Llama family: Llama 1-3, Mistral, SmolLM, Yi, and Qwen2 (biases on q, k and v; later layers may see a window)."""
+"""Llama family: Llama 1-3, Mistral, CWM, Yi, and Qwen2 (biases on q, k and v; later layers may see a window)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import Layer, Norm
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import DecoderConfig, Window, WindowedConfig, every
+from cableway.workers.models.config import DecoderConfig, Never, Window, WindowedConfig, every
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
 from cableway.workers.models.names import HF, names
 from cableway.workers.models.registry import arch, relative
@@ -24,6 +24,17 @@ class MistralConfig(DecoderConfig, frozen=True, kw_only=True):
 
 class MinistralConfig(MistralConfig, frozen=True, kw_only=True):
     layer_types: list[str] | None = None
+
+
+class CwmConfig(MinistralConfig, frozen=True, kw_only=True):
+    """Every fourth layer sees everything, from the first on."""
+
+    mlp_bias: Never = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        kinds = ["sliding_attention" if i % 4 else "full_attention" for i in range(config["num_hidden_layers"])]
+        config.setdefault("layer_types", kinds)
 
 
 def pre_norm(
@@ -58,6 +69,7 @@ def mistral(c: MistralConfig) -> Decoder:
 
 
 @arch("MinistralForCausalLM", config=MinistralConfig, hf=HF)
+@arch("CwmForCausalLM", config=CwmConfig, hf=HF)
 def ministral(c: MinistralConfig) -> Decoder:
     kinds = c.layer_types or every(1 << 30 if c.sliding_window else 1, c.num_hidden_layers)
     windows = c.by_layer(kinds, {"full_attention": 0, "sliding_attention": c.sliding_window or 0})

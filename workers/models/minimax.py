@@ -1,0 +1,89 @@
+"""MiniMax-Text-01 and M1: experts, and lightning attention but for every eighth layer; norms stand on the stream."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import NormedStreamLayer
+from cableway.workers.blocks.lightning import LightningAttention
+from cableway.workers.blocks.norm import RMSNorm, Scale
+from cableway.workers.models.config import Factor, MoEConfig, Window
+from cableway.workers.models.moe import MIXTRAL, mixture
+from cableway.workers.models.names import Target, by_group, names
+from cableway.workers.models.registry import arch, relative
+
+MINIMAX = MIXTRAL | names(
+    {
+        "qkv_proj": Target("project", layout=by_group, parts=("q", "k", "v")),
+        "output_gate": "project.gate",
+        "norm": "norm",
+        "out_proj": "out",
+    },
+    ignored=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
+    prefix="model.layers.{}.self_attn.",
+    to="layers.{}.mix.",
+)
+
+
+class MiniMaxConfig(MoEConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    sliding_window: Window | None = None
+    layer_types: list[str]
+    full_attn_alpha_factor: Factor = 1.0
+    full_attn_beta_factor: Factor = 1.0
+    linear_attn_alpha_factor: Factor = 1.0
+    linear_attn_beta_factor: Factor = 1.0
+    mlp_alpha_factor: Factor = 1.0
+    mlp_beta_factor: Factor = 1.0
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        kinds = ["linear_attention" if i % 2 else "full_attention" for i in range(config["num_hidden_layers"])]
+        config.setdefault("layer_types", kinds)
+
+
+class MiniMaxText01Config(MiniMaxConfig, frozen=True, kw_only=True):
+    """As it was first published."""
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if not config.get("postnorm"):
+            raise ValueError("a stream without norms on it (postnorm) is not supported")
+        config["layer_types"] = ["full_attention" if full else "linear_attention" for full in config["attn_type_list"]]
+        for ours, theirs in (("full_attn", "full_attention"), ("linear_attn", "linear_attention"), ("mlp", "mlp")):
+            for letter in ("alpha", "beta"):
+                config[f"{ours}_{letter}_factor"] = config.get(f"layernorm_{theirs}_{letter}", 1.0)
+        if not config.get("rope_parameters") and config.get("rotary_dim"):
+            config["partial_rotary_factor"] = config["rotary_dim"] / config["head_dim"]
+
+
+@arch("MiniMaxForCausalLM", config=MiniMaxConfig, hf=MINIMAX)
+@arch(
+    "MiniMaxText01ForCausalLM",
+    "MiniMaxM1ForCausalLM",
+    config=MiniMaxText01Config,
+    hf=MINIMAX,
+    verified=relative("MiniMax"),
+)
+def minimax(c: MiniMaxConfig) -> Decoder:
+    norm, moe, last = RMSNorm(c.hidden_size, c.norm_eps), mixture(c, renorm=0.0), c.num_hidden_layers - 1
+    full = Attention.of(c, window=c.sliding_window or 0)
+
+    def layer(number: int, kind: str) -> NormedStreamLayer:
+        mix, keep, add = full, c.full_attn_alpha_factor, c.full_attn_beta_factor
+        if kind == "linear_attention":
+            rate = 1 - number / (last + 1e-5) + 1e-5
+            mix = LightningAttention(c.hidden_size, c.num_attention_heads, c.head_dim, rate=rate, norm_eps=1e-6)
+            keep, add = c.linear_attn_alpha_factor, c.linear_attn_beta_factor
+        return NormedStreamLayer(
+            norm_in=norm,
+            mix=mix,
+            norm_mix_out=Scale(add),
+            norm_mlp=norm,
+            mlp=moe,
+            norm_mlp_out=Scale(c.mlp_beta_factor),
+            keep=(keep, c.mlp_alpha_factor),
+        )
+
+    kinds = c.by_layer(c.layer_types, {kind: kind for kind in ("full_attention", "linear_attention")})
+    return Decoder(c, [layer(number, kind) for number, kind in enumerate(kinds)], norm_out=norm)
