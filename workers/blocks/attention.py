@@ -16,13 +16,13 @@ from cableway.kernels.rope_and_write import rope_and_write
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Mixer
 from cableway.workers.blocks.linear import Linear, Vector
-from cableway.workers.blocks.norm import JointNorm, LayerNorm, RMSNorm, RMSScale
+from cableway.workers.blocks.norm import HeadRMSNorm, JointNorm, LayerNorm, RMSNorm, RMSScale
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis, Mesh
 
-HeadNorm = RMSNorm | RMSScale | LayerNorm | JointNorm
+HeadNorm = RMSNorm | RMSScale | HeadRMSNorm | LayerNorm | JointNorm
 
 
 class Attention(Mixer):

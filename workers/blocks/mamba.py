@@ -97,20 +97,22 @@ class Mamba(Recurrent):
     Args:
         inner_size: channels. state_size: N. step_size: numbers that the time step is made of.
         norms: of time step, b and c.
+        head_dim: channels that share a time step, a and d.
     """
 
     def __init__(
         self, hidden_size: int, inner_size: int, state_size: int, step_size: int, width: int, *, bias: bool,
-        conv_bias: bool, norms: tuple[Block, Block, Block] | None = None,
+        conv_bias: bool, norms: tuple[Block, Block, Block] | None = None, head_dim: int = 1,
     ):  # fmt: skip
-        embed, self.inner = Axis("embed", hidden_size), Axis("ffn", inner_size)
+        embed, heads = Axis("embed", hidden_size), Axis("ffn", inner_size // head_dim)
+        self.inner = Axis("ffn", heads.count, head_dim)
         self.project = Linear({"x": self.inner, "z": self.inner}, embed, bias=bias)
         self.conv = CausalConv({"": self.inner}, width, bias=conv_bias, silu=True)
         state = Axis("state", state_size)
         self.select = Linear({"dt": Axis("step", step_size), "b": state, "c": state}, self.inner)
         self.dt_norm, self.b_norm, self.c_norm = norms or (None, None, None)
-        self.dt = Linear(self.inner, Axis("step", step_size), bias=True)
-        self.a_log, self.d = Table({"": self.inner}, state_size), Vector(self.inner)
+        self.dt = Linear(heads, Axis("step", step_size), bias=True)
+        self.a_log, self.d = Table({"": heads}, state_size), Vector(heads)
         self.out = Linear(embed, self.inner, bias=bias)
         self.sizes = (step_size, state_size, state_size)
 
@@ -129,13 +131,12 @@ class Mamba(Recurrent):
         x = self.conv(x, states[:, : self._conv_len], step, self.number)
         dt, b, c = self.selected(x)
         dt, b, c = F.softplus(dt.float()), b.float().contiguous(), c.float().contiguous()
-        scanned = state_scan(
-            x.float()[..., None].contiguous(), dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan
-        )
-        return self.out(silu_mul(torch.cat((z, scanned.squeeze(-1).to(x.dtype)), 1)))
+        heads = x.float().unflatten(1, (dt.shape[1], -1)).contiguous()
+        y = state_scan(heads, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
+        return self.out(silu_mul(torch.cat((z, y.flatten(1).to(x.dtype)), 1)))
 
     def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, C] -> time steps [T, C], before they are made positive, and b and c [T, G, N]"""
+        """x [T, C] -> time steps [T, H], before they are made positive, and b and c [T, G, N]"""
         dt, b, c = self.select(x).split(self.sizes, 1)
         if self.dt_norm is not None:
             dt, b, c = self.dt_norm(dt), self.b_norm(b), self.c_norm(c)

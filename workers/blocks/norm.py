@@ -56,6 +56,26 @@ class RMSScale(Block):
         return rms_norm(x, self._ones, eps=self.eps)
 
 
+class HeadRMSNorm(Vector):
+    """An RMSNorm with a weight of its own for each head, which a checkpoint gives as one row.
+
+    Args:
+        heads: each of as many numbers as are normalised together.
+    """
+
+    def __init__(self, heads: Axis, eps: float):
+        super().__init__(heads)
+        self.head_dim, self.eps = heads.unit, eps
+        self._ones: Tensor
+
+    def prepare(self, place: Place) -> None:
+        self._ones = torch.ones(self.head_dim, device=place.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, heads, head_dim] -> the same shape, contiguous"""
+        return (rms_norm(x, self._ones, eps=self.eps) * self.weight.view(-1, self.head_dim)).to(x.dtype)
+
+
 class LayerNorm(Slot):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * (weight + offset) + bias, over the last `size` numbers.
 

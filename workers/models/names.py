@@ -59,6 +59,11 @@ def in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     return {part: stored.changed(shape, lambda t, i=i: t[i::num]) for i, part in enumerate(parts)}
 
 
+def in_order(*order: str, layout: Layout = concatenated) -> Layout:
+    """A layout whose parts lie in another order than ours."""
+    return lambda stored, parts: layout(stored, {part: parts[part] for part in order})
+
+
 def transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """Parts side by side in the columns of a matrix [in, out]."""
     return concatenated(stored.computed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)

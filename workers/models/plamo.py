@@ -1,0 +1,147 @@
+"""PLaMo 3: norms before and after each sublayer, stored as w less a number; most layers see a window and are rotated by
+a base of their own. PLaMo 2: so too, and every other layer is Mamba with heads instead."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer
+from cableway.workers.blocks.linear import Axis
+from cableway.workers.blocks.mamba import Mamba
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import HeadRMSNorm, RMSNorm
+from cableway.workers.formats.stored import Stored
+from cableway.workers.models.config import DecoderConfig, Size, Window, every
+from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_group, concatenated, flat, in_order, names
+from cableway.workers.models.registry import arch, relative
+
+PLAMO = EMBEDDINGS | names(
+    {
+        "pre_mixer_norm": "norm_in",
+        "mixer.qkv_proj": "mix.qkv",
+        "mixer.q_norm": "mix.q_norm",
+        "mixer.k_norm": "mix.k_norm",
+        "mixer.o_proj": "mix.out",
+        "post_mixer_norm": "norm_mix_out",
+        "pre_mlp_norm": "norm_mlp",
+        "mlp.gate_up_proj": "mlp.gate_up",
+        "mlp.down_proj": "mlp.down",
+        "post_mlp_norm": "norm_mlp_out",
+    },
+    prefix="model.layers.layers.{}.",
+    to="layers.{}.",
+)
+
+
+class Plamo3Config(DecoderConfig, frozen=True, kw_only=True):
+    head_dim: Size = 128
+    window_size: Window
+    layer_types: list[str]
+    tie_word_embeddings: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["hidden_act"] = "silu"  # said to be `swiglu`
+        if isinstance(config.get("sliding_window"), int):
+            config["window_size"] = config["sliding_window"]
+        config["layer_types"] = every(config.get("sliding_window_pattern", 8), config["num_hidden_layers"])
+        far = {"rope_theta": config.get("rope_theta", 1e6)}
+        if config.get("rope_scaling_factor", 1) != 1:
+            old = config["initial_context_length"]
+            far |= {"rope_type": "yarn", "factor": config["rope_scaling_factor"], "truncate": False}
+            far["original_max_position_embeddings"] = old
+        near = {"rope_theta": config.get("rope_local_theta", 1e4)}
+        config["rope_parameters"] = {"full_attention": far, "sliding_attention": near}
+
+
+class Plamo2Config(DecoderConfig, frozen=True, kw_only=True):
+    """The attention of every `mamba_step`-th layer sees a window, but for the layers of `full_attention_idx`."""
+
+    head_dim: Size = 128
+    attention_window_size: Window = 2048
+    full_attention_idx: tuple[int, ...] = ()
+    mamba_step: Size = 2
+    mamba_enabled: bool = True
+    mamba_num_heads: Size = 64
+    mamba_d_state: Size = 64
+    mamba_d_conv: Size = 4
+    tie_word_embeddings: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["hidden_act"] = "silu"
+        config["head_dim"] = config.get("hidden_size_per_head", 128)
+        config["full_attention_idx"] = config.get("full_attention_idx") or []
+
+    def is_mamba(self, layer: int) -> bool:
+        middle, last = self.mamba_step // 2, self.num_hidden_layers - 1
+        return self.mamba_enabled and (layer != last if last < middle else layer % self.mamba_step != middle)
+
+
+def sandwich(c: DecoderConfig, mixes: list[Any]) -> Decoder:
+    before, after_mix, after_mlp = (RMSNorm(c.hidden_size, c.norm_eps, offset) for offset in (1.0, 1 / 5, 5**-1.5))
+    layers = [
+        Layer(norm_in=before, mix=mix, norm_mix_out=after_mix, norm_mlp=before, mlp=MLP.of(c), norm_mlp_out=after_mlp)
+        for mix in mixes
+    ]
+    return Decoder(c, layers, norm_out=before)
+
+
+@arch("Plamo3ForCausalLM", config=Plamo3Config, hf=PLAMO, verified=relative("Gemma3"))
+def plamo3(c: Plamo3Config) -> Decoder:
+    norm = RMSNorm(c.head_dim, c.norm_eps, 1.0)
+    windows = {"full_attention": 0, "sliding_attention": c.window_size}
+    kinds = {kind: Attention.of(c, rope=c.rope(kind), window=windows[kind], qk_norm=norm) for kind in windows}
+    return sandwich(c, c.by_layer(c.layer_types, kinds))
+
+
+def _alike(stored: Stored, parts: Mapping[str, Axis], state_size: int) -> dict[str, Stored]:
+    """One number a head, for all of its state."""
+    shape = (stored.shape[0], state_size)
+    return concatenated(stored.changed(shape, lambda t: t[:, None].expand(shape)), parts)
+
+
+def _plamo2_names(c: Plamo2Config) -> Names:
+    mixer = {
+        "q_weight": Target("q_norm", layout=flat),
+        "k_weight": Target("k_norm", layout=flat),
+        "in_proj": Target("project", layout=in_order("z", "x", layout=by_group)),
+        "conv1d": "conv",
+        "bcdt_proj": Target("select", layout=in_order("b", "c", "dt")),
+        "dt_norm_weight": "dt_norm",
+        "B_norm_weight": "b_norm",
+        "C_norm_weight": "c_norm",
+        "dt_proj": "dt",
+        "dt_bias": Target("dt", leaf="bias"),
+        "A_log": Target("a_log", layout=partial(_alike, state_size=c.mamba_d_state)),
+        "D": "d",
+        "out_proj": "out",
+    }
+    return PLAMO | names(mixer, prefix="model.layers.layers.{}.mixer.", to="layers.{}.mix.")
+
+
+@arch("Plamo2ForCausalLM", config=Plamo2Config, hf=_plamo2_names, verified=relative("Gemma3"))
+def plamo2(c: Plamo2Config) -> Decoder:
+    counts = (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
+    head_norms = tuple(HeadRMSNorm(Axis(name, count, c.head_dim), c.norm_eps) for name, count in counts)
+    # A window is said without the token that looks.
+    near, far = (Attention.of(c, qk_norm=head_norms, window=window) for window in (c.attention_window_size + 1, 0))
+    step_size = max(64, c.hidden_size // 16)
+    dt_norm, b_norm, c_norm = (RMSNorm(size, c.norm_eps) for size in (step_size, c.mamba_d_state, c.mamba_d_state))
+    mamba = Mamba(
+        c.hidden_size,
+        c.mamba_num_heads * c.head_dim,
+        c.mamba_d_state,
+        step_size,
+        c.mamba_d_conv,
+        bias=False,
+        conv_bias=False,
+        norms=(dt_norm, b_norm, c_norm),
+        head_dim=c.head_dim,
+    )
+    return sandwich(
+        c,
+        [mamba if c.is_mamba(i) else far if i in c.full_attention_idx else near for i in range(c.num_hidden_layers)],
+    )
