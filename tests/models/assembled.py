@@ -104,36 +104,32 @@ def plamo2_modules(model: Any) -> None:
     randomize(model)
     for layer in model.model.layers[::2]:
         mixer = layer.self_attn
+        mixer.A_log.data[:] = mixer.A_log[:, :1]
         for weight in (mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.D, mixer.A_log):
-            of_head = weight.data.unflatten(0, (8, 16))[:, :1]
-            weight.data.copy_(
-                (of_head if weight is not mixer.A_log else of_head[..., :1])
-                .expand(8, 16, *weight.shape[1:])
-                .flatten(0, 1)
-            )
+            of_head = weight.data.unflatten(0, (8, 16))
+            of_head[:] = of_head[:, :1].clone()
 
 
 def plamo2_tensors(tensors: Tensors, config: Config) -> None:
     for number in range(0, config["num_hidden_layers"], 2):
         mixer = f"model.layers.{number}.self_attn."
-
-        def take(name: str, mixer: str = mixer) -> Tensor:
-            return tensors.pop(mixer + name)
-
-        x, z = (part.unflatten(0, (8, 16)) for part in take("in_proj.weight").chunk(2))
-        dt, b, c = take("x_proj.weight").split((64, 10, 10))
-        tensors |= {
-            mixer + "in_proj.weight": torch.cat((z, x), 1).flatten(0, 1),
-            mixer + "bcdt_proj.weight": torch.cat((b, c, dt)),
-            mixer + "dt_proj.weight": take("dt_proj.weight")[::16],
-            mixer + "dt_bias": take("dt_proj.bias")[::16],
-            mixer + "A_log": take("A_log")[::16, 0],
-            mixer + "D": take("D")[::16],
-            **{
-                f"{mixer}{new}_norm_weight": take(f"{old}_layernorm.weight")
-                for old, new in zip(("dt", "b", "c"), ("dt", "B", "C"), strict=True)
-            },
+        old = {key.removeprefix(mixer): tensors.pop(key) for key in list(tensors) if key.startswith(mixer)}
+        x, z = (part.unflatten(0, (8, 16)) for part in old["in_proj.weight"].chunk(2))
+        dt, b, c = old["x_proj.weight"].split((64, 10, 10))
+        new = {
+            "in_proj.weight": torch.cat((z, x), 1).flatten(0, 1),
+            "bcdt_proj.weight": torch.cat((b, c, dt)),
+            "dt_proj.weight": old["dt_proj.weight"][::16],
+            "dt_bias": old["dt_proj.bias"][::16],
+            "A_log": old["A_log"][::16, 0],
+            "D": old["D"][::16],
+            "dt_norm_weight": old["dt_layernorm.weight"],
+            "B_norm_weight": old["b_layernorm.weight"],
+            "C_norm_weight": old["c_layernorm.weight"],
+            "conv1d.weight": old["conv1d.weight"],
+            "out_proj.weight": old["out_proj.weight"],
         }
+        tensors |= {mixer + name: tensor for name, tensor in new.items()}
 
 
 ASSEMBLED = {
@@ -153,7 +149,7 @@ ASSEMBLED = {
         {
             **GEMMA3,
             "num_hidden_layers": 4,
-            "rope_parameters": {kind: DEFAULT for kind in NEAR_AND_FAR},
+            "rope_parameters": dict.fromkeys(NEAR_AND_FAR, DEFAULT),
             "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
         },
         {"q_norm.weight": "q_weight", "k_norm.weight": "k_weight", **PLAMO},

@@ -18,8 +18,8 @@ from cableway.kernels import compilation
 from cableway.workers import models
 from cableway.workers.rehearsal import rehearse
 from tests.checkpoints import SIZES, random_model, save
-from tests.models.harness import Session, load, logits_of, prompt
 from tests.models.assembled import REWRITTEN
+from tests.models.harness import Session, load, logits_of, prompt
 from tests.models.test_parallel import on_ranks
 from tests.models.zoo import ATTENTION, IGNORED, OLDER, TOLERANCES, UNUSED, ZOO
 from tests.workers.running import worker_config
