@@ -138,9 +138,8 @@ def causal_conv(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: Re
     y = torch.empty(num_tokens, channels, dtype=x.dtype)
     parts = -(-channels // _CHANNELS)
     scans.run(
-        scans.convolve, plan.num_seqs * parts, _CHANNELS * width * (num_tokens // plan.num_seqs + 1), x.data_ptr(),
-        x.stride(0), scans.KINDS[x.dtype], w.data_ptr(), 0 if b is None else b.data_ptr(), states.data_ptr(),
-        states.stride(0), y.data_ptr(), plan.query_start.data_ptr(), plan.seq_lens.data_ptr(),
-        plan.block_table.data_ptr(), plan.block_table.stride(0), plan.block_size, channels, width, silu, _CHANNELS,
+        scans.convolve, plan.num_seqs * parts, _CHANNELS * width * (num_tokens // plan.num_seqs + 1),
+        *scans.places(states, plan), x.data_ptr(), x.stride(0), scans.KINDS[x.dtype], w.data_ptr(),
+        0 if b is None else b.data_ptr(), y.data_ptr(), channels, width, silu, _CHANNELS,
     )  # fmt: skip
     return y

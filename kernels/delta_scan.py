@@ -132,8 +132,7 @@ def delta_scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states:
     y = torch.empty_like(v)
     scans.run(
         scans.correct, plan.num_seqs * num_heads, 6 * head_dim * key_dim * (num_tokens // plan.num_seqs + 1),
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), beta.data_ptr(), states.data_ptr(), states.stride(0),
-        y.data_ptr(), plan.query_start.data_ptr(), plan.seq_lens.data_ptr(), plan.block_table.data_ptr(),
-        plan.block_table.stride(0), plan.block_size, num_heads, k.shape[1], head_dim, key_dim,
+        *scans.places(states, plan), q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), beta.data_ptr(),
+        y.data_ptr(), num_heads, k.shape[1], head_dim, key_dim,
     )  # fmt: skip
     return y

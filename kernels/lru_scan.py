@@ -103,8 +103,6 @@ def lru_scan(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tenso
     (num_tokens, channels), y = x.shape, torch.empty_like(x)
     scans.run(
         scans.decay, plan.num_seqs * -(-channels // _CHANNELS), 2 * _CHANNELS * (num_tokens // plan.num_seqs + 1),
-        g.data_ptr(), x.data_ptr(), states.data_ptr(), states.stride(0), y.data_ptr(), plan.query_start.data_ptr(),
-        plan.seq_lens.data_ptr(), plan.block_table.data_ptr(), plan.block_table.stride(0), plan.block_size, channels,
-        _CHANNELS,
+        *scans.places(states, plan), g.data_ptr(), x.data_ptr(), y.data_ptr(), channels, _CHANNELS,
     )  # fmt: skip
     return y

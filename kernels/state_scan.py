@@ -141,9 +141,8 @@ def state_scan(
     (num_tokens, num_heads, head_dim), state = x.shape, a.shape[1]
     y = torch.empty_like(x)
     scans.run(
-        scans.scan, plan.num_seqs * num_heads, 4 * head_dim * state * (num_tokens // plan.num_seqs + 1), x.data_ptr(),
-        dt.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), states.data_ptr(), states.stride(0),
-        y.data_ptr(), plan.query_start.data_ptr(), plan.seq_lens.data_ptr(), plan.block_table.data_ptr(),
-        plan.block_table.stride(0), plan.block_size, num_heads, b.shape[1], head_dim, state,
+        scans.scan, plan.num_seqs * num_heads, 4 * head_dim * state * (num_tokens // plan.num_seqs + 1),
+        *scans.places(states, plan), x.data_ptr(), dt.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr(),
+        d.data_ptr(), y.data_ptr(), num_heads, b.shape[1], head_dim, state,
     )  # fmt: skip
     return y

@@ -40,6 +40,16 @@ def _softmax(scores, size, sink):
         scores[i] /= total
 
 
+@njit(inline="always")
+def _add(sums, start, size, kind, h, total):
+    """sums += h, in place; h becomes what is kept of it. `total` is room for as much."""
+    read(sums, start, size, kind, total)
+    for i in range(size):
+        total[i] += h[i]
+    write(sums, start, size, kind, total)
+    read(sums, start, size, kind, h)
+
+
 @loop(11, 2)
 def normalise(begin, end, arguments):
     """y = RMS norm of the rows of x [.., num_inner, size]; of x + sums, which is kept, where `sums` is not 0."""
@@ -50,11 +60,7 @@ def normalise(begin, end, arguments):
     for row in range(begin, end):
         read(x, row // num_inner * x_outer + row % num_inner * x_inner, size, x_kind, h)
         if sums:
-            read(sums, row * sums_stride, size, sums_kind, total)
-            for i in range(size):
-                total[i] += h[i]
-            write(sums, row * sums_stride, size, sums_kind, total)
-            read(sums, row * sums_stride, size, sums_kind, h)
+            _add(sums, row * sums_stride, size, sums_kind, h, total)
         squares = float32(0)
         for i in range(size):
             squares += h[i] * h[i]
@@ -76,11 +82,7 @@ def centre(begin, end, arguments):
     for row in range(begin, end):
         read(x, row // num_inner * x_outer + row % num_inner * x_inner, size, x_kind, h)
         if sums:
-            read(sums, row * sums_stride, size, sums_kind, total)
-            for i in range(size):
-                total[i] += h[i]
-            write(sums, row * sums_stride, size, sums_kind, total)
-            read(sums, row * sums_stride, size, sums_kind, h)
+            _add(sums, row * sums_stride, size, sums_kind, h, total)
         mean = float32(0)
         for i in range(size):
             mean += h[i]

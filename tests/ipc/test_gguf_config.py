@@ -9,6 +9,7 @@ import pytest
 
 from cableway.ipc.gguf import ModelError, read_floats, read_header
 from cableway.ipc.modelfiles import locate
+from tests.models.converter.writing import finish, put
 
 SIZES: dict[str, Any] = {"block_count": 4, "embedding_length": 64, "attention.head_count": 4}
 
@@ -16,24 +17,10 @@ SIZES: dict[str, Any] = {"block_count": 4, "embedding_length": 64, "attention.he
 def written(path: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, np.ndarray] | None = None) -> str:
     writer = gguf.GGUFWriter(path / "m.gguf", architecture)
     for key, value in {**SIZES, **fields}.items():
-        name = f"{architecture}.{key}"
-        match value:
-            case bool():
-                writer.add_bool(name, value)
-            case int():
-                writer.add_uint32(name, value)
-            case float():
-                writer.add_float32(name, value)
-            case str():
-                writer.add_string(name, value)
-            case list():
-                writer.add_array(name, value)
+        put(writer, f"{architecture}.{key}", value)
     for name, values in (tensors or {"token_embd.weight": np.zeros((8, 64), np.float32)}).items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return str(path / "m.gguf")
 
 

@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from cableway.ipc import modelfiles
 from cableway.ipc.gguf import read_header
+from tests.models.converter.writing import finish
 
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -85,10 +86,7 @@ def write(path: Path, model: Any, architecture: str, kind: Kind, *, extra: Any =
             weight[order] = torch.from_numpy(np.array(gguf.quants.dequantize(encoded, kind))).view_as(weight)
     for name, (values, raw_kind) in (extra or {}).items():
         writer.add_tensor(name, values, raw_dtype=raw_kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 @functools.cache

@@ -60,6 +60,10 @@ def convert(folder: Path, path: Path, kind: Kind, conversion: Conversion, **opti
         is_plain = tensor.dim() < 2 or any(part in known for part in _NEVER_QUANTIZED) or values.shape[-1] % BLOCK_LEN
         used = Kind.F32 if is_plain else kind
         writer.add_tensor(known, gguf.quants.quantize(values, used), raw_dtype=used)
+    finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
