@@ -63,6 +63,19 @@ NEMOTRON_MOE = {
     "moe_shared_expert_intermediate_size": 56,
     "routed_scaling_factor": 1.7,
 }
+ZAMBA2 = {
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid", "hybrid", "hybrid"],
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "adapter_rank": 10,
+    "n_mamba_heads": 8,
+    "mamba_ngroups": 2,
+    "mamba_d_state": 10,
+    "mamba_d_conv": 3,
+    "chunk_size": 16,
+    "time_step_min": 0.3,
+}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_value_heads": 4,
@@ -304,6 +317,32 @@ ZOO: dict[str, list[Fields]] = {
             "use_mamba_kernels": False,
         },
     ],
+    "ZambaForCausalLM": [
+        {
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "head_dim": None,
+            "n_mamba_heads": 4,
+            "mamba_d_state": 6,
+            "mamba_dt_rank": 5,
+            "mamba_d_conv": 3,
+            "use_associative_scan": False,
+        },
+        {
+            "layers_block_type": ["hybrid", "hybrid", "linear_attention"],
+            "num_key_value_heads": 4,
+            "head_dim": None,
+            "mamba_d_state": 6,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": True,
+            "use_associative_scan": False,
+        },
+    ],
+    "Zamba2ForCausalLM": [
+        {**ZAMBA2, "num_mem_blocks": 2, "use_shared_attention_adapter": True, "use_mem_rope": True},
+        {**ZAMBA2, "add_bias_linear": True, "mamba_ngroups": 1},
+    ],
     "BambaForCausalLM": [
         {**HYBRID, "attn_layer_indices": [1], "rope_parameters": HALF},
         {**HYBRID, "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
@@ -434,6 +473,13 @@ UNUSED: dict[str, set[str]] = {
         *("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min"),
     },
     "RecurrentGemmaForCausalLM": {"w_init_variance_scale", "final_w_init_variance_scale"},
+    "ZambaForCausalLM": {
+        *("attention_hidden_size", "attn_layer_offset", "attn_layer_period", "time_step_min"),  # layers are listed
+    },
+    "Zamba2ForCausalLM": {
+        *("attention_hidden_size", "kv_channels", "mamba_headdim", "num_query_groups"),  # derived of others
+        *("use_conv_bias", "use_mem_eff_path"),
+    },
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},
 }

@@ -7,7 +7,7 @@ holds no weights, so one `Layer` may stand for thirty. `Decoder` copies template
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Self
+from typing import Self, TypeVar
 
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.rope import Rope
@@ -70,11 +70,16 @@ class Slot(Block):
             whole or part by part; a slot of one part calls it "".
         leaves: what each part consists of, with its dimensions after the first: `weight` (in,), `bias` ().
         optional: leaves that a checkpoint may do without.
+        is_shared: whether all copies of a template are this very slot.
     """
 
     parts: Mapping[str, Axis]
     leaves: Mapping[str, tuple[int, ...]]
     optional: frozenset[str] = frozenset()
+    is_shared = False
+
+    def copy(self) -> Self:
+        return self if self.is_shared else super().copy()
 
     def slots(self, path: str = "") -> Iterator[tuple[str, "Slot"]]:
         yield path, self
@@ -82,6 +87,16 @@ class Slot(Block):
     def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
         """Take this rank's share of the given tensors: part -> leaf -> tensor, names and shapes already checked."""
         raise NotImplementedError
+
+
+BlockType = TypeVar("BlockType", bound=Block)
+
+
+def shared(block: BlockType) -> BlockType:
+    """A template whose weights all that is copied from it holds together."""
+    for _, slot in block.slots():
+        slot.is_shared = True
+    return block
 
 
 class Mixer(Block):

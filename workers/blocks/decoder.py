@@ -1,6 +1,6 @@
 """The model around the layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cableway.workers.batch import Batch, StateSpec
-from cableway.workers.blocks.block import Block
-from cableway.workers.blocks.layers import Norm, add
+from cableway.workers.blocks.block import Block, Slot
+from cableway.workers.blocks.layers import DetourLayer, Norm, add
 from cableway.workers.blocks.linear import Embedding, Linear, Vector
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
@@ -47,11 +47,20 @@ class Decoder(Block):
         self.head = Linear(vocab, narrow, bias=head_bias)
         self.on_logits = on_logits
         self._mixers = tuple(self.mixers())
+        self._sees_embeddings = any(isinstance(layer, DetourLayer) for layer in self.layers)
         self._ropes: dict[Rope, None] = dict.fromkeys(rope for mixer in self._mixers for rope in mixer.ropes())
         if self._ropes:
             self.rope_divisors = Vector(Axis("rope", max(r.rotary_dim for r in self._ropes) // 2), optional=True)
         self.tied: dict[str, str] = {"head": "embed"} if c.tie_word_embeddings else {}
         """Slots that are filled with the tensors of another one."""
+
+    def slots(self, path: str = "") -> Iterator[tuple[str, Slot]]:
+        """(path, slot) of every slot; of one that layers share, the path in the first of them."""
+        known = set()
+        for place, slot in super().slots(path):
+            if id(slot) not in known:
+                known.add(id(slot))
+                yield place, slot
 
     def prepare(self, place: Place) -> None:
         super().prepare(place)
@@ -76,6 +85,8 @@ class Decoder(Block):
             delta = delta.add_(self.positions(batch.positions))
         if self.on_embed is not None:
             delta = self.on_embed(delta)
+        if self._sees_embeddings:
+            step.embeddings = delta
         # PERF: a residual stream in float32 halves the error of bfloat16 logits (SmolLM2-135M: std 0.21 -> 0.11).
         residual = torch.zeros_like(delta, dtype=torch.float32)
         for layer in self.layers:

@@ -84,6 +84,24 @@ class MLPLayer(Block):
         return self.mlp(add(delta, residual, self.norm_in, self.mlp))
 
 
+class DetourLayer(Block):
+    """Before its mixer it has an attention and an MLP, which see the embeddings again beside the stream. What they give
+    is added to what the mixer is given, and not to the stream."""
+
+    def __init__(
+        self, *, norm_both: Norm, attention: Mixer, norm_mlp: Norm, mlp: Any, join: Any, norm_in: Norm, mix: Mixer
+    ):
+        self.norm_both, self.attention = norm_both, attention
+        self.norm_mlp, self.mlp, self.join = norm_mlp, mlp, join
+        self.norm_in, self.mix = norm_in, mix
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        stream = add(delta, residual, None)
+        both = self.norm_both(torch.cat((stream, step.embeddings), -1))
+        detour = self.join(self.mlp(self.norm_mlp(self.attention(both, step))))
+        return self.mix(self.norm_in((residual + detour).to(delta.dtype)), step)
+
+
 class ShortcutLayer(Block):
     """Two layers, and a mixture of experts that starts from the first one's MLP input and ends with the second's."""
 

@@ -37,7 +37,7 @@ class Step:
             )
             for table in batch.block_tables
         ]
-
+        self.embeddings: Tensor | None = None  # [T, E] of the batch's tokens, where a layer sees them again
         self._recurrent = [
             RecurrentPlan(batch.query_start, batch.seq_lens, table, batch.block_size) for table in batch.block_tables
         ]

@@ -1,0 +1,196 @@
+"""Zamba 1 and 2: layers of Mamba, some of which first go through an attention and an MLP that they share. These see the
+embeddings again; in Zamba 2 each of the layers adapts them by products of low rank of its own."""
+
+import itertools
+from typing import Any, Literal
+
+from cableway.workers.blocks.adapted import AdaptedAttention, AdaptedMLP, WideAttention
+from cableway.workers.blocks.block import Mixer, shared
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import DetourLayer, MixerLayer
+from cableway.workers.blocks.linear import Axis, Linear
+from cableway.workers.blocks.mamba import HeadedMamba, Mamba2
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.models.config import DecoderConfig, Never, Size
+from cableway.workers.models.mamba import MIXER
+from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_head, flat, in_turns, names
+from cableway.workers.models.registry import arch
+
+ZAMBA = EMBEDDINGS | names({"model.final_layernorm": "norm_out"})
+_DETOUR = {
+    "input_layernorm": "norm_both",
+    "self_attn.q_proj": "attention.qkv.q",
+    "self_attn.k_proj": "attention.qkv.k",
+    "self_attn.v_proj": "attention.qkv.v",
+    "self_attn.o_proj": "attention.out",
+    "pre_ff_layernorm": "norm_mlp",
+    "feed_forward.gate_proj": "mlp.gate_up.gate",
+    "feed_forward.up_proj": "mlp.gate_up.up",
+    "feed_forward.gate_up_proj": "mlp.gate_up",
+    "feed_forward.down_proj": "mlp.down",
+}
+_HEADED = {
+    "in_proj": Target("project", layout=in_turns),
+    "x_proj_weight": Target("select", layout=by_head),
+    "dt_proj_weight": Target("dt", layout=by_head),
+    "dt_proj_bias": Target("dt", layout=flat, leaf="bias"),
+    "A_log": Target("a_log", layout=by_head),
+    "D": Target("d", layout=flat),
+}
+
+
+def _names(c: "ZambaConfig | Zamba2Config", detour: str, mixer: dict[str, str | Target]) -> Names:
+    """`detour`: what the blocks that layers share are called; they are in the first of these layers."""
+    layer = {"prefix": "model.layers.{}.", "to": "layers.{}."}
+    own = {"input_layernorm": "norm_in", "mamba_decoder.input_layernorm": "norm_in", "linear": "join"}
+    own |= {f"{detour}.{name}": path for name, path in _DETOUR.items()}
+    scheme = ZAMBA | names(own, **layer)
+    for name in ("mamba", "mamba_decoder.mamba"):
+        scheme |= names(mixer, prefix=f"model.layers.{{}}.{name}.", to="layers.{}.mix.")
+    return scheme | Names(beyond=tuple(f"model.layers.{i}.{detour}." for i in c.detours[c.num_mem_blocks :]))
+
+
+def _adapters(c: "Zamba2Config") -> Names:
+    """Adapters of all layers are beside the block that they adapt, numbered by layer."""
+    table = {}
+    for number, layer in enumerate(c.detours):
+        block = f"model.layers.{c.detours[number % c.num_mem_blocks]}.shared_transformer"
+        kinds = {
+            "feed_forward.gate_up_proj_adapter_list": "mlp.adapter",
+            **{f"self_attn.linear_{part}_adapter_list": f"attention.adapters.{i}" for i, part in enumerate("qkv")},
+        }
+        for name, path in kinds.items():
+            table[f"{block}.{name}.{number}.0"] = f"layers.{layer}.{path}.down"
+            table[f"{block}.{name}.{number}.1"] = f"layers.{layer}.{path}.up"
+    return names(table)
+
+
+def _zamba_names(c: "ZambaConfig") -> Names:
+    return _names(c, "shared_transf", MIXER | _HEADED)
+
+
+def _zamba2_names(c: "Zamba2Config") -> Names:
+    return _names(c, "shared_transformer", MIXER) | _adapters(c)
+
+
+class SharingConfig(DecoderConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    hidden_act: str = "gelu"
+    tie_word_embeddings: bool = True
+    layers_block_type: list[str]
+    num_mem_blocks: Size = 1
+    mamba_d_conv: Size = 4
+    mamba_expand: Size = 2
+
+    @property
+    def detours(self) -> list[int]:
+        """Layers that go through a block that they share."""
+        return [i for i, kind in enumerate(self.layers_block_type) if kind == "hybrid"]
+
+
+class ZambaConfig(SharingConfig, frozen=True, kw_only=True):
+    n_mamba_heads: Size = 2
+    hidden_mamba_act: Literal["silu"] = "silu"
+    mamba_d_state: Size = 16
+    mamba_dt_rank: Size
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        _derive_head_dim(config)
+        if config.get("mamba_dt_rank", "auto") == "auto":
+            config["mamba_dt_rank"] = -(-config["hidden_size"] // 16)
+        period, offset = config.get("attn_layer_period", 6), config.get("attn_layer_offset", 4)
+        later = ["hybrid" if i % period == offset else "mamba" for i in range(config["num_hidden_layers"] - 3)]
+        config["layers_block_type"] = config.get("layers_block_type") or ["mamba", "mamba", "hybrid", *later]
+
+
+class Zamba2Config(SharingConfig, frozen=True, kw_only=True):
+    use_shared_attention_adapter: bool = False
+    adapter_rank: Size = 128
+    use_mem_rope: bool = False
+    use_long_context: Never = False
+    n_mamba_heads: Size = 8
+    mamba_ngroups: Size = 1
+    mamba_d_state: Size = 64
+    add_bias_linear: bool = False
+    time_step_min: float = 0.001
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        _derive_head_dim(config)
+        config.setdefault("intermediate_size", 4 * config["hidden_size"])
+
+
+def _derive_head_dim(config: dict[str, Any]) -> None:
+    derived = 2 * config["hidden_size"] // config["num_attention_heads"]
+    config["head_dim"] = config.get("attention_head_dim") or derived
+
+
+@arch("ZambaForCausalLM", config=ZambaConfig, hf=_zamba_names)
+def zamba(c: ZambaConfig) -> Decoder:
+    mix = HeadedMamba(
+        c.hidden_size,
+        c.mamba_expand * c.hidden_size,
+        c.mamba_d_state,
+        c.mamba_dt_rank,
+        c.mamba_d_conv,
+        num_heads=c.n_mamba_heads,
+        bias=c.mamba_proj_bias,
+        conv_bias=c.mamba_conv_bias,
+    )
+    attention = WideAttention.of(c, rope=None, scale=(c.head_dim / 2) ** -0.5)
+    return sharing(c, mix, [(attention, MLP.of(c))])
+
+
+@arch("Zamba2ForCausalLM", config=Zamba2Config, hf=_zamba2_names)
+def zamba2(c: Zamba2Config) -> Decoder:
+    mix = Mamba2(
+        c.hidden_size,
+        c.n_mamba_heads,
+        c.mamba_expand * c.hidden_size // c.n_mamba_heads,
+        c.mamba_ngroups,
+        c.mamba_d_state,
+        c.mamba_d_conv,
+        bias=c.add_bias_linear,
+        conv_bias=True,
+        norm_eps=1e-5,
+        limit=(c.time_step_min, float("inf")),
+    )
+    options = {"scale": (c.head_dim / 2) ** -0.5, "rope": c.rope() if c.use_mem_rope else None}
+    blocks = []
+    for _ in range(c.num_mem_blocks):
+        if c.use_shared_attention_adapter:
+            attention: WideAttention = AdaptedAttention.of(c, rank=c.adapter_rank, **options)
+        else:
+            attention = WideAttention.of(c, **options)
+        blocks.append((attention, AdaptedMLP.of(c, rank=c.adapter_rank, bias=c.add_bias_linear)))
+    return sharing(c, mix, blocks)
+
+
+def sharing(c: SharingConfig, mix: Mixer, blocks: list[tuple[WideAttention, MLP]]) -> Decoder:
+    """Layers of `mix`, some of which go through one of the blocks first, in turns."""
+    norm, detours = RMSNorm(c.hidden_size, c.norm_eps), []
+    for attention, mlp in blocks:
+        for slot in (attention.qkv, attention.out, mlp.gate_up, mlp.down):
+            shared(slot)
+        detours.append(
+            DetourLayer(
+                norm_both=shared(RMSNorm(2 * c.hidden_size, c.norm_eps)),
+                attention=attention,
+                norm_mlp=shared(RMSNorm(c.hidden_size, c.norm_eps)),
+                mlp=mlp,
+                join=Linear(Axis("embed", c.hidden_size), Axis("embed", c.hidden_size)),
+                norm_in=norm,
+                mix=mix,
+            )
+        )
+    turns = itertools.cycle(detours)
+    kinds = {"mamba": "mamba", "linear_attention": "mamba", "hybrid": "hybrid"}
+    layers = [
+        next(turns) if kind == "hybrid" else MixerLayer(norm_in=norm, mix=mix)
+        for kind in c.by_layer(c.layers_block_type, kinds)
+    ]
+    return Decoder(c, layers, norm_out=norm)
