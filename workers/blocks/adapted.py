@@ -33,11 +33,11 @@ class WideAttention(Attention):
 
 
 class AdaptedAttention(WideAttention):
-    """With adapters of `rank` beside the projections of q, k and v."""
+    """With adapters of `adapter_rank` beside the projections of q, k and v."""
 
-    def __init__(self, *sizes: int, rank: int, **options: Any):
+    def __init__(self, *sizes: int, adapter_rank: int, **options: Any):
         super().__init__(*sizes, **options)
-        self.adapters = [Adapter(axis, self.embed, rank) for axis in (self.heads, self.kv_heads, self.kv_heads)]
+        self.adapters = [Adapter(axis, self.embed, adapter_rank) for axis in (self.heads, self.kv_heads, self.kv_heads)]
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = super().split(x)
@@ -47,12 +47,12 @@ class AdaptedAttention(WideAttention):
 
 
 class AdaptedMLP(MLP):
-    """With an adapter of `rank` beside the first matrix."""
+    """With an adapter of `adapter_rank` beside the first matrix."""
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, rank: int, **options: Any):
+    def __init__(self, hidden_size: int, ffn_size: int, *, adapter_rank: int, **options: Any):
         super().__init__(hidden_size, ffn_size, **options)
         ffn = Axis("ffn", ffn_size)
-        self.adapter = Adapter({"gate": ffn, "up": ffn}, Axis("embed", hidden_size), rank)
+        self.adapter = Adapter({"gate": ffn, "up": ffn}, Axis("embed", hidden_size), adapter_rank)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(self.act.gate(self.gate_up(x).add_(self.adapter(x))))

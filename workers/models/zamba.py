@@ -163,10 +163,10 @@ def zamba2(c: Zamba2Config) -> Decoder:
     blocks = []
     for _ in range(c.num_mem_blocks):
         if c.use_shared_attention_adapter:
-            attention: WideAttention = AdaptedAttention.of(c, rank=c.adapter_rank, **options)
+            attention: WideAttention = AdaptedAttention.of(c, adapter_rank=c.adapter_rank, **options)
         else:
             attention = WideAttention.of(c, **options)
-        blocks.append((attention, AdaptedMLP.of(c, rank=c.adapter_rank, bias=c.add_bias_linear)))
+        blocks.append((attention, AdaptedMLP.of(c, adapter_rank=c.adapter_rank, bias=c.add_bias_linear)))
     return sharing(c, mix, blocks)
 
 
