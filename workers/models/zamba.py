@@ -1,5 +1,5 @@
 """Zamba 1 and 2: layers of Mamba, some of which first go through an attention and an MLP that they share. These see the
-embeddings again; in Zamba 2 each of the layers adapts them by products of low rank of its own."""
+embeddings again; in Zamba 2 each of the layers adapts them by narrow products of its own."""
 
 import itertools
 from typing import Any, Literal
