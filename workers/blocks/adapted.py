@@ -27,7 +27,7 @@ class Adapter(Block):
 class WideAttention(Attention):
     """Attention to the stream and the embeddings side by side, that gives a result for the stream alone."""
 
-    def __init__(self, hidden_size: int, *sizes: int, **options: Any):
+    def __init__(self, hidden_size: int, *sizes: Any, **options: Any):
         super().__init__(2 * hidden_size, *sizes, **options)
         self.out = Linear(Axis("embed", hidden_size), self.heads)
 
@@ -35,12 +35,13 @@ class WideAttention(Attention):
 class AdaptedAttention(WideAttention):
     """With adapters of `adapter_rank` beside the projections of q, k and v."""
 
-    def __init__(self, *sizes: int, adapter_rank: int, **options: Any):
-        super().__init__(*sizes, **options)
-        self.adapters = [Adapter(axis, self.embed, adapter_rank) for axis in (self.heads, self.kv_heads, self.kv_heads)]
+    def __init__(self, hidden_size: int, *sizes: Any, adapter_rank: int, **options: Any):
+        super().__init__(hidden_size, *sizes, **options)
+        embed = Axis("embed", 2 * hidden_size)
+        self.adapters = [Adapter(axis, embed, adapter_rank) for axis in (self.heads, self.kv_heads, self.kv_heads)]
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = super().split(x)
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        parts = super().project(x)
         for part, adapter in zip(parts, self.adapters, strict=True):
             part.add_(adapter(x).view(part.shape))
         return parts
