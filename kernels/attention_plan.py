@@ -6,13 +6,14 @@ With `slopes` (ALiBi) the mask falls by slopes[h] for each position that a key l
 one score more, sinks[h], that nothing is read for.
 
 The i-th of the n new tokens of a sequence of length L (n included) has position p = L - n + i and sees the keys at
-positions 0 … p, or p - window + 1 … p where window > 0. Query head h reads KV head h // (num_heads / num_kv_heads).
+positions 0 … p, or p - window + 1 … p where window > 0, or p - p % chunk … p where chunk > 0, which is a multiple of
+block_size. Query head h reads KV head h // (num_heads / num_kv_heads).
 The new tokens' own keys and values are already in the cache: kv_write runs first.
 
 q            [num_tokens, num_heads, head_dim]  dtype of cache; heads contiguous, tokens may be strided
 cache        [2, num_blocks, block_size, num_kv_heads, head_dim]  bf16|f16|f32; see kv_write.py
 plan         an AttentionPlan: which tokens and which blocks each sequence has
-scores       a Scores: scale, window, soft_cap, slopes and sinks
+scores       a Scores: scale, window, soft_cap, slopes, sinks and chunk
 returns      [num_tokens, num_heads, head_dim]  contiguous
 """
 
@@ -39,6 +40,7 @@ class Scores:
     soft_cap: float = 0.0
     slopes: Tensor | None = None  # [num_heads] f32
     sinks: Tensor | None = None  # [num_heads] f32
+    chunk: int = 0  # positions are cut into chunks of so many, and a token sees its own chunk; 0 = they are not
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class AttentionPlan:
     _host_plans: dict[tuple, cpu_attention.HostPlan] = field(default_factory=dict)
     _decode_works: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _prefill_works: dict[tuple, Tensor] = field(default_factory=dict)
+    _chunked: dict[tuple, AttentionPlan] = field(default_factory=dict)
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
@@ -86,6 +89,46 @@ class AttentionPlan:
         if key not in self._prefill_works:
             self._prefill_works[key] = prefill_work.launch(self.query_start, **options)
         return self._prefill_works[key]
+
+    def in_chunks(self, chunk: int, block_size: int, num_tokens: int) -> AttentionPlan:
+        """The same tokens, each of which sees its own chunk; made by the first layer that asks.
+
+        A sequence is taken apart into one for each chunk that its new tokens touch, whose blocks begin where the chunk
+        does. Their order stays; those that are left over, as shapes may not depend on lengths, are nobody's.
+        """
+        check(chunk % block_size == 0, f"chunks of {chunk} tokens are not whole blocks of {block_size}")
+        if (key := (chunk, block_size)) not in self._chunked:
+            self._chunked[key] = _in_chunks(self, chunk, block_size, num_tokens)
+        return self._chunked[key]
+
+
+def _in_chunks(plan: AttentionPlan, chunk: int, block_size: int, num_tokens: int) -> AttentionPlan:
+    starts, lengths = plan.query_start.long(), plan.seq_lens.long()
+    num_seqs, (_, width) = len(lengths), plan.block_table.shape
+    before = (lengths - starts.diff()).clamp(min=0)
+    first = before // chunk
+    num_touched = (lengths - 1).clamp(min=0) // chunk - first + 1
+    ends = num_touched.cumsum(0)
+    # n > 1 new tokens touch at most n // chunk + 2 chunks.
+    num_pieces = (
+        num_seqs if plan.max_query_len == 1 else num_seqs + num_tokens // chunk + min(num_seqs, num_tokens // 2)
+    )
+    piece = torch.arange(num_pieces, device=lengths.device)
+    sequence = torch.searchsorted(ends, piece, right=True).clamp(max=num_seqs - 1)
+    is_left_over = piece >= ends[-1]
+    begin = (first + num_touched - ends)[sequence].add_(piece).mul_(chunk)
+    query_start = starts[sequence] + (begin - before[sequence]).clamp(min=0)
+    query_start = torch.cat((query_start.where(~is_left_over, starts[-1]), starts[-1:]))
+    seq_lens = (lengths[sequence] - begin).clamp(0, chunk).masked_fill(is_left_over, 0)
+    columns = begin[:, None] // block_size + torch.arange(min(chunk // block_size, width), device=begin.device)
+    return AttentionPlan(
+        query_start.int(),
+        seq_lens.int(),
+        plan.block_table[sequence[:, None], columns.clamp(max=width - 1)],
+        min(plan.max_query_len, chunk),
+        min(plan.max_seq_len, chunk),
+        plan.invariant,
+    )
 
 
 def num_bytes(made: Call) -> int:
@@ -119,6 +162,8 @@ def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor
         if scores.slopes is not None:
             z = z - scores.slopes[:, None, None] * distance.to(q.device)
         unseen = (distance < 0) | (distance >= (scores.window or length))
+        if scores.chunk:
+            unseen |= distance > (torch.arange(length - end + start, length) % scores.chunk)[:, None]
         z = z.masked_fill(unseen.to(q.device), float("-inf"))
         if scores.sinks is not None:
             z = torch.cat((z, scores.sinks[:, None, None].expand(-1, end - start, 1)), -1)
@@ -132,6 +177,7 @@ def make(
     dtype: torch.dtype,
     block_size: int = 16,
     window: int = 0,
+    chunk: int = 0,
     soft_cap: float = 0.0,
     invariant: bool = False,
     slopes: bool = False,
@@ -165,5 +211,6 @@ def make(
         soft_cap,
         torch.rand(num_heads, device=device) if slopes else None,
         torch.randn(num_heads, device=device) * 2 if sinks else None,
+        chunk,
     )
     return call(q, cache, plan, scores=scores)

@@ -18,7 +18,12 @@ from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid, kernel
 
 
+def _as_it_is_seen(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> AttentionPlan:
+    return plan.in_chunks(scores.chunk, cache.shape[2], len(q)) if scores.chunk else plan
+
+
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
+    plan = _as_it_is_seen(q, cache, plan, scores)
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     if plan.invariant or not plan.may_have_singles:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -34,9 +39,11 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Ten
 
 def _visible_keys(made: Call) -> int:
     """Pairs of a query token and a key it sees."""
-    window = made.kwargs["scores"].window
-    lengths = (p + 1 for start, end, length in made.args[2].spans for p in range(length - end + start, length))
-    return sum(min(length, window or length) for length in lengths)
+    window, chunk = made.kwargs["scores"].window, made.kwargs["scores"].chunk
+    positions = (
+        p % (chunk or length) for start, end, length in made.args[2].spans for p in range(length - end + start, length)
+    )
+    return sum(min(p + 1, window or p + 1) for p in positions)
 
 
 DECODE = ((1, 5), (1, 33), (1, 70), (1, 1))
@@ -54,6 +61,7 @@ BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
         *grid(spans=(MIXED, DECODE), heads=((6, 2, 80),), dtype=FLOATS, window=(16,), soft_cap=(0.0, 2.0)),
         *grid(spans=(MIXED,), heads=((4, 1, 16),), dtype=FLOATS, block_size=(8, 24), window=(0, 9), invariant=(True,)),
         *grid(spans=(MIXED,), heads=((6, 2, 32),), dtype=FLOATS, window=(9,), slopes=(False, True), sinks=(True,)),
+        *grid(spans=(MIXED, DECODE), heads=((6, 2, 32),), dtype=FLOATS, chunk=(32,), invariant=(False, True)),
         *grid(spans=(MIXED,), heads=((4, 4, 16),), dtype=FLOATS, slopes=(True,), soft_cap=(2.0,), invariant=(True,)),
     ],
     bench_cases=grid(
@@ -68,5 +76,6 @@ BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
 def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attend q [T, H, D] to the cached keys of its sequences -> [T, H, D]; ValueError when shapes do not fit."""
     check_fits(q, cache, scores)
-    form = cpu_attention.attend if q.device.type == "cpu" else launch
-    return form(q, cache, plan, scores)
+    if q.device.type == "cpu":
+        return cpu_attention.attend(q, cache, _as_it_is_seen(q, cache, plan, scores), scores)
+    return launch(q, cache, plan, scores)

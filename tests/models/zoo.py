@@ -254,6 +254,27 @@ ZOO: dict[str, list[Fields]] = {
     "HunYuanMoEV1ForCausalLM": [{"num_experts": 4, "moe_topk": 2}, {"num_experts": 4, "attention_bias": True}],
     "MiniMaxM2ForCausalLM": [{**EXPERTS, "rope_parameters": HALF}],
     "MiniMaxForCausalLM": [MINIMAX],
+    "Llama4ForCausalLM": [
+        {
+            **LOCAL,
+            "intermediate_size_mlp": 80,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 16,
+            "floor_scale": 8,
+            "attn_scale": 0.7,
+            "rope_parameters": LLAMA3,
+        },
+        {
+            **LOCAL,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 96,
+            "no_rope_layers": [0, 1, 1],
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_bias": True,
+        },
+    ],
     "GraniteMoeForCausalLM": [{**LOCAL, **MULTIPLIERS}, {**LOCAL, "attention_bias": True}],
     "GraniteMoeSharedForCausalLM": [{**LOCAL, **MULTIPLIERS, "shared_intermediate_size": 56}],
     "DbrxForCausalLM": [
@@ -462,6 +483,7 @@ UNUSED: dict[str, set[str]] = {
     "Ernie4_5_MoeForCausalLM": {"moe_norm_min"},
     "MixtralForCausalLM": {"router_jitter_noise"},
     "MiniMaxM2ForCausalLM": {"router_jitter_noise"},
+    "Llama4ForCausalLM": {"router_jitter_noise"},
     "MiniMaxForCausalLM": {"router_jitter_noise", "block_size"},
     **{name: {"shared_intermediate_size"} for name in ("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM")},  # 0
     "DbrxForCausalLM": {"hidden_size", "num_key_value_heads", "moe_jitter_eps"},
@@ -497,6 +519,7 @@ WITHOUT_TYPES = (
 OLDER = {
     **dict.fromkeys(WITHOUT_TYPES, ("layer_types",)),
     "SmolLM3ForCausalLM": ("no_rope_layers",),
+    "Llama4ForCausalLM": ("no_rope_layers", "moe_layers"),
     "DbrxForCausalLM": ("rope_parameters",),
 }
 """Keys that older checkpoints lack, dropped while numbers are changed."""

@@ -52,11 +52,14 @@ class Attention(Mixer):
         self.head_dim = head_dim
 
     @classmethod
-    def of(cls, c: Any, *, scale: float | None = None, window: int = 0, soft_cap: float = 0.0, **options: Any) -> Self:
+    def of(
+        cls, c: Any, *, scale: float | None = None, window: int = 0, chunk: int = 0, soft_cap: float = 0.0,
+        **options: Any,
+    ) -> Self:  # fmt: skip
         """Heads and rotation as the config has them; the scale is 1 / sqrt(head_dim) unless it is said otherwise."""
         if "rope" not in options:
             options["rope"] = Rope.of(c.head_dim, c.rope_parameters)
-        scores = Scores(c.head_dim**-0.5 if scale is None else scale, window, soft_cap)
+        scores = Scores(c.head_dim**-0.5 if scale is None else scale, window, soft_cap, chunk=chunk)
         return cls(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, scores, **options)
 
     def projected(self) -> dict[str, Axis]:
@@ -64,7 +67,7 @@ class Attention(Mixer):
         return {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
 
     def state(self, mesh: Mesh) -> StateSpec:
-        num_kv_heads, window = mesh.span(self.kv_heads).size // self.head_dim, self.scores.window
+        num_kv_heads, window = mesh.span(self.kv_heads).size // self.head_dim, self.scores.window or self.scores.chunk
         return StateSpec("sliding" if window else "paged", (self.number,), num_kv_heads, self.head_dim, window)
 
     def ropes(self) -> list[Rope]:
@@ -146,6 +149,29 @@ class LateNormAttention(Attention):
 
     def turn(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         return super().norm(*super().turn(q, k, v, step))
+
+
+class TemperedAttention(Attention):
+    """Queries grow slowly with their position p: by 1 + scale * log(1 + floor((p + 1) / length)).
+
+    Args:
+        temper: length and scale.
+    """
+
+    is_fused = False
+
+    def __init__(self, *sizes: Any, temper: tuple[float, float], **options: Any):
+        super().__init__(*sizes, **options)
+        self.temper = temper
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        (length, scale), positions = self.temper, torch.arange(place.max_model_len)
+        self._growth = (1 + scale * torch.log1p((positions + 1) // length)).to(place.device)
+
+    def turn(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().turn(q, k, v, step)
+        return (q * self._growth.index_select(0, step.positions)[:, None, None]).to(q.dtype), k, v
 
 
 class ClippedAttention(Attention):

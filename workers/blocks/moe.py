@@ -221,6 +221,15 @@ class PlainMoE(MoE):
         return self.act(self.up(x, experts, offsets))
 
 
+class InputMoE(MoE):
+    """Llama 4: what goes into an expert is weighted, not what comes out."""
+
+    def routed(self, x: Tensor) -> Tensor:
+        weights, experts = self.router(x)
+        weighted = (x[:, None] * weights[..., None].to(x.dtype)).flatten(0, 1)
+        return self.through(weighted, experts).float().sum(1).to(x.dtype)
+
+
 class IdentityMoE(MoE):
     """LongCat: the router knows more experts than there are; the others give back what they are given."""
 

@@ -18,12 +18,16 @@ class Step:
         caches: one a mixer.
         group_of: the state group of each mixer.
         tables: angles by position of each kind of rotation in the model.
+
+    Attributes:
+        positions: of the batch's tokens [T] i32.
     """
 
     def __init__(
         self, batch: Batch, caches: Sequence[Tensor], group_of: Sequence[int], tables: Mapping[Rope, Tensor]
     ) -> None:
         self._caches, self._group_of, self._slots = caches, group_of, batch.slots
+        self.positions = batch.positions
         self._angles = {rope: Angles(table, batch.positions) for rope, table in tables.items()}
         self._plans = [
             AttentionPlan(

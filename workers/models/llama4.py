@@ -1,0 +1,87 @@
+"""Llama 4: most layers are rotated and see a chunk, with q and k brought to length after that; the others know no
+positions, see everything, and their queries grow with it. Experts take what is weighted already."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention, LateNormAttention, TemperedAttention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.mlp import MLP, Activation
+from cableway.workers.blocks.moe import InputMoE, Router, sigmoid
+from cableway.workers.blocks.norm import RMSScale
+from cableway.workers.models.config import Factor, MoEConfig, Size
+from cableway.workers.models.glm import halves
+from cableway.workers.models.moe import SHARED, on_frame
+from cableway.workers.models.names import (
+    ATTENTION,
+    EMBEDDINGS,
+    PRE_NORMS,
+    Target,
+    names,
+    stacked_transposed,
+)
+from cableway.workers.models.registry import arch
+
+LLAMA4 = (
+    EMBEDDINGS
+    | ATTENTION
+    | PRE_NORMS
+    | names(
+        {
+            "router": "mlp.router.gate",
+            "experts.gate_up_proj": Target("mlp.gate_up", layout=stacked_transposed),
+            "experts.down_proj": Target("mlp.down", layout=stacked_transposed),
+            **{f"shared_expert.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+            **{name: f"mlp.{slot}" for name, slot in SHARED.items()},
+        },
+        prefix="model.layers.{}.feed_forward.",
+        to="layers.{}.",
+    )
+)
+
+
+class Llama4Config(MoEConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    intermediate_size_mlp: Size
+    attention_bias: bool = False
+    use_qk_norm: bool = True
+    no_rope_layers: list[int]
+    moe_layers: list[int]
+    attention_chunk_size: Size | None = 8192
+    attn_temperature_tuning: bool | int = True
+    floor_scale: Size = 8192
+    attn_scale: Factor = 0.1
+
+    def __post_init__(self) -> None:
+        MoEConfig.__post_init__(self)
+        if len(self.no_rope_layers) < self.num_hidden_layers:
+            raise ValueError(f"no_rope_layers says nothing of some of {self.num_hidden_layers} layers")
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        layers = range(config["num_hidden_layers"])
+        period, step = config.get("no_rope_layer_interval") or 4, config.get("interleave_moe_layer_step") or 1
+        config["no_rope_layers"] = config.get("no_rope_layers") or [(i + 1) % period for i in layers]
+        if config.get("moe_layers") is None:
+            config["moe_layers"] = list(layers[step - 1 :: step])
+
+
+@arch("Llama4ForCausalLM", config=Llama4Config, hf=halves(LLAMA4))
+def llama4(c: Llama4Config) -> Decoder:
+    biases = {"bias": c.attention_bias, "out_bias": c.attention_bias}
+    near_norm = RMSScale(c.head_dim, c.norm_eps) if c.use_qk_norm else None
+    near = LateNormAttention.of(c, chunk=c.attention_chunk_size or 0, qk_norm=near_norm, **biases)
+    far = Attention.of(c, rope=None, **biases)
+    if c.attn_temperature_tuning:
+        far = TemperedAttention.of(c, rope=None, temper=(c.floor_scale, c.attn_scale), **biases)
+    router = Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, score=sigmoid)
+    moe = InputMoE(
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_experts,
+        router=router,
+        act=Activation(c.hidden_act),
+        shared=MLP.of(c),
+    )
+    dense = MLP.of(c, ffn_size=c.intermediate_size_mlp)
+    mlps = [moe if i in c.moe_layers else dense for i in range(c.num_hidden_layers)]
+    return on_frame(c, [near if turns else far for turns in c.no_rope_layers[: c.num_hidden_layers]], mlps)
