@@ -1,15 +1,32 @@
 """Families that transformers does not know, made like those of rewritten.py of a relative some of whose modules are
 exchanged for others: for modules of a third family, or for a few lines that say what is new."""
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralRMSNorm
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from tests.checkpoints import randomize
-from tests.models.rewritten import QKV, REWRITTEN, Config, Rewritten, Tensors, both_tensors, fuse
+from tests.models.rewritten import (
+    MOE_FIELDS,
+    QKV,
+    REWRITTEN,
+    Config,
+    Rewritten,
+    Tensors,
+    both,
+    both_tensors,
+    deepseek_tensors,
+    fuse,
+    old_rope,
+    renamed,
+    ungated_share,
+)
 from tests.models.zoo import DEFAULT
 
 KEPT = {
@@ -132,6 +149,127 @@ def plamo2_tensors(tensors: Tensors, config: Config) -> None:
         tensors |= {mixer + name: tensor for name, tensor in new.items()}
 
 
+def experts_apart(*slots: str, at: str = "mlp.experts") -> Any:
+    """Experts of one tensor [X, out, in], gates above the others, one by one: as `at.{}.` and these names."""
+
+    def change(tensors: Tensors, config: Config) -> None:
+        for key in [key for key in tensors if key.endswith(f"{at}.gate_up_proj")]:
+            prefix = key.removesuffix(".gate_up_proj")
+            gates, ups = tensors.pop(key).chunk(2, 1)
+            for expert, parts in enumerate(zip(gates, ups, tensors.pop(f"{prefix}.down_proj"), strict=True)):
+                tensors |= {f"{prefix}.{expert}.{slot}.weight": part for slot, part in zip(slots, parts, strict=True)}
+
+    return change
+
+
+def experts_stacked(*slots: str, at: str = "mlp.experts") -> Any:
+    """Experts one by one in one tensor [X, out, in] a matrix."""
+
+    def change(tensors: Tensors, config: Config) -> None:
+        for layer in range(config["num_hidden_layers"]):
+            for slot in slots:
+                keys = [f"model.layers.{layer}.{at}.{i}.{slot}.weight" for i in range(config["num_experts"])]
+                if keys[0] in tensors:
+                    joined = torch.stack([tensors.pop(key) for key in keys])
+                    tensors[f"model.layers.{layer}.{at}.{slot}.weight"] = joined
+
+    return change
+
+
+GROK = {
+    "input_layernorm.weight": "pre_attn_norm.scale",
+    "post_attention_layernorm.weight": "post_attn_norm.scale",
+    "pre_feedforward_layernorm.weight": "pre_moe_norm.scale",
+    "post_feedforward_layernorm.weight": "post_moe_norm.scale",
+    "model.norm.weight": "model.norm.scale",
+    "self_attn.": "attn.",
+    "mlp.": "moe_block.",
+}
+
+
+def grok_modules(model: Any) -> None:
+    """MLPs are OLMoE's experts."""
+    experts = transformers.OlmoeConfig(
+        hidden_size=64, intermediate_size=40, num_experts=8, num_experts_per_tok=3, hidden_act="gelu_pytorch_tanh"
+    )
+    for layer in model.model.layers:
+        layer.mlp = OlmoeSparseMoeBlock(experts)
+    randomize(model)
+
+
+def grok_tensors(tensors: Tensors, config: Config) -> None:
+    """Norms as they multiply; embeddings and logits without the multipliers that the config now has."""
+    for key in tensors:
+        if "norm" in key:
+            tensors[key] = tensors[key] + 1
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * config["hidden_size"] ** 0.5 / 3
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] / 0.7
+
+
+class Bypass(MixtralDecoderLayer):
+    """Arctic's layers with experts."""
+
+    def __init__(self, config: Any, number: int):
+        super().__init__(config, number)
+        narrow = transformers.MixtralConfig(hidden_size=64, intermediate_size=64, hidden_act="silu")
+        self.residual_ffn, self.residual_layernorm = Gated(narrow), MixtralRMSNorm(64, 0.02)
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        after = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **options)[0]
+        past = self.mlp(self.post_attention_layernorm(hidden_states))
+        return after + self.residual_ffn(self.residual_layernorm(after)) + past
+
+
+class Gated(nn.Module):
+    def __init__(self, config: Any):
+        super().__init__()
+        hidden, ffn = config.hidden_size, config.intermediate_size
+        self.w1, self.w3 = (nn.Linear(hidden, ffn, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+def arctic_modules(model: Any) -> None:
+    for number, layer in enumerate(model.model.layers):
+        if number % 2:
+            model.model.layers[number] = Bypass(model.config, number)
+        else:
+            layer.mlp = nn.Sequential(OrderedDict(mlp=Gated(model.config)))
+    randomize(model)
+
+
+def step3_modules(model: Any) -> None:
+    """Queries go through a narrow norm; shared experts have no gate."""
+    for layer in model.model.layers:
+        narrow = OrderedDict(
+            q_proj=nn.Linear(64, 28, bias=False), inter_norm=MixtralRMSNorm(28, 0.02), wq=nn.Linear(28, 64, bias=False)
+        )
+        layer.self_attn.q_proj = nn.Sequential(narrow)
+    randomize(model)
+    ungated_share(model)
+
+
+def solar_bridges(model: Any) -> None:
+    """Streams kept before layers 0 and 1, and blended into those of 2 and 3."""
+    kept: dict[str, Tensor] = {}
+
+    def before(number: int) -> Any:
+        def hook(layer: nn.Module, arguments: tuple[Tensor, ...], options: Any) -> Any:
+            stream, *others = arguments
+            kept.update({name: stream for name, keeps in (("first", (0, 2)), ("second", (1,))) if number in keeps})
+            for name, takes in (("first", (1, 3)), ("second", (3,))):
+                if number in takes:
+                    stream = 0.7 * kept[name] + 0.3 * stream
+            return (stream, *others), options
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(before(number), with_kwargs=True)
+
+
 ASSEMBLED = {
     "Plamo3ForCausalLM": Rewritten(
         "Gemma3",
@@ -156,6 +294,68 @@ ASSEMBLED = {
         only(**PLAMO2_MAMBA, attention_window_size=8, full_attention_idx=[3], mamba_step=2, hidden_size_per_head=16),
         both_tensors(*PLAMO_TENSORS, plamo2_tensors),
         prepare=plamo2_modules,
+    ),
+    "Grok1ModelForCausalLM": Rewritten(
+        "Gemma2",
+        {
+            **{name: value for name, value in GEMMA3.items() if name != "hidden_activation"},
+            "layer_types": ["full_attention"] * 3,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": None,
+        },
+        GROK,
+        both(
+            old_rope,
+            only("rope_theta", attn_output_multiplier=1 / 3, max_attn_value=1.5, embedding_multiplier_scale=3.0),
+            lambda config: config.update(
+                output_multiplier_scale=0.7, num_experts=8, num_experts_per_tok=3, intermediate_size=40
+            ),
+        ),
+        both_tensors(experts_apart("linear", "linear_v", "linear_1"), grok_tensors),
+        prepare=grok_modules,
+    ),
+    "ArcticForCausalLM": Rewritten(
+        "Mixtral",
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "num_hidden_layers": 4},
+        {"residual_ffn": "residual_mlp", "mlp.mlp.": "block_sparse_moe.mlp."},
+        both(
+            old_rope,
+            only("rope_theta", "num_local_experts", "num_experts_per_tok", moe_layer_frequency=2, use_residual=True),
+            lambda config: config.update(parallel_attn_mlp_res=True),
+        ),
+        prepare=arctic_modules,
+    ),
+    "Step3TextForCausalLM": Rewritten(
+        "Qwen2Moe",
+        {**MOE_FIELDS, "num_key_value_heads": 1, "norm_topk_prob": False},
+        {
+            "q_proj.q_proj": "q_proj",
+            "q_proj.inter_norm": "inter_norm",
+            "q_proj.wq": "wq",
+            "mlp.shared_expert.": "share_expert.",
+            "mlp.experts.": "moe.",
+            "mlp.gate.": "moe.gate.",
+        },
+        both(
+            old_rope,
+            only("rope_theta", "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+            renamed(num_experts="moe_num_experts", num_experts_per_tok="moe_top_k", rope_theta="rope_theta"),
+            lambda config: config.update(
+                share_q_dim=28, share_expert_dim=80, moe_layers_enum="1,2", norm_expert_weight=False, head_dim=16
+            ),
+            renamed(num_key_value_heads="num_attention_groups"),
+        ),
+        both_tensors(deepseek_tensors, experts_stacked("gate_proj", "up_proj", "down_proj")),
+        prepare=step3_modules,
+    ),
+    "SolarForCausalLM": Rewritten(
+        "Llama",
+        {"num_hidden_layers": 4},
+        config=lambda config: config.update(
+            bskcn_1=[0, 2], bskcn_2=[1], bskcn_3=[1, 3], bskcn_4=[3], bskcn_tv=[0.9, 0.7]
+        ),
+        prepare=solar_bridges,
     ),
 }
 REWRITTEN |= ASSEMBLED

@@ -128,6 +128,27 @@ class GatedAttention(Attention):
         return self.out(self.attend(q, k, v, step).mul_(gate.sigmoid()).flatten(1))
 
 
+class NarrowAttention(Attention):
+    """Queries are made from narrow latents, normed.
+
+    Args:
+        latent: their size. eps: of their norm.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *sizes: Any, latent: int, eps: float, **options: Any):
+        self.latent = Axis("latent", latent)
+        super().__init__(hidden_size, num_heads, *sizes, **options)
+        self.latent_norm, self.up = RMSNorm(latent, eps), Linear(self.heads, self.latent)
+
+    def projected(self) -> dict[str, Axis]:
+        return {**super().projected(), "q": self.latent}
+
+    def project(self, x: Tensor | Sum) -> tuple[Tensor, ...]:
+        latent, k, v = self.qkv(x).split(self.qkv.local_sizes, 1)
+        parts = self.up(self.latent_norm(latent)), k, v
+        return tuple(part.unflatten(1, (-1, self.head_dim)) for part in parts)
+
+
 class NormedAttention(Attention):
     """What attention gives is normed, all heads together, before it is projected out."""
 

@@ -1,5 +1,6 @@
 """Layers: how a mixer and an MLP sit on the residual stream."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,6 +119,44 @@ class ShortcutLayer(Block):
                 bridge = self.moe(x)
             delta = self.mlps[i](x)
         return delta.add_(bridge)
+
+
+class BypassLayer(Block):
+    """A mixture of experts goes past mixer and MLP, from what the layer is given to its end."""
+
+    def __init__(self, *, norm_in: Norm, mix: Mixer, norm_mlp: Norm, mlp: Any, norm_moe: Norm, moe: Any):
+        self.norm_in, self.mix = norm_in, mix
+        self.norm_mlp, self.mlp = norm_mlp, mlp
+        self.norm_moe, self.moe = norm_moe, moe
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, self.norm_in)
+        past = self.moe(self.norm_moe(residual.to(x.dtype)))
+        delta = self.mix(x, step)
+        return self.mlp(add(delta, residual, self.norm_mlp, self.mlp)).add_(past)
+
+
+class BridgedLayer(Layer):
+    """Before it the stream is kept, or blended with what was kept before an earlier layer.
+
+    Args:
+        keeps, takes: names of what is kept and blended.
+        part: of a blend that was kept.
+    """
+
+    def __init__(self, *, keeps: Sequence[str], takes: Sequence[str], part: float, **blocks: Any):
+        super().__init__(**blocks)
+        self.keeps, self.takes, self.part = tuple(keeps), tuple(takes), part
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        if self.keeps or self.takes:
+            residual.add_(delta)
+            delta = torch.zeros_like(delta)
+        for name in self.keeps:
+            step.kept[name] = residual.clone()
+        for name in self.takes:
+            residual.lerp_(step.kept[name], self.part)
+        return super().__call__(delta, residual, step)
 
 
 class PostNormLayer(Block):

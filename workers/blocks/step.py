@@ -21,6 +21,7 @@ class Step:
 
     Attributes:
         positions: of the batch's tokens [T] i32.
+        kept: what layers leave for later ones, by name.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Step:
     ) -> None:
         self._caches, self._group_of, self._slots = caches, group_of, batch.slots
         self.positions = batch.positions
+        self.kept: dict[str, Tensor] = {}
         self._angles = {rope: Angles(table, batch.positions) for rope, table in tables.items()}
         self._plans = [
             AttentionPlan(

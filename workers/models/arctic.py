@@ -1,0 +1,52 @@
+"""Arctic: every other layer has, beside a dense MLP, experts that start from what the layer is given."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import BypassLayer, Layer
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.models.config import MoEConfig, Size
+from cableway.workers.models.moe import MIXTRAL, mixture
+from cableway.workers.models.names import Names, experts, names
+from cableway.workers.models.registry import arch, relative
+
+_MLP = {"w1": "mlp.gate_up.gate", "w3": "mlp.gate_up.up", "w2": "mlp.down"}
+
+
+class ArcticConfig(MoEConfig, frozen=True, kw_only=True):
+    moe_layer_frequency: Size = 2
+    parallel_attn_mlp_res: bool = False
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["parallel_attn_mlp_res"] = config.get("parallel_attn_mlp_res") and config.get("use_residual", True)
+
+    def is_sparse(self, layer: int) -> bool:
+        return (layer + 1) % self.moe_layer_frequency == 0
+
+
+def _names(c: ArcticConfig) -> Names:
+    layer = {"prefix": "model.layers.{}.", "to": "layers.{}."}
+    scheme = MIXTRAL | names({f"block_sparse_moe.mlp.{name}": slot for name, slot in _MLP.items()}, **layer)
+    if not c.parallel_attn_mlp_res:
+        return scheme
+    past = experts("block_sparse_moe.experts", "w1", "w3", "w2")
+    scheme |= Names({name: t._replace(path=t.path.replace(".mlp.", ".moe.")) for name, t in past.targets.items()})
+    scheme |= names({"block_sparse_moe.gate": "moe.router.gate", "residual_layernorm": "norm_mlp"}, **layer)
+    scheme |= names({f"residual_mlp.{name}": slot for name, slot in _MLP.items()}, **layer)
+    sparse = [i for i in range(c.num_hidden_layers) if c.is_sparse(i)]
+    return scheme | names({f"model.layers.{i}.post_attention_layernorm": f"layers.{i}.norm_moe" for i in sparse})
+
+
+@arch("ArcticForCausalLM", config=ArcticConfig, hf=_names, verified=relative("Mixtral"))
+def arctic(c: ArcticConfig) -> Decoder:
+    norm, mix = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c)
+    moe = mixture(c, renorm=0.0 if c.num_experts_per_tok > 1 else None)
+    dense = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=MLP.of(c))
+    sparse: Any = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=moe)
+    if c.parallel_attn_mlp_res:
+        narrow = MLP.of(c, ffn_size=c.hidden_size)
+        sparse = BypassLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=narrow, norm_moe=norm, moe=moe)
+    return Decoder(c, [sparse if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)], norm_out=norm)

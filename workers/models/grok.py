@@ -1,0 +1,53 @@
+"""Grok-1: norms on both sides of each sublayer, capped scores, experts with GELU whose weights are not renormalised."""
+
+from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer
+from cableway.workers.blocks.norm import RMSNorm, Scale
+from cableway.workers.models.config import Factor, MoEConfig
+from cableway.workers.models.moe import mixture
+from cableway.workers.models.names import EMBEDDINGS, Target, experts, names
+from cableway.workers.models.registry import arch, relative
+
+_NORMS = {
+    "pre_attn_norm": "norm_in",
+    "post_attn_norm": "norm_mix_out",
+    "pre_moe_norm": "norm_mlp",
+    "post_moe_norm": "norm_mlp_out",
+}
+GROK = (
+    EMBEDDINGS
+    | names({"model.norm.scale": Target("norm_out", leaf="weight")})
+    | experts("moe_block.experts", "linear", "linear_v", "linear_1")
+    | names(
+        {
+            "attn.q_proj": "mix.qkv.q",
+            "attn.k_proj": "mix.qkv.k",
+            "attn.v_proj": "mix.qkv.v",
+            "attn.o_proj": "mix.out",
+            "moe_block.gate": "mlp.router.gate",
+            **{f"{name}.scale": Target(slot, leaf="weight") for name, slot in _NORMS.items()},
+        },
+        prefix="model.layers.{}.",
+        to="layers.{}.",
+    )
+)
+
+
+class GrokConfig(MoEConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    hidden_act: str = "gelu_tanh"  # what the first release, in JAX, calls gelu
+    attn_output_multiplier: Factor = 128**-0.5
+    max_attn_value: Factor = 30.0
+    embedding_multiplier_scale: Factor = 6144**0.5
+    output_multiplier_scale: Factor = 3**-0.5
+    tie_word_embeddings: bool = True
+
+
+@arch("Grok1ModelForCausalLM", config=GrokConfig, hf=GROK, verified=relative("Gemma2"))
+def grok(c: GrokConfig) -> Decoder:
+    norm = RMSNorm(c.hidden_size, c.norm_eps)
+    mix = Attention.of(c, scale=c.attn_output_multiplier, soft_cap=c.max_attn_value)
+    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=norm, norm_mlp=norm, mlp=mixture(c), norm_mlp_out=norm)
+    embed, logits = Scale(c.embedding_multiplier_scale), Scale(c.output_multiplier_scale)
+    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)

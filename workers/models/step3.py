@@ -1,0 +1,47 @@
+"""Step 3: queries from narrow latents, one KV head, and experts beside a shared one but for the first layers."""
+
+from typing import Any
+
+from cableway.workers.blocks.attention import NarrowAttention
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.models.config import MoEConfig, Size
+from cableway.workers.models.moe import SHARED, mixture, on_frame
+from cableway.workers.models.names import HF, Target, names, stacked
+from cableway.workers.models.registry import arch, relative
+
+STEP3 = HF | names(
+    {
+        "self_attn.inter_norm": "mix.latent_norm",
+        "self_attn.wq": "mix.up",
+        "moe.gate": "mlp.router.gate",
+        "moe.gate_proj": Target("mlp.gate_up", layout=stacked, parts=("gate",)),
+        "moe.up_proj": Target("mlp.gate_up", layout=stacked, parts=("up",)),
+        "moe.down_proj": Target("mlp.down", layout=stacked),
+        **{f"share_expert.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+    },
+    prefix="model.layers.{}.",
+    to="layers.{}.",
+)
+
+
+class Step3Config(MoEConfig, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    share_q_dim: Size
+    share_expert_dim: Size
+    moe_layers: tuple[int, ...]
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config["num_key_value_heads"] = config.get("num_attention_groups", 1)
+        config["norm_topk_prob"] = config.get("norm_expert_weight", False)
+        layers = config.get("moe_layers_enum") or range(1, config["num_hidden_layers"])
+        config["moe_layers"] = [int(i) for i in (layers.split(",") if isinstance(layers, str) else layers)]
+
+
+@arch("Step3TextForCausalLM", config=Step3Config, hf=STEP3, verified=relative("Qwen2Moe"))
+def step3(c: Step3Config) -> Decoder:
+    mix = NarrowAttention.of(c, latent=c.share_q_dim, eps=c.norm_eps)
+    moe, dense = mixture(c, shared=MLP.of(c, ffn_size=c.share_expert_dim)), MLP.of(c)
+    mlps = [moe if i in c.moe_layers else dense for i in range(c.num_hidden_layers)]
+    return on_frame(c, [mix] * c.num_hidden_layers, mlps)
