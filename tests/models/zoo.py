@@ -152,6 +152,32 @@ ZOO: dict[str, list[Fields]] = {
         {**SOME_NEAR, "query_pre_attn_scalar": 24, "rope_parameters": BY_TYPE},
         {**SOME_NEAR, "rope_parameters": {**BY_TYPE, "full_attention": LINEAR}, "final_logit_softcapping": 2.0},
     ],
+    "Gemma3nForCausalLM": [
+        {
+            "num_hidden_layers": 5,
+            "num_kv_shared_layers": 2,
+            "sliding_window": 9,
+            "layer_types": [*SOME_NEAR["layer_types"], "sliding_attention", "full_attention"],
+            "rope_parameters": BY_TYPE,
+            "intermediate_size": [96, 80, 96, 64, 96],
+            "activation_sparsity_pattern": [0.9, 0.0, 0.6, 0.8, 0.0],
+            "vocab_size_per_layer_input": 280,
+            "hidden_size_per_layer_input": 12,
+            "laurel_rank": 8,
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "final_logit_softcapping": 2.0,
+        },
+        {
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["full_attention"] * 3,
+            "vocab_size_per_layer_input": 300,
+            "hidden_size_per_layer_input": 16,
+            "altup_correct_scale": False,
+            "attention_bias": True,
+        },
+    ],
     "PhiForCausalLM": [{"rope_parameters": HALF}, {"rope_parameters": HALF, "qk_layernorm": True}],
     "Phi3ForCausalLM": [
         {"sliding_window": 11, "rope_parameters": {**HALF}},
@@ -467,6 +493,7 @@ IGNORED = {
 
 UNUSED: dict[str, set[str]] = {
     "Gemma3ForCausalLM": {"_sliding_window_pattern", "use_bidirectional_attention"},
+    "Gemma3nForCausalLM": {"altup_coef_clip"},  # in training
     "Gemma2ForCausalLM": {"use_bidirectional_attention"},
     "Phi3ForCausalLM": {"original_max_position_embeddings"},  # rope_parameters say it too
     "GPT2LMHeadModel": {"reorder_and_upcast_attn"},

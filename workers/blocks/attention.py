@@ -172,6 +172,42 @@ class LateNormAttention(Attention):
         return super().norm(*super().turn(q, k, v, step))
 
 
+class ValueNormAttention(Attention):
+    """Values are brought to length too."""
+
+    is_fused = False
+
+    def __init__(self, *sizes: Any, eps: float, **options: Any):
+        super().__init__(*sizes, **options)
+        self.v_norm = RMSScale(self.head_dim, eps)
+
+    def norm(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().norm(q, k, v)
+        return q, k, self.v_norm(v)
+
+
+class BorrowingAttention(Block):
+    """Attention to the keys and values of an earlier mixer, like it in all but its own queries.
+
+    Args:
+        source: the mixer's number.
+        like: how that one attends.
+    """
+
+    def __init__(self, source: int, like: Attention, *, bias: bool):
+        (embed,) = like.out.parts.values()
+        self.source, self.rope, self.scores, self.head_dim = source, like.rope, like.scores, like.head_dim
+        self.q, self.q_norm = Linear(like.heads, embed, bias=bias), like.q_norm
+        self.out = Linear(embed, like.heads, bias=bias)
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x [T, E] -> [T, E]"""
+        q = self.q_norm(self.q(x).unflatten(1, (-1, self.head_dim)))
+        rotate(q, q[:, :0], step.angles(self.rope))
+        cache, plan, _ = step.state(self.source)
+        return self.out(paged_attention(q, cache, plan, self.scores).flatten(1))
+
+
 class TemperedAttention(Attention):
     """Queries grow slowly with their position p: by 1 + scale * log(1 + floor((p + 1) / length)).
 

@@ -78,6 +78,15 @@ class Decoder(Block):
     def forward(self, batch: Batch, caches: Sequence[Tensor]) -> Tensor:
         """Hidden states [T, E] of the batch's tokens; `caches`, one a mixer, take their keys and values."""
         step = Step(batch, caches, self._group_of, self._tables)
+        delta = self.enter(batch, step)
+        # PERF: a residual stream in float32 halves the error of bfloat16 logits (SmolLM2-135M: std 0.21 -> 0.11).
+        residual = torch.zeros_like(delta, dtype=torch.float32)
+        for layer in self.layers:
+            delta = layer(delta, residual, step)
+        return self.leave(delta, residual)
+
+    def enter(self, batch: Batch, step: Step) -> Tensor:
+        """What the first layer is given."""
         delta = self.embed(batch.token_ids)
         if self.project_in is not None:
             delta = self.project_in(delta)
@@ -87,10 +96,10 @@ class Decoder(Block):
             delta = self.on_embed(delta)
         if self._sees_embeddings:
             step.embeddings = delta
-        # PERF: a residual stream in float32 halves the error of bfloat16 logits (SmolLM2-135M: std 0.21 -> 0.11).
-        residual = torch.zeros_like(delta, dtype=torch.float32)
-        for layer in self.layers:
-            delta = layer(delta, residual, step)
+        return delta
+
+    def leave(self, delta: Tensor, residual: Tensor) -> Tensor:
+        """Hidden states [T, E], from what the last layer has made and the stream."""
         hidden = add(delta, residual, self.norm_out)
         return hidden if self.project_out is None else self.project_out(hidden)
 

@@ -1,7 +1,9 @@
 """Feed-forward blocks, gated and not."""
 
+from statistics import NormalDist
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -103,6 +105,34 @@ class MLP(Block):
         """x [T, E] -> [T, E]"""
         y = self.gate_up.gated(x) if self._is_silu else self.act.gate(self.gate_up(x))
         return self.down(y if self.norm is None else self.norm(y))
+
+
+class SparseMLP(MLP):
+    """Of a gate's numbers only what stands out counts: by how much it is above their mean and some deviations.
+
+    Args:
+        sparsity: part of numbers from a normal distribution that would not count.
+    """
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, sparsity: float, **options: Any):
+        super().__init__(hidden_size, ffn_size, **options)
+        self.ffn, self.deviations = Axis("ffn", ffn_size), NormalDist().inv_cdf(sparsity)
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        self._mesh = place.mesh
+
+    def __call__(self, x: Tensor | Sum) -> Tensor:
+        gate_up = self.gate_up(x)
+        gate = gate_up[:, : gate_up.shape[1] // 2]
+        wide = gate.float()
+        sums = torch.stack((wide.sum(-1), wide.square().sum(-1)))
+        if self._mesh.is_cut(self.ffn):
+            sums = self._mesh.all_reduce(sums)
+        mean, square = sums.div_(self.ffn.size)[..., None]
+        deviation = (square - mean.square()).clamp_(min=0).sqrt_()
+        gate.copy_((wide - mean - self.deviations * deviation).clamp_(min=0))
+        return self.down(self.act.gate(gate_up))
 
 
 class PlainMLP(Block):

@@ -1,0 +1,146 @@
+"""Gemma 3n: several streams of which each layer computes one; the last layers look into the caches of earlier ones."""
+
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from cableway.ipc.modelfiles import ModelError
+from cableway.workers.blocks.altup import AltUp, AltUpDecoder, AltUpLayer, Laurel, LayerInput, LayerInputs
+from cableway.workers.blocks.attention import BorrowingAttention, ValueNormAttention
+from cableway.workers.blocks.mlp import MLP, Activation, SparseMLP
+from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
+from cableway.workers.models.config import Count, Factor, Size, Window, every
+from cableway.workers.models.gemma import Gemma3Config
+from cableway.workers.models.names import HF, SANDWICH_NORMS, Names, Target, names
+from cableway.workers.models.registry import arch
+
+GEMMA3N = (
+    HF
+    | SANDWICH_NORMS
+    | names(
+        {
+            "self_attn.q_proj": "mix.qkv.q",
+            "altup.router_norm": "altup.norm",
+            "altup.modality_router": "altup.router",
+            "altup.prediction_coefs": "altup.guess",
+            "altup.correction_coefs": "altup.mend",
+            "altup.correct_output_scale": Target("scale", leaf="weight"),
+            "laurel.linear_left": "laurel.left",
+            "laurel.linear_right": "laurel.right",
+            "laurel.post_laurel_norm": "laurel.norm",
+            "per_layer_input_gate": "layer_input.gate",
+            "per_layer_projection": "layer_input.up",
+            "post_per_layer_input_norm": "layer_input.norm",
+        },
+        prefix="model.layers.{}.",
+        to="layers.{}.",
+    )
+    | names(
+        {
+            "embed_tokens_per_layer": "inputs.table",
+            "per_layer_model_projection": "inputs.project",
+            "per_layer_projection_norm": "inputs.norm",
+            "altup_projections.{}": "spread.{}",
+            "altup_unembed_projections.{}": "join.{}",
+        },
+        prefix="model.",
+    )
+)
+
+
+class Gemma3nConfig(Gemma3Config, frozen=True, kw_only=True):
+    intermediate_size: tuple[Size, ...]
+    sliding_window: Window = 512
+    final_logit_softcapping: Factor | None = 30.0
+    vocab_size_per_layer_input: Size = 262_144
+    hidden_size_per_layer_input: Size = 256
+    altup_num_inputs: Size = 4
+    altup_active_idx: Count = 0
+    altup_correct_scale: bool = True
+    num_kv_shared_layers: Count = 15
+    laurel_rank: Size = 64
+    activation_sparsity_pattern: tuple[Annotated[float, Meta(ge=0, lt=1)], ...]
+
+    def __post_init__(self) -> None:
+        Gemma3Config.__post_init__(self)
+        if {len(self.intermediate_size), len(self.activation_sparsity_pattern)} != {self.num_hidden_layers}:
+            raise ValueError(f"an intermediate_size or sparsity for each of {self.num_hidden_layers} layers is missing")
+        if self.altup_active_idx >= self.altup_num_inputs:
+            raise ValueError(f"stream {self.altup_active_idx} of {self.altup_num_inputs} cannot be computed")
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        num_layers = config["num_hidden_layers"]
+        config.setdefault("layer_types", every(5, num_layers))
+        Gemma3Config.derive(config)
+        if not isinstance(config["intermediate_size"], list):
+            config["intermediate_size"] = [config["intermediate_size"]] * num_layers
+        if config.get("activation_sparsity_pattern") is None:
+            num_sparse = 10 if num_layers > 10 else 0
+            config["activation_sparsity_pattern"] = [0.95] * num_sparse + [0.0] * (num_layers - num_sparse)
+
+    @property
+    def num_own(self) -> int:
+        """Layers that keep keys and values."""
+        return self.num_hidden_layers - self.num_kv_shared_layers
+
+    def source(self, kind: str) -> int:
+        """The layer whose keys and values later ones of its kind borrow."""
+        own = self.layer_types[: self.num_own] if self.num_own > 0 else []
+        if kind not in own:
+            raise ModelError(f"config: no layer of {kind} keeps the keys and values that later ones borrow")
+        return self.num_own - 1 - own[::-1].index(kind)
+
+
+def _names(c: Gemma3nConfig) -> Names:
+    """Layers that borrow keys and values may still come with what would make them."""
+    unused = [f"{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
+    borrowers = range(c.num_own, c.num_hidden_layers)
+    beyond = tuple(f"model.layers.{i}.self_attn.{name}" for i in borrowers for name in unused)
+    own = {f"model.layers.{i}.self_attn.q_proj": f"layers.{i}.mix.q" for i in borrowers}
+    return GEMMA3N | names(own) | Names(beyond=beyond)
+
+
+@arch("Gemma3nForCausalLM", config=Gemma3nConfig, hf=_names)
+def gemma3n(c: Gemma3nConfig) -> AltUpDecoder:
+    eps, act, bias = c.norm_eps, Activation(c.hidden_act), c.attention_bias
+    norm, head_norm = RMSNorm(c.hidden_size, eps), RMSNorm(c.head_dim, eps)
+    windows = {"full_attention": 0, "sliding_attention": c.sliding_window}
+    kinds = {
+        kind: ValueNormAttention.of(
+            c, scale=1.0, rope=c.rope(kind), window=window, qk_norm=head_norm, eps=eps, bias=bias, out_bias=bias
+        )
+        for kind, window in windows.items()
+    }
+
+    def layer(number: int, kind: str) -> AltUpLayer:
+        ffn_size, sparsity = c.intermediate_size[number], c.activation_sparsity_pattern[number]
+        borrows = number >= c.num_own
+        return AltUpLayer(
+            number=number,
+            norm_in=norm,
+            mix=BorrowingAttention(c.source(kind), kinds[kind], bias=bias) if borrows else kinds[kind],
+            norm_mix_out=norm,
+            norm_mlp=norm,
+            mlp=SparseMLP.of(c, ffn_size=ffn_size, sparsity=sparsity) if sparsity else MLP.of(c, ffn_size=ffn_size),
+            norm_mlp_out=norm,
+            altup=AltUp(c.hidden_size, c.altup_num_inputs, c.altup_active_idx, eps),
+            laurel=Laurel(c.hidden_size, c.laurel_rank, eps),
+            layer_input=LayerInput(c.hidden_size, c.hidden_size_per_layer_input, act, eps),
+            scales=c.altup_correct_scale,
+            hidden_size=c.hidden_size,
+        )
+
+    kinds_of = c.by_layer(c.layer_types, {kind: kind for kind in kinds})
+    inputs = LayerInputs(
+        c.hidden_size, c.num_hidden_layers, c.hidden_size_per_layer_input, c.vocab_size_per_layer_input, eps
+    )
+    return AltUpDecoder(
+        c,
+        [layer(number, kind) for number, kind in enumerate(kinds_of)],
+        norm_out=norm,
+        num_streams=c.altup_num_inputs,
+        inputs=inputs,
+        on_embed=Scale(c.hidden_size**0.5),
+        on_logits=SoftCap(c.final_logit_softcapping) if c.final_logit_softcapping else None,
+    )
