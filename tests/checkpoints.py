@@ -60,7 +60,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             noise = torch.randn(weight.shape, generator=generator)
             if weight.dim() > 1 and "norm" not in name:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
-            elif name.endswith("bias"):
+            elif name.endswith("bias") or "lambda" in name:
                 weight.copy_(_SCALES["bias"] * noise)
             else:
                 weight.copy_(1 + _SCALES["norm"] * noise)

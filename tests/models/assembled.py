@@ -1,12 +1,14 @@
 """Families that transformers does not know, made like those of rewritten.py of a relative some of whose modules are
 exchanged for others: for modules of a third family, or for a few lines that say what is new."""
 
+import math
 from collections import OrderedDict
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.diffllama.modeling_diffllama import apply_rotary_pos_emb
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralRMSNorm
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -270,7 +272,61 @@ def solar_bridges(model: Any) -> None:
         layer.register_forward_pre_hook(before(number), with_kwargs=True)
 
 
+class GroupedDifferential(nn.Module):
+    """2 groups of 2 signals and a noise head, over one pair of KV heads; head by head."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, size * 16, bias=False) for size in (6, 2, 2))
+        self.o_proj = nn.Linear(2 * 2 * 32, 64, bias=False)
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(torch.zeros(16)) for _ in range(4)
+        )
+        self.subln = nn.RMSNorm(32, eps=0.03)
+        self.first = 0.8 - 0.6 * math.exp(-0.3 * (number - 1))
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Tensor, **_: Any) -> Any:
+        q, k, v = (
+            proj(hidden_states).unflatten(-1, (-1, 16)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        v, mask = torch.cat((v[:, 0], v[:, 1]), -1), attention_mask[:, 0]
+
+        def attend(head: int, key: int) -> Tensor:
+            return (q[:, head] @ k[:, key].mT / 4 + mask).softmax(-1) @ v
+
+        part = (self.lambda_q1 @ self.lambda_k1).exp() - (self.lambda_q2 @ self.lambda_k2).exp() + self.first
+        signals = [attend(3 * g + i, 0) - part * attend(3 * g + 2, 1) for g in range(2) for i in range(2)]
+        return self.o_proj(torch.cat([self.subln(y) * (1 - self.first) for y in signals], -1)), None
+
+
+class PolyNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        powers = [power * torch.rsqrt(power.square().mean(-1, keepdim=True) + 1e-6) for power in (x**3, x**2, x)]
+        return sum(weight * power for weight, power in zip(self.weight, powers, strict=True)) + self.bias
+
+
+def motif_modules(model: Any) -> None:
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn, layer.mlp.act_fn = GroupedDifferential(number), PolyNorm()
+    randomize(model)
+
+
 ASSEMBLED = {
+    "MotifForCausalLM": Rewritten(
+        "DiffLlama",
+        config=both(
+            old_rope,
+            only("rope_theta", "head_dim", hidden_act="poly_norm", attn_rms_norm_eps=0.03, use_bias=False),
+            lambda config: config.update(num_attention_heads=6, num_noise_heads=2, k_ratio=1),
+        ),
+        prepare=motif_modules,
+    ),
     "Plamo3ForCausalLM": Rewritten(
         "Gemma3",
         {

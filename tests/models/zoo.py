@@ -183,6 +183,7 @@ ZOO: dict[str, list[Fields]] = {
         {"sliding_window": 11, "rope_parameters": {**HALF}},
         {"rope_parameters": LONG, "original_max_position_embeddings": 32, "max_position_embeddings": 128},
     ],
+    "DiffLlamaForCausalLM": [{}, {"num_key_value_heads": 4, "attention_bias": True}],
     "GlmForCausalLM": [{"rope_parameters": HALF}, {"rope_parameters": HALF, "attention_bias": False}],
     "Glm4ForCausalLM": [{"rope_parameters": HALF}],
     "CohereForCausalLM": [{"logit_scale": 0.3, "use_qk_norm": True}, {"attention_bias": True}],
@@ -494,6 +495,7 @@ IGNORED = {
 UNUSED: dict[str, set[str]] = {
     "Gemma3ForCausalLM": {"_sliding_window_pattern", "use_bidirectional_attention"},
     "Gemma3nForCausalLM": {"altup_coef_clip"},  # in training
+    "DiffLlamaForCausalLM": {"lambda_std_dev"},  # of first weights
     "Gemma2ForCausalLM": {"use_bidirectional_attention"},
     "Phi3ForCausalLM": {"original_max_position_embeddings"},  # rope_parameters say it too
     "GPT2LMHeadModel": {"reorder_and_upcast_attn"},

@@ -15,6 +15,7 @@ from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis
 
+_POLY_EPS = 1e-6
 _ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish", "swiglu"), "silu"),
     "gelu": "gelu",
@@ -67,6 +68,28 @@ class XIELU(Block):
         return activation(x, kind="xielu", a=self._a, c=self._c)
 
 
+class PolyNorm(Block):
+    """w0 norm(x³) + w1 norm(x²) + w2 norm(x) + b, with norm(x) = x / sqrt(mean(x²) + eps) over all that is gated."""
+
+    def __init__(self, ffn_size: int):
+        self.factors, self.offset = Vector(Axis("terms", 3)), Vector(Axis("one", 1))
+        self.ffn = Axis("ffn", ffn_size)
+
+    def prepare(self, place: Place) -> None:
+        self._mesh = place.mesh
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, 1)
+        x = gate.float()
+        powers = (x**3, x.square(), x)
+        squares = torch.stack([power.square().sum(-1) for power in powers], -1)
+        if self._mesh.is_cut(self.ffn):
+            squares = self._mesh.all_reduce(squares)
+        factors = self.factors.weight * torch.rsqrt(squares / self.ffn.size + _POLY_EPS)
+        y = sum(power * factors[:, i, None] for i, power in enumerate(powers)) + self.offset.weight
+        return (y * up).to(gate_up.dtype)
+
+
 class MLP(Block):
     """y = down(act(gate(x)) * up(x))
 
@@ -83,7 +106,7 @@ class MLP(Block):
         hidden_size: int,
         ffn_size: int,
         *,
-        act: Activation | ClampedGate | None = None,
+        act: Activation | ClampedGate | PolyNorm | None = None,
         bias: bool | None = False,
         out_bias: bool | None = None,
         norm: Block | None = None,

@@ -1,0 +1,116 @@
+"""Differential attention: DiffLlama, and Motif, whose MLPs have PolyNorm for activation and, in the larger model, whose
+noise heads serve several signal heads each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from cableway.kernels.attention_plan import Scores
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.differential import DifferentialAttention
+from cableway.workers.blocks.layers import Layer
+from cableway.workers.blocks.linear import Axis
+from cableway.workers.blocks.mlp import MLP, PolyNorm
+from cableway.workers.blocks.norm import RMSNorm, RMSScale
+from cableway.workers.formats.stored import Stored
+from cableway.workers.models.config import DecoderConfig, Never, Size
+from cableway.workers.models.names import HF, Target, concatenated, names
+from cableway.workers.models.registry import arch, relative
+
+_LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
+_LAMBDAS = {f"self_attn.lambda_{name}": Target(f"mix.{name}", leaf="weight") for name in ("q1", "k1", "q2", "k2")}
+MOTIF = HF | names(
+    {
+        **_LAMBDAS,
+        "self_attn.subln": "mix.norm_y",
+        "mlp.act_fn.weight": Target("mlp.act.factors", leaf="weight"),
+        "mlp.act_fn.bias": Target("mlp.act.offset", leaf="weight"),
+    },
+    **_LAYER,
+)
+
+
+def in_halves(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """Of a part that is pairs, the first of each and then the second of each."""
+
+    def pair(rows: Tensor, count: int) -> Tensor:
+        return rows.unflatten(0, (2, count, -1)).transpose(0, 1).flatten(0, 2)
+
+    cut = concatenated(stored, parts)
+    return {part: one.changed(one.shape, lambda t, n=parts[part].count: pair(t, n)) for part, one in cut.items()}
+
+
+DIFFLLAMA = HF | names(
+    {
+        **_LAMBDAS,
+        **{f"self_attn.{part}_proj": Target(f"mix.qkv.{part}", layout=in_halves) for part in ("q", "k", "v")},
+    },
+    **_LAYER,
+)
+
+
+class DiffLlamaConfig(DecoderConfig, frozen=True, kw_only=True):
+    attention_bias: bool = False
+
+    def __post_init__(self) -> None:
+        DecoderConfig.__post_init__(self)
+        if self.num_key_value_heads % 2:
+            raise ValueError(f"{self.num_key_value_heads} heads are no pairs")
+
+
+class MotifConfig(DiffLlamaConfig, frozen=True, kw_only=True):
+    attn_rms_norm_eps: float = 1e-5
+    use_bias: bool = False
+    use_sliding_window: Never = False
+    num_noise_heads: Size
+    k_ratio: Size = 1
+
+    def __post_init__(self) -> None:
+        DiffLlamaConfig.__post_init__(self)
+        noises = self.num_noise_heads
+        if self.num_attention_heads % noises or noises % (self.num_key_value_heads // 2) or self.k_ratio != 1:
+            heads = self.num_attention_heads, self.num_key_value_heads
+            raise ValueError(f"{heads} heads are no groups with one of {noises} noise heads each")
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        if config.get("hidden_act") != "poly_norm":
+            raise ValueError(f"hidden_act {config.get('hidden_act')!r} is not poly_norm")
+        config["num_noise_heads"] = config.get("num_noise_heads") or config["num_attention_heads"] // 2
+
+
+@arch("DiffLlamaForCausalLM", config=DiffLlamaConfig, hf=DIFFLLAMA)
+def diffllama(c: DiffLlamaConfig) -> Decoder:
+    return differential(
+        c, c.num_attention_heads // 2, 0, RMSScale(2 * c.head_dim, c.norm_eps), c.attention_bias, MLP.of(c)
+    )
+
+
+@arch("MotifForCausalLM", config=MotifConfig, hf=MOTIF, verified=relative("DiffLlama"))
+def motif(c: MotifConfig) -> Decoder:
+    mlp = MLP.of(c, act=PolyNorm(c.intermediate_size), bias=c.use_bias)
+    return differential(c, c.num_noise_heads, -1, RMSNorm(2 * c.head_dim, c.attn_rms_norm_eps), c.use_bias, mlp)
+
+
+def differential(
+    c: DecoderConfig, num_groups: int, first_depth: int, head_norm: RMSNorm | RMSScale, bias: bool, mlp: MLP
+) -> Decoder:
+    def mix(number: int) -> DifferentialAttention:
+        return DifferentialAttention(
+            c.hidden_size,
+            num_groups,
+            c.num_key_value_heads // 2,
+            c.head_dim,
+            Scores(c.head_dim**-0.5),
+            rope=c.rope(),
+            num_signals=c.num_attention_heads // num_groups - 1,
+            depth=first_depth + number,
+            norm=head_norm,
+            bias=bias,
+            out_bias=bias,
+        )
+
+    norm = RMSNorm(c.hidden_size, c.norm_eps)
+    layers = [Layer(norm_in=norm, mix=mix(i), norm_mlp=norm, mlp=mlp) for i in range(c.num_hidden_layers)]
+    return Decoder(c, layers, norm_out=norm)
