@@ -184,6 +184,10 @@ ZOO: dict[str, list[Fields]] = {
         {"rope_parameters": LONG, "original_max_position_embeddings": 32, "max_position_embeddings": 128},
     ],
     "DiffLlamaForCausalLM": [{}, {"num_key_value_heads": 4, "attention_bias": True}],
+    "DogeForCausalLM": [
+        {"sliding_window": 9},
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+    ],
     "GlmForCausalLM": [{"rope_parameters": HALF}, {"rope_parameters": HALF, "attention_bias": False}],
     "Glm4ForCausalLM": [{"rope_parameters": HALF}],
     "CohereForCausalLM": [{"logit_scale": 0.3, "use_qk_norm": True}, {"attention_bias": True}],
@@ -495,6 +499,9 @@ IGNORED = {
 UNUSED: dict[str, set[str]] = {
     "Gemma3ForCausalLM": {"_sliding_window_pattern", "use_bidirectional_attention"},
     "Gemma3nForCausalLM": {"altup_coef_clip"},  # in training
+    "DogeForCausalLM": {  # without experts, and of sequences that are not longer
+        *("keep_window_size", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    },
     "DiffLlamaForCausalLM": {"lambda_std_dev"},  # of first weights
     "Gemma2ForCausalLM": {"use_bidirectional_attention"},
     "Phi3ForCausalLM": {"original_max_position_embeddings"},  # rope_parameters say it too

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.attention_plan import Scores
 from cableway.kernels.kv_write import kv_write
 from cableway.kernels.paged_attention import paged_attention
@@ -21,6 +23,9 @@ from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis, Mesh
+
+_ALIGNED = 8
+"""Numbers that heads grow by at once."""
 
 HeadNorm = RMSNorm | RMSScale | HeadRMSNorm | LayerNorm | JointNorm
 
@@ -229,6 +234,52 @@ class TemperedAttention(Attention):
     def turn(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().turn(q, k, v, step)
         return (q * self._growth.index_select(0, step.positions)[:, None, None]).to(q.dtype), k, v
+
+
+class KeyBiasAttention(Attention):
+    """A number of each key, made from its token's values, is added to the scores of it.
+
+    It stands behind the key, where queries have the inverse of the scale.
+
+    Args:
+        most_tokens: of a sequence; in longer ones the keys with the smallest numbers would not be seen.
+    """
+
+    is_fused = False
+
+    def __init__(self, *sizes: Any, most_tokens: int, bias: bool, **options: Any):
+        super().__init__(*sizes, bias=bias, **options)
+        keys = Axis("keys", self.kv_heads.count)
+        self.step, self.step_bias = Linear(keys, self.kv_heads), Vector(keys) if bias else None
+        self.growth = Vector(self.kv_heads_alone())
+        self.most_tokens = most_tokens
+
+    def kv_heads_alone(self) -> Axis:
+        return Axis("kv_heads", self.kv_heads.count)
+
+    def state(self, mesh: Mesh) -> StateSpec:
+        return replace(super().state(mesh), head_dim=self.head_dim + _ALIGNED)
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        if place.max_model_len > self.most_tokens:
+            raise ModelError(f"sequences of more than {self.most_tokens} tokens are not supported: lower max_model_len")
+        mesh, own = place.mesh, place.mesh.span(self.kv_heads_alone())
+        self._own = slice(own.start, own.stop)
+        self._held = mesh.num_held(self.kv_heads) / self.kv_heads.size  # ranks that hold the same have summed it up
+
+    def turn(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().turn(q, k, v, step)
+        length = self.step(v.flatten(1)).float() / self._held
+        if self.step_bias is not None:
+            length += self.step_bias.weight
+        bias = (self.growth.weight * F.softplus(length[:, self._own])).exp()
+        q, k, v = (F.pad(part, (0, _ALIGNED)) for part in (q, k, v))
+        q[..., self.head_dim], k[..., self.head_dim] = 1 / self.scores.scale, bias
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        return super().attend(q, k, v, step)[..., : self.head_dim]
 
 
 class ClippedAttention(Attention):

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from cableway.workers.blocks.block import Block, Mixer
+from cableway.workers.blocks.linear import Vector
 from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Sum
+from cableway.workers.parallel import Axis
 
 Norm = RMSNorm | LayerNorm | PlainLayerNorm
 
@@ -173,6 +175,21 @@ class PostNormLayer(Block):
             residual.copy_(x)
         residual.zero_()
         return x
+
+
+class WeightedStreamLayer(Block):
+    """The stream counts by a weight a number, before what mixer and MLP make is added."""
+
+    def __init__(self, *, mix: Mixer, mlp: Any, norm_in: Norm, norm_mlp: Norm, hidden_size: int):
+        self.norm_in, self.mix, self.keep_mix = norm_in, mix, Vector(Axis("norm", hidden_size))
+        self.norm_mlp, self.mlp, self.keep_mlp = norm_mlp, mlp, Vector(Axis("norm", hidden_size))
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        x = add(delta, residual, self.norm_in)
+        residual.mul_(self.keep_mix.weight)
+        x = add(self.mix(x, step), residual, self.norm_mlp)
+        residual.mul_(self.keep_mlp.weight)
+        return self.mlp(x)
 
 
 class NormedStreamLayer(Block):
