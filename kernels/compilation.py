@@ -7,8 +7,8 @@ is 1, or a multiple of 16), when it is first launched that way; for seconds noth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from cableway.kernels.lang import gpu_capability, triton
 
 _NUM_THREADS = 16
 """Python's lock is held for about a third of a compilation: more threads than cores that they keep busy do no harm."""
+
+_others: list[tuple[Executor, list[Future[Any]]]] = []
+"""While compiling ahead: who compiles, and what they were given that Triton knows nothing of."""
 
 
 class Counter:
@@ -37,6 +40,12 @@ def watch() -> Counter:
     if triton is not None:
         triton.knobs.runtime.jit_post_compile_hook = counter
     return counter
+
+
+def count() -> None:
+    """One more that Triton knows nothing of."""
+    if counter := triton.knobs.runtime.jit_post_compile_hook:
+        counter()
 
 
 @contextmanager
@@ -58,14 +67,24 @@ def ahead() -> Iterator[None]:
     jit_function.run = compile_or_run
     try:
         with ThreadPoolExecutor(_NUM_THREADS) as pool, triton.AsyncCompileMode(pool):
+            _others.append((pool, []))
             yield
+        for task in _others[-1][1]:
+            task.result()
     finally:
         jit_function.run = run
+        _others.clear()
+
+
+def in_background(compile_it: Callable[[], Any]) -> None:
+    """Have something done beside Triton's compilations, by the end of `ahead`, within which this is called."""
+    pool, tasks = _others[-1]
+    tasks.append(pool.submit(compile_it))
 
 
 def mark(purpose: str) -> Path:
     """A file in Triton's cache, to be made when all that `purpose` takes has been compiled by these kernels."""
     digest = hashlib.sha256(f"{purpose} {triton.__version__} {gpu_capability()}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.glob("*.[pc][yu]")):
         digest.update(source.read_bytes())
     return Path(triton.knobs.cache.dir) / f"cableway-{digest.hexdigest()[:32]}"

@@ -30,18 +30,13 @@ products = _AtFirstUse("cableway.kernels.cpu.products")
 try:
     import triton
     import triton.language as tl
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia import hopper
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    jit, gluon_jit = triton.jit, gluon.jit
-    # Triton 3.9 calls async_load what 3.6 calls async_copy_global_to_shared.
-    async_load = getattr(hopper.async_copy, "async_load", hopper.async_copy.async_copy_global_to_shared)
+    jit = triton.jit
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
-    triton = tl = gl = hopper = async_load = gdc_launch_dependents = gdc_wait = None
+    triton = tl = gdc_launch_dependents = gdc_wait = None
 
     class Absent:
         """A kernel that cannot be launched."""
@@ -55,8 +50,6 @@ except ModuleNotFoundError as missing:
     def jit(function=None, **options):
         """Stands for triton.jit."""
         return Absent(function) if function else Absent
-
-    gluon_jit = jit
 
 
 def overlapping() -> dict[str, Any]:

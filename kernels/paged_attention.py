@@ -31,8 +31,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Ten
         out = paged_decode.launch(q, cache, plan, scores)
         if plan.max_query_len == 1 and len(q) == len(plan.seq_lens):
             return out
-    is_plain = scores.slopes is None and scores.sinks is None
-    prefill = hopper_prefill if is_plain and hopper_prefill.fits(q, plan) else paged_prefill
+    prefill = hopper_prefill if hopper_prefill.fits(q, plan) else paged_prefill
     prefill.launch(q, cache, plan, out, scores)
     return out
 

@@ -1,4 +1,4 @@
-"""Triton forms without a GPU: run by Triton's interpreter, and compiled to machine code for three generations."""
+"""Forms for GPUs without one: Triton's run by its interpreter, all compiled to machine code for three generations."""
 
 import os
 import subprocess
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from cableway.kernels import hopper_prefill
+from cableway.kernels.cuda import CudaKernel
 from cableway.kernels.registry import Case, Kernel, kernels
 from tests.kernels import laws
 
@@ -56,16 +58,28 @@ class AbsentGpu:
         return GPUTarget("cuda", self._capability, warp_size=32)
 
 
-def compiled(kernel: Kernel, cases: list[Case], capability: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the kernel's own `launch` starts for the cases, compiled as it would be there, and not started."""
+def compiled(
+    kernel: Kernel, cases: list[Case], capability: int, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[bytes, int]]:
+    """What the kernel's own `launch` starts for the cases, compiled as it would be there, and not started.
+
+    Machine code, and bytes of shared memory.
+    """
     run, found = triton.runtime.JITFunction.run, []
 
     def only_compile(function, *args, grid, warmup, **kwargs):
         assert all(0 < size < limit for size, limit in zip(grid, (1 << 31, 1 << 16, 1 << 16), strict=False))
-        found.append(run(function, *args, grid=grid, warmup=True, **kwargs))
+        binary = run(function, *args, grid=grid, warmup=True, **kwargs)
+        assert binary.metadata.target.arch == capability
+        found.append((binary.asm["cubin"], binary.metadata.shared))
+
+    def only_compile_cuda(function, constants, arguments, *, shared_bytes, **sizes):
+        found.append((function.cubin(constants), shared_bytes))
 
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu(capability))
     monkeypatch.setattr(triton.runtime.JITFunction, "run", only_compile)
+    monkeypatch.setattr(CudaKernel, "__call__", only_compile_cuda)
+    monkeypatch.setattr(hopper_prefill, "_num_processors", lambda device: 132)
     for case in cases:
         made = laws.make(kernel, case, "cpu")
         kernel.launch(*made.args, **made.kwargs)
@@ -75,10 +89,9 @@ def compiled(kernel: Kernel, cases: list[Case], capability: int, monkeypatch: py
 def assert_compiles(kernel: Kernel, cases: list[Case], capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = compiled(kernel, cases, capability, monkeypatch)
     assert len(found) >= len(cases) > 0
-    for binary in found:
-        assert binary.metadata.target.arch == capability
-        assert binary.asm["cubin"].startswith(b"\x7fELF")
-        assert binary.metadata.shared <= MOST_SHARED_BYTES[capability]
+    for cubin, shared_bytes in found:
+        assert cubin.startswith(b"\x7fELF")
+        assert shared_bytes <= MOST_SHARED_BYTES[capability]
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")

@@ -1,0 +1,101 @@
+"""Kernels in CUDA C++, compiled when they are first needed for the GPU at hand: where Triton cannot reach.
+
+Compiler and driver are called through NVIDIA's bindings, which CUDA builds of torch bring along.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cableway.kernels import compilation
+from cableway.kernels.lang import gpu_capability, triton
+
+Constants = tuple[tuple[str, int | str], ...]
+
+
+class CudaKernel:
+    """The kernel `name` of the file `name`.cu beside this one; it takes one struct by value.
+
+    What the file's macros stand for is told when it is launched: one kernel is compiled for each set of constants, and
+    kept on disk beside Triton's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._path = Path(__file__).with_name(f"{name}.cu")
+
+    def __call__(
+        self, constants: Constants, arguments: bytes, *, num_programs: int, num_threads: int, shared_bytes: int
+    ) -> None:
+        """Launch it on torch's stream.
+
+        Args:
+            arguments: the struct.
+            shared_bytes: of a program, beside what the file declares.
+        """
+        from cuda.bindings import driver
+
+        function = _loaded(self, constants, shared_bytes)
+        struct = ctypes.create_string_buffer(arguments, len(arguments))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
+        stream = torch.cuda.current_stream().cuda_stream
+        sizes = (num_programs, 1, 1, num_threads, 1, 1, shared_bytes)
+        _checked(driver.cuLaunchKernel(function, *sizes, stream, ctypes.addressof(pointers), 0))
+
+    def cubin(self, constants: Constants) -> bytes:
+        """Machine code, compiled or as it was compiled before. Raises RuntimeError with what the compiler says."""
+        from cuda.bindings import nvrtc
+
+        source = self._path.read_bytes()
+        options = [f"-arch=sm_{gpu_capability()}a", "-std=c++17", *(f"-D{name}={value}" for name, value in constants)]
+        key = repr((source, options, _checked(nvrtc.nvrtcVersion()))).encode()
+        kept = Path(triton.knobs.cache.dir) / f"cableway-{self.name}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            begun = kept.with_suffix(f".{os.getpid()}")
+            begun.write_bytes(_compiled(source, self._path.name, options))
+            begun.rename(kept)
+        return kept.read_bytes()
+
+
+def _compiled(source: bytes, name: str, options: list[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []))
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{name} does not compile: {log.decode()}")
+    cubin = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return bytes(cubin)
+
+
+@cache
+def _loaded(kernel: CudaKernel, constants: Constants, shared_bytes: int) -> Any:
+    """The kernel as the driver knows it, on this process's GPU."""
+    from cuda.bindings import driver
+
+    module = _checked(driver.cuModuleLoadData(kernel.cubin(constants)))
+    function = _checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
+    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
+    compilation.count()
+    return function
+
+
+def _checked(returned: tuple[Any, ...]) -> Any:
+    """What a function of the bindings returned, of which the first is its status."""
+    status, *values = returned
+    if int(status) != 0:
+        raise RuntimeError(f"CUDA: {status!r}")
+    return values[0] if len(values) == 1 else tuple(values)

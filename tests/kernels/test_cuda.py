@@ -1,0 +1,48 @@
+"""Kernels in CUDA C++ without a GPU: every way in which they can be compiled."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from cableway.kernels import hopper_prefill
+from cableway.kernels.attention_plan import make
+from cableway.kernels.cuda import CudaKernel
+
+triton = pytest.importorskip("triton")
+OPTIONS = [
+    {},
+    {"window": 100},
+    {"soft_cap": 2.0, "slopes": True},
+    {"window": 9, "sinks": True, "block_size": 24},
+]
+
+
+@pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (6, 2, 80), (20, 1, 192), (4, 4, 256)])
+@pytest.mark.parametrize(("dtype", "options"), [*product((torch.bfloat16, torch.float16), OPTIONS)])
+def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
+    found = []
+
+    def only_compile(kernel, constants, arguments, *, shared_bytes, num_programs, num_threads):
+        found.append((kernel.cubin(constants), shared_bytes, len(arguments)))
+
+    monkeypatch.setattr(CudaKernel, "__call__", only_compile)
+    monkeypatch.setattr(hopper_prefill, "_num_processors", lambda device: 132)
+    monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
+    made = make(((100, 300), (7, 7)), heads, dtype, **options)
+    q, cache, plan = made.args
+    monkeypatch.setattr(type(plan), "prefill_work", lambda plan, **_: torch.zeros(4, 2, dtype=torch.int32))
+    hopper_prefill.launch(q, cache, plan, torch.empty_like(q), **made.kwargs)
+    ((cubin, shared_bytes, num_argument_bytes),) = found
+    assert cubin.startswith(b"\x7fELF")
+    assert shared_bytes <= (227 << 10) - 512  # and what the file declares
+    assert num_argument_bytes == 10 * 8 + 3 * 8 + 2 * 4 + 2 * 4
+
+
+def test_what_does_not_compile_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    kernel = CudaKernel("broken")
+    monkeypatch.setattr(kernel, "_path", tmp_path / "broken.cu")
+    (tmp_path / "broken.cu").write_text("no such thing")
+    monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
+    with pytest.raises(RuntimeError, match=r"broken\.cu does not compile: .*error"):
+        kernel.cubin(())
