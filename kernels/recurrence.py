@@ -8,12 +8,18 @@ are a prefix that any sequence may begin with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from cableway.kernels import chunk_work
+from cableway.kernels.lang import jit, tl
 from cableway.kernels.registry import check
+
+_FEW_TOKENS = 8
+"""A sequence that brings more in one step is taken chunk by chunk by kernels that can, not token by token."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,35 @@ class RecurrentPlan:
     seq_lens: Tensor  # [num_seqs] i32; 0 of nobody, whose tokens have no result
     block_table: Tensor  # [num_seqs, max_blocks] i32; entries past a sequence's length are any valid block
     block_size: int  # tokens
+    max_query_len: int
+    invariant: bool = False  # as of an AttentionPlan: token by token, whatever there is of them
+    _chunk_works: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def num_seqs(self) -> int:
         return len(self.seq_lens)
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether there may be sequences to take chunk by chunk."""
+        return self.max_query_len > _FEW_TOKENS and not self.invariant
+
+    @property
+    def most_singly(self) -> int:
+        """New tokens of a sequence that is still taken token by token."""
+        return _FEW_TOKENS if self.has_chunks else self.max_query_len
+
+    def chunk_len(self, most: int) -> int:
+        """Tokens of a chunk: as many as a power of two up to `most` has that blocks are made of."""
+        return math.gcd(self.block_size, most)
+
+    def chunk_work(self, num_tokens: int, chunk_len: int) -> tuple[Tensor, Tensor]:
+        """What programs that take chunks work from, see chunk_work.py; made by the first layer that asks."""
+        key = num_tokens, chunk_len
+        if key not in self._chunk_works:
+            options = {"num_tokens": num_tokens, "chunk_len": chunk_len, "most_singly": self.most_singly}
+            self._chunk_works[key] = chunk_work.launch(self.query_start, self.seq_lens, **options)
+        return self._chunk_works[key]
 
     def spans(self) -> list[tuple[int, int, int]]:
         """(first token, end token, sequence length) of each sequence, on the host: waits for the device."""
@@ -44,6 +75,7 @@ class RecurrentPlan:
 
 
 MIXED = ((1, 20), (12, 12), (7, 30), (1, 1), (19, 24))
+LONG = ((1, 9), (150, 150), (9, 130), (3, 70), (100, 231))
 """(new tokens, length) of sequences, for cases."""
 
 
@@ -61,4 +93,28 @@ def make_plan(spans: tuple[tuple[int, int], ...], block_size: int, device: str) 
     table = torch.randperm(len(spans) * width, device=device).view(-1, width).int()
     starts = torch.tensor((0, *query_lens), device=device).cumsum(0).int()
     lengths = torch.tensor(seq_lens, dtype=torch.int32, device=device)
-    return RecurrentPlan(starts, lengths, table, block_size), table.numel()
+    return RecurrentPlan(starts, lengths, table, block_size, max(query_lens)), table.numel()
+
+
+@jit
+def span(query_start_ptr, seq_lens_ptr, sequence):
+    """First token of a sequence (i64), how many were computed before it, and the sequence's length, 0 of nobody."""
+    start, end = tl.load(query_start_ptr + sequence), tl.load(query_start_ptr + sequence + 1)
+    length = tl.load(seq_lens_ptr + sequence)
+    return start.to(tl.int64), tl.where(length > 0, length - (end - start), 0), length
+
+
+@jit
+def resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size):
+    """Those numbers of the state that a sequence of a row of the block table goes on from."""
+    row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
+    end = tl.where(before > 0, 0x7FFFFFFF, 0)  # there is none before the first token
+    return tl.load(states_ptr + row * state_stride + place, mask=inside & (place < end), other=0.0)
+
+
+@jit
+def keep(states_ptr, table_ptr, place, inside, h, num_done, length, state_stride, block_size):
+    """Write h to those numbers of the state after `num_done` tokens, if it is one that is kept."""
+    if (num_done % block_size == 0) | (num_done == length):
+        row = tl.load(table_ptr + (num_done - 1) // block_size).to(tl.int64)
+        tl.store(states_ptr + row * state_stride + place, h, mask=inside)

@@ -51,6 +51,7 @@ class Kernel:
 
     `updates` names the tensors (positions in `args`) that are written in place; they are compared like returned ones.
     `spoils` names those that hold nothing of use afterwards.
+    `tolerances` are by the dtype of a result; where products are in another, `rounds_to` says in which.
     `bench_cases` are large cases to be timed; `num_bytes` and `num_flops` of a call give the bound.
     """
 
@@ -66,6 +67,7 @@ class Kernel:
     updates: tuple[int, ...]
     spoils: tuple[int, ...]
     tolerances: dict[torch.dtype, float]
+    rounds_to: Callable[[Call], torch.dtype] | None
 
     def run(self, form: Callable, made: Call) -> tuple[Tensor, ...]:
         """All that `form` computes: what it returns, then what it wrote in place."""
@@ -80,7 +82,8 @@ TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def kernel(
-    *, ref, launch, make, cases, bench_cases, num_bytes, num_flops=None, updates=(), spoils=(), tolerances=TOLERANCES
+    *, ref, launch, make, cases, bench_cases, num_bytes, num_flops=None, updates=(), spoils=(), tolerances=TOLERANCES,
+    rounds_to=None,
 ):  # fmt: skip
     """Register the decorated public launcher; it is returned as it is, so a call costs nothing more."""
 
@@ -98,6 +101,7 @@ def kernel(
             updates=tuple(updates),
             spoils=tuple(spoils),
             tolerances=tolerances,
+            rounds_to=rounds_to,
         )
         return function
 
@@ -130,6 +134,11 @@ def check(condition: bool, message: str) -> None:
 
 def are_contiguous(*tensors: Tensor) -> bool:
     return all(t.is_contiguous() for t in tensors)
+
+
+def are_dense_in_tokens(x: Tensor) -> bool:
+    """Whether the numbers of each token of x [T, H, D] lie side by side, in order."""
+    return x[:1].is_contiguous()
 
 
 def _clone(value, storages: dict[int, torch.UntypedStorage]):

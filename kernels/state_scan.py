@@ -2,17 +2,18 @@
 
     h[p, n] = exp(dt a[n]) h[p, n] + dt b[n] x[p];   y[p] = sum over n of c[n] h[p, n] + d x[p]
 
-x       [num_tokens, num_heads, head_dim]           f32, contiguous
+x       [num_tokens, num_heads, head_dim]           bf16|f16|f32   tokens may be strided
 dt      [num_tokens, num_heads]                     f32, contiguous
-a       [num_heads, state]                          f32, contiguous, negative
-b, c    [num_tokens, num_groups, state]             f32, contiguous; head i reads group i // (num_heads / num_groups)
+a       [num_heads, state], or [num_heads, 1]       f32, contiguous, negative; one number of a head that decays as one
+b, c    [num_tokens, num_groups, state]             dtype of x     tokens may be strided
 d       [num_heads]                                 f32, contiguous
 states  [num_rows, num_heads * head_dim * state]    f32  rows may be strided
 plan    a RecurrentPlan: see recurrence.py
-y       [num_tokens, num_heads, head_dim]           f32, contiguous
+y       [num_tokens, num_heads, head_dim]           dtype of x, contiguous
 
-Mamba has heads of one channel; in Mamba 2 all a of a head are the same.
-Bound: bytes for few tokens (the states), the chain of tokens for many: each is taken in after the one before.
+Head i reads b and c of group i // (num_heads / num_groups). Mamba has heads of one channel (channel_scan.py); in Mamba
+2 a head decays as one, and sequences that bring many tokens are computed chunk by chunk (state_chunks.py).
+Bound: bytes for few tokens (the states); for many see there.
 """
 
 from __future__ import annotations
@@ -20,17 +21,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cableway.kernels import channel_scan, state_chunks
 from cableway.kernels.lang import jit, scans, tl, triton
-from cableway.kernels.recurrence import MIXED, RecurrentPlan, check_states, make_plan
-from cableway.kernels.registry import Call, are_contiguous, call, check, grid, kernel, nbytes
+from cableway.kernels.recurrence import LONG, MIXED, RecurrentPlan, check_states, keep, make_plan, resumed, span
+from cableway.kernels.registry import (
+    FLOATS,
+    Call,
+    are_contiguous,
+    are_dense_in_tokens,
+    call,
+    check,
+    grid,
+    kernel,
+    nbytes,
+)
 
 
 def ref(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, states: Tensor, plan: RecurrentPlan
 ) -> Tensor:
-    (_, num_heads, head_dim), state = x.shape, a.shape[1]
-    group = num_heads // b.shape[1]
-    y = torch.zeros_like(x)
+    (_, num_heads, head_dim), (_, num_groups, state), dtype = x.shape, b.shape, x.dtype
+    group = num_heads // num_groups
+    x, b, c = x.float(), b.float(), c.float()
+    y = torch.zeros(x.shape, device=x.device)
     for sequence, (start, end, length) in enumerate(plan.spans()):
         before = length - (end - start)
         h = torch.zeros(num_heads, head_dim, state, device=x.device)
@@ -43,106 +56,130 @@ def ref(
             y[t] = (h * c_t).sum(-1) + d[:, None] * x[t]
             if plan.keeps(position, length):
                 states[plan.row(sequence, position)] = h.flatten()
-    return y
+    return y.to(dtype)
 
 
-@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most"))  # which vary between steps
 def _state_scan(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
-    state_stride, table_stride, num_heads, num_groups, block_size,
-    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr,
+    x_stride, b_stride, c_stride, state_stride, table_stride, block_size, most,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_DECAYS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of one head of one sequence, token after token."""
+    """Some channels of one head of one sequence that brings no more than `most` tokens, one after another."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start = tl.load(query_start_ptr + sequence).to(tl.int64)
-    num_new = tl.load(query_start_ptr + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    length = tl.load(seq_lens_ptr + sequence)
-    table_ptr += sequence * table_stride
-    dim, n = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_STATE)
-    dim_inside, n_inside = dim < HEAD_DIM, n < STATE
-    inside = dim_inside[:, None] & n_inside[None, :]
-    place = (head * HEAD_DIM + dim)[:, None] * STATE + n[None, :]
-    group = head // (num_heads // num_groups)
-    a = tl.load(a_ptr + head * STATE + n, mask=n_inside, other=0.0)
-    d = tl.load(d_ptr + head)
-    before = length - num_new
-    row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
-    h = tl.where(before > 0, tl.load(states_ptr + row * state_stride + place, mask=inside, other=0.0), 0.0)
-    if length > 0:
-        for token in range(num_new):
-            t = start + token
-            dt = tl.load(dt_ptr + t * num_heads + head)
-            b = tl.load(b_ptr + (t * num_groups + group) * STATE + n, mask=n_inside, other=0.0)
-            c = tl.load(c_ptr + (t * num_groups + group) * STATE + n, mask=n_inside, other=0.0)
-            x = tl.load(x_ptr + (t * num_heads + head) * HEAD_DIM + dim, mask=dim_inside, other=0.0)
+    start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
+    if (length > 0) & (length - before <= most):
+        table_ptr += sequence * table_stride
+        dim, n = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_STATE)
+        dim_inside, n_inside = dim < HEAD_DIM, n < STATE
+        inside = dim_inside[:, None] & n_inside[None, :]
+        place = (head * HEAD_DIM + dim)[:, None] * STATE + n[None, :]
+        a = tl.load(a_ptr + head * NUM_DECAYS + n % NUM_DECAYS, mask=n_inside, other=0.0)
+        d = tl.load(d_ptr + head)
+        h = resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size)
+        for position in range(before, length):
+            token = start + position - before
+            dt = tl.load(dt_ptr + token * NUM_HEADS + head)
+            group = head // GROUP * STATE + n
+            b = tl.load(b_ptr + token * b_stride + group, mask=n_inside, other=0.0).to(tl.float32)
+            c = tl.load(c_ptr + token * c_stride + group, mask=n_inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + token * x_stride + head * HEAD_DIM + dim, mask=dim_inside, other=0.0).to(tl.float32)
             h = tl.exp(dt * a)[None, :] * h + (dt * x)[:, None] * b[None, :]
-            y = tl.sum(h * c[None, :], 1) + d * x
-            tl.store(y_ptr + (t * num_heads + head) * HEAD_DIM + dim, y, mask=dim_inside)
-            position = before + token
-            if ((position + 1) % block_size == 0) | (position + 1 == length):
-                row = tl.load(table_ptr + position // block_size).to(tl.int64)
-                tl.store(states_ptr + row * state_stride + place, h, mask=inside)
+            y = (tl.sum(h * c[None, :], 1) + d * x).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + (token * NUM_HEADS + head) * HEAD_DIM + dim, y, mask=dim_inside)
+            keep(states_ptr, table_ptr, place, inside, h, position + 1, length, state_stride, block_size)
 
 
 def launch(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, states: Tensor, plan: RecurrentPlan
 ) -> Tensor:
-    (_, num_heads, head_dim), state = x.shape, a.shape[1]
+    (_, num_heads, head_dim), (_, num_groups, state), num_decays = x.shape, b.shape, a.shape[1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if head_dim == 1:
+        channel_scan.launch(x, dt, a, b, c, d, states, plan, y)
+        return y
+    in_chunks = plan.has_chunks and num_decays == 1
+    if in_chunks:
+        state_chunks.launch(x, dt, a, b, c, d, states, plan, y)
     block_dim = min(triton.next_power_of_2(head_dim), 32)
-    y = torch.empty_like(x)
     _state_scan[(plan.num_seqs, num_heads, triton.cdiv(head_dim, block_dim))](
-        x, dt, a, b, c, d, states, y, plan.query_start, plan.seq_lens, plan.block_table, states.stride(0),
-        plan.block_table.stride(0), num_heads, b.shape[1], plan.block_size, HEAD_DIM=head_dim, STATE=state,
+        x, dt, a, b, c, d, states, y, plan.query_start, plan.seq_lens, plan.block_table,
+        x.stride(0), b.stride(0), c.stride(0), states.stride(0), plan.block_table.stride(0), plan.block_size,
+        plan.most_singly if in_chunks else plan.max_query_len,
+        NUM_HEADS=num_heads, GROUP=num_heads // num_groups, NUM_DECAYS=num_decays, HEAD_DIM=head_dim, STATE=state,
         BLOCK_DIM=block_dim, BLOCK_STATE=triton.next_power_of_2(state), num_warps=4 if block_dim * state > 1024 else 1,
     )  # fmt: skip
     return y
 
 
-def make(spans, heads: tuple[int, int, int], state: int, block_size: int = 8, device: str = "cpu") -> Call:
-    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_groups, head_dim."""
+def make(
+    spans, heads: tuple[int, int, int], state: int, decays: int, dtype: torch.dtype = torch.float32,
+    block_size: int = 8, device: str = "cpu",
+) -> Call:  # fmt: skip
+    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_groups, head_dim. x, b and c are views of
+    one convolution.
+    """
     num_heads, num_groups, head_dim = heads
     plan, num_rows = make_plan(spans, block_size, device)
-    num_tokens, state_len = sum(new for new, _ in spans), num_heads * head_dim * state
-    b, c = torch.randn(2, num_tokens, num_groups, state, device=device)
+    num_tokens, inner, state_len = sum(new for new, _ in spans), num_heads * head_dim, num_heads * head_dim * state
+    sizes = (inner, num_groups * state, num_groups * state)
+    x, b, c = torch.randn(num_tokens, sum(sizes), device=device).to(dtype).split(sizes, 1)
     return call(
-        torch.randn(num_tokens, num_heads, head_dim, device=device),
+        x.unflatten(1, (num_heads, head_dim)),
         torch.rand(num_tokens, num_heads, device=device),
-        -torch.rand(num_heads, state, device=device) * 2,
-        b,
-        c,
+        -torch.rand(num_heads, decays, device=device) * 2,
+        b.unflatten(1, (num_groups, state)),
+        c.unflatten(1, (num_groups, state)) * state**-0.5,
         torch.randn(num_heads, device=device),
         torch.randn(num_rows, state_len + 3, device=device)[:, :state_len],
         plan,
     )
 
 
+MAMBA2, MAMBA = {"heads": ((80, 1, 64),), "state": (128,)}, {"heads": ((5120, 1, 1),), "state": (16,)}
+FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
+
+
 @kernel(
     ref=ref,
     launch=launch,
     make=make,
-    cases=grid(spans=(MIXED,), heads=((6, 2, 20), (24, 1, 1), (3, 3, 40)), state=(16, 10)),
-    bench_cases=grid(spans=(((1, 100),) * 64, ((512, 512),)), heads=((80, 1, 64),), state=(128,)),
+    cases=[
+        *grid(spans=(MIXED,), heads=((6, 2, 20), (3, 3, 40)), state=(16, 10), decays=(1,), dtype=FLOATS),
+        *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), dtype=FLOATS, block_size=(16, 64, 24)),
+        *grid(spans=(LONG,), heads=((2, 1, 96),), state=(80,), decays=(1,), block_size=(32,)),
+        *grid(spans=(MIXED, LONG), heads=((24, 1, 1), (40, 4, 1)), state=(16,), decays=(16,), dtype=FLOATS),
+        *grid(spans=(MIXED,), heads=((6, 2, 20),), state=(10,), decays=(10,)),
+    ],
+    bench_cases=[
+        *grid(spans=(FEW, MANY), **MAMBA2, decays=(1,), dtype=(torch.bfloat16,), block_size=(256,)),
+        *grid(spans=(FEW, MANY), **MAMBA, decays=(16,), dtype=(torch.bfloat16,), block_size=(256,)),
+    ],
     num_bytes=lambda c: 2 * nbytes(c.args[6][0]) * c.args[7].num_seqs + 2 * nbytes(c.args[0]),
     updates=(6,),
-    tolerances={torch.float32: 1e-4},
+    rounds_to=lambda c: c.args[0].dtype,
+    tolerances={torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2},
 )
 def state_scan(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, states: Tensor, plan: RecurrentPlan
 ) -> Tensor:
     """y [T, H, P], and the states that follow are left; ValueError when shapes or dtypes do not fit."""
-    check(x.dim() == 3 and dt.shape == x.shape[:2] and a.dim() == 2 and a.shape[0] == x.shape[1], "x, dt or a")
-    check(b.shape == c.shape and b.dim() == 3 and b.shape[0] == x.shape[0] and b.shape[2] == a.shape[1], "b or c")
+    check(x.dim() == b.dim() == 3 and dt.shape == x.shape[:2] and a.dim() == 2 and len(a) == x.shape[1], "x, dt or a")
+    check(b.shape == c.shape and b.shape[0] == x.shape[0] and a.shape[1] in (1, b.shape[2]), "a, b or c")
     check(x.shape[1] % b.shape[1] == 0 and d.shape == x.shape[1:2], "heads and groups, or d")
-    check(all(z.dtype == torch.float32 for z in (x, dt, a, b, c, d)), "an argument is not float32")
-    check(are_contiguous(x, dt, a, b, c, d), "an argument is strided")
-    check_states(states, x.shape[1] * x.shape[2] * a.shape[1], plan)
+    check(x.dtype == b.dtype == c.dtype and x.dtype in FLOATS, "x, b and c are not of one dtype")
+    check(dt.dtype == a.dtype == d.dtype == torch.float32 and are_contiguous(dt, a, d), "dt, a or d")
+    check(all(are_dense_in_tokens(z) for z in (x, b, c)), "x, b or c is strided within its tokens")
+    check_states(states, x.shape[1] * x.shape[2] * b.shape[2], plan)
     if not x.is_cpu:
         return launch(x, dt, a, b, c, d, states, plan)
-    (num_tokens, num_heads, head_dim), state = x.shape, a.shape[1]
+    (num_tokens, num_heads, head_dim), (_, num_groups, state), dtype = x.shape, b.shape, x.dtype
+    x, b, c = (z.float().contiguous() for z in (x, b, c))
     y = torch.empty_like(x)
     scans.run(
         scans.scan, plan.num_seqs * num_heads, 4 * head_dim * state * (num_tokens // plan.num_seqs + 1),
-        *scans.places(states, plan), x.data_ptr(), dt.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr(),
-        d.data_ptr(), y.data_ptr(), num_heads, b.shape[1], head_dim, state,
+        *scans.places(states, plan), x.data_ptr(), dt.data_ptr(), a.data_ptr(), a.shape[1], b.data_ptr(), c.data_ptr(),
+        d.data_ptr(), y.data_ptr(), num_heads, num_groups, head_dim, state,
     )  # fmt: skip
-    return y
+    return y.to(dtype)

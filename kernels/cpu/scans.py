@@ -103,11 +103,11 @@ def convolve(begin, end, arguments):
                 _keep(plan, sequence, position, offset, h)
 
 
-@loop(18)
+@loop(19)
 def scan(begin, end, arguments):
     """Selective state space of a head of a sequence, which is a row; see state_scan.py."""
     plan = integers(arguments, 7)
-    x, dt, a, b, c, d, y, num_heads, num_groups, head_dim, size = integers(arguments + 56, 11)
+    x, dt, a, num_decays, b, c, d, y, num_heads, num_groups, head_dim, size = integers(arguments + 56, 12)
     x_at, dt_at, a_at, b_at, c_at, d_at = f32_at(x), f32_at(dt), f32_at(a), f32_at(b), f32_at(c), f32_at(d)
     into, h = f32_at(y), np.empty((head_dim, size), np.float32)
     decay, taken, read = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
@@ -119,8 +119,11 @@ def scan(begin, end, arguments):
         for position in range(before, length):
             token = start + position - before
             step, first = dt_at[token * num_heads + head], (token * num_groups + group) * size
+            for n in range(num_decays):
+                decay[n] = exp(step * a_at[head * num_decays + n])
+            for n in range(num_decays, size):
+                decay[n] = decay[0]
             for n in range(size):
-                decay[n] = exp(step * a_at[head * size + n])
                 taken[n], read[n] = step * b_at[first + n], c_at[first + n]
             for p in range(head_dim):
                 place = (token * num_heads + head) * head_dim + p

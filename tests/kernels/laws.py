@@ -63,10 +63,11 @@ def contract(kernel: Kernel) -> str:
     return " ".join((sys.modules[kernel.ref.__module__].__doc__ or "").split())
 
 
-def assert_close(actual: Tensor, expected: Tensor, kernel: Kernel) -> None:
-    """Floats within the kernel's tolerance, all else equal; shapes and dtypes too, and NaN is NaN."""
+def assert_close(actual: Tensor, expected: Tensor, kernel: Kernel, dtype: torch.dtype | None = None) -> None:
+    """Floats within the kernel's tolerance, of their own dtype or that one, all else equal; shapes and dtypes too, and
+    NaN is NaN."""
     of_float32 = kernel.tolerances.get(torch.float32, 0.0)
-    tolerance = kernel.tolerances.get(expected.dtype, of_float32) if expected.is_floating_point() else 0.0
+    tolerance = kernel.tolerances.get(dtype or expected.dtype, of_float32) if expected.is_floating_point() else 0.0
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -75,6 +76,7 @@ def assert_equals_ref(kernel: Kernel, made: Call) -> None:
     expected_call = made.clone()
     arguments = list(_tensors((made.args, made.kwargs)))
     before = [_whole(argument).clone() for argument in arguments]
+    dtype = kernel.rounds_to(made) if kernel.rounds_to else None
     updated = {made.args[i].untyped_storage().data_ptr(): expected_call.args[i] for i in kernel.updates}
 
     expected = kernel.run(kernel.ref, expected_call)
@@ -83,7 +85,7 @@ def assert_equals_ref(kernel: Kernel, made: Call) -> None:
     written = {tensor.untyped_storage().data_ptr() for tensor in (*actual, *(made.args[i] for i in kernel.spoils))}
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
-        assert_close(one, other, kernel)
+        assert_close(one, other, kernel, dtype)
     for argument, was in zip(arguments, before, strict=True):
         address = argument.untyped_storage().data_ptr()
         reference = updated.get(address)
@@ -92,7 +94,7 @@ def assert_equals_ref(kernel: Kernel, made: Call) -> None:
         if reference is None:
             torch.testing.assert_close(_whole(argument), was, rtol=0, atol=0, equal_nan=True)
         else:
-            assert_close(_whole(argument), _whole(reference), kernel)
+            assert_close(_whole(argument), _whole(reference), kernel, dtype)
 
 
 def assert_rows_are_independent(kernel: Kernel, made: Call, num_rows: int) -> None:

@@ -36,13 +36,14 @@ class LightningAttention(Recurrent):
         num, span = self.values.count, place.mesh.span(self.values)
         first, last = span.start // self.head_dim, span.stop // self.head_dim
         rates = self.rate * 2.0 ** (-8 / num * torch.arange(1, num + 1)[first:last, None])
-        self._decay = -rates.expand(-1, self.head_dim).contiguous().to(place.device)
+        self._decay = -rates.to(place.device)
         self._none = torch.zeros(last - first, device=place.device)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         q, k, v, gate = self.project(x).chunk(4, 1)
-        q, k, v = (F.silu(part.float()).unflatten(1, (-1, self.head_dim)).contiguous() for part in (q, k, v))
+        q, k, v = (F.silu(part).unflatten(1, (-1, self.head_dim)) for part in (q, k, v))
         # A state space whose steps are all one: what it takes in is v, b and c are k and q.
-        y = state_scan(v, torch.ones_like(v[..., 0]), self._decay, k, q, self._none, *step.recurrent(self.number))
-        return self.out(self.norm(y.flatten(1).to(x.dtype)).mul_(gate.sigmoid()))
+        ones = torch.ones(v.shape[:2], device=v.device)
+        y = state_scan(v, ones, self._decay, k, q, self._none, *step.recurrent(self.number))
+        return self.out(self.norm(y.flatten(1)).mul_(gate.sigmoid()))

@@ -130,10 +130,9 @@ class Mamba(Recurrent):
         x, z = self.project(x).chunk(2, 1)
         x = self.conv(x, states[:, : self._conv_len], step, self.number)
         dt, b, c = self.selected(x)
-        dt, b, c = F.softplus(dt.float()), b.float().contiguous(), c.float().contiguous()
-        heads = x.float().unflatten(1, (dt.shape[1], -1)).contiguous()
+        heads, dt = x.unflatten(1, (dt.shape[1], -1)), F.softplus(dt.float())
         y = state_scan(heads, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
-        return self.out(silu_mul(torch.cat((z, y.flatten(1).to(x.dtype)), 1)))
+        return self.out(silu_mul(torch.cat((z, y.flatten(1)), 1)))
 
     def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> time steps [T, H], before they are made positive, and b and c [T, G, N]"""
@@ -157,7 +156,7 @@ class HeadedMamba(Mamba):
 
     def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dt, b, c = self.select(x.unflatten(1, (-1, self.head_dim))).split(self.sizes, -1)
-        return self.dt(dt).flatten(1), b, c
+        return self.dt(dt).flatten(1), b.contiguous(), c.contiguous()
 
 
 class Mamba2(Recurrent):
@@ -166,7 +165,7 @@ class Mamba2(Recurrent):
     Args:
         num_groups: heads of a group share b and c.
         limit: of time steps.
-        norm_eps: of the norm after the gate, by group; None = there is none. norms_first: the gate is after it.
+        norm_eps: of the norm after the gate, by group; None = there is none.
     """
 
     def __init__(
@@ -194,7 +193,7 @@ class Mamba2(Recurrent):
         channels, groups = mesh.span(self.channels).size, mesh.span(self.groups).size
         self._sizes = (channels, channels + 2 * groups, mesh.span(self.heads).size)
         self._conv_sizes = (channels, groups, groups)
-        self._a = -self.a_log.weight.exp()[:, None].expand(-1, self.state_size).contiguous()
+        self._a = -self.a_log.weight.exp()[:, None]
         self._conv_len = self.conv.state_len(mesh)
         self._ones = torch.ones(self.channels.size // self.num_groups, device=place.device)
 
@@ -203,10 +202,9 @@ class Mamba2(Recurrent):
         states, plan = step.recurrent(self.number)
         z, x, dt = self.project(x).split(self._sizes, 1)
         x = self.conv(x, states[:, : self._conv_len], step, self.number)
-        x, b, c = (part.float() for part in x.split(self._conv_sizes, 1))
+        x, b, c = x.split(self._conv_sizes, 1)
         dt = F.softplus(dt.float() + self.dt_bias.weight).clamp_(*self.limit)
-        x = x.unflatten(1, (-1, self.head_dim)).contiguous()
-        b, c = (part.unflatten(1, (-1, self.state_size)).contiguous() for part in (b, c))
+        x, b, c = x.unflatten(1, (-1, self.head_dim)), *(part.unflatten(1, (-1, self.state_size)) for part in (b, c))
         y = state_scan(x, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
         return self.out(self._gated(y.flatten(1), z))
 

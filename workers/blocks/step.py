@@ -45,7 +45,10 @@ class Step:
         ]
         self.embeddings: Tensor | None = None  # [T, E] of the batch's tokens, where a layer sees them again
         self._recurrent = [
-            RecurrentPlan(batch.query_start, batch.seq_lens, table, batch.block_size) for table in batch.block_tables
+            RecurrentPlan(
+                batch.query_start, batch.seq_lens, table, batch.block_size, batch.max_query_len, batch.invariant
+            )
+            for table in batch.block_tables
         ]
 
     def recurrent(self, mixer: int) -> tuple[Tensor, RecurrentPlan]:
