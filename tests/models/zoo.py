@@ -449,7 +449,10 @@ ZOO: dict[str, list[Fields]] = {
         {**DELTA, **FEW, **SPARSE, "rope_parameters": HALF, "decoder_sparse_step": 2},
         {**DELTA, **FEW, **SPARSE, "mlp_only_layers": [1], "attention_bias": True, "norm_topk_prob": False},
     ],
-    "Qwen3_5ForCausalLM": [{**DELTA, "rope_parameters": HALF}],
+    "Qwen3_5ForCausalLM": [
+        {**DELTA, "rope_parameters": HALF},
+        {**DELTA, "rope_parameters": {**HALF, "mrope_interleaved": True, "mrope_section": [2, 1, 1]}},
+    ],
     "Qwen3_5MoeForCausalLM": [{**DELTA, **FEW, **SPARSE, "rope_parameters": HALF}],
     "OlmoHybridForCausalLM": [  # transformers saves convolutions right where those of q, k and v are equally wide
         {**DELTA, "linear_value_head_dim": 10, "linear_key_head_dim": 20},

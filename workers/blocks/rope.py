@@ -114,15 +114,16 @@ _OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale",
 _FACTORS = ("long_factor", "short_factor")
 _LONGROPE = _Kind(_longrope, ("factor", _ORIGINAL, *_FACTORS), _longrope_length)
 _KINDS = {
-    "default": _Kind(_default),
+    **dict.fromkeys(("default", "mrope"), _Kind(_default)),
     "linear": _Kind(_linear, ("factor",)),
     "dynamic": _Kind(_dynamic, ("factor", "max_position_embeddings")),
     "llama3": _Kind(_llama3, ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)),
-    "alpha": _Kind(_alpha, ("alpha",)),
+    **dict.fromkeys(("alpha", "xdrope"), _Kind(_alpha, ("alpha",))),
     "yarn": _Kind(_yarn, ("factor", _ORIGINAL), _yarn_length),
     **dict.fromkeys(("longrope", "su"), _LONGROPE),
 }
-"""rope_type -> how it is computed, and the parameters it cannot do without"""
+"""rope_type -> how it is computed, and the parameters it cannot do without. Those that give each of several positions
+(time, height, width) frequencies of its own, `mrope` and `xdrope`, are the plain ones: of text they are all the same."""
 
 
 @dataclass(frozen=True)

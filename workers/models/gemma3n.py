@@ -1,4 +1,4 @@
-"""Gemma 3n: several streams of which each layer computes one; the last layers look into the caches of earlier ones."""
+"""Gemma 3n: several streams of which each layer computes one; later layers attend to keys and values of earlier ones."""
 
 from typing import Annotated, Any
 

@@ -1,21 +1,16 @@
 """Differential attention: DiffLlama, and Motif, whose MLPs have PolyNorm for activation and, in the larger model, whose
 noise heads serve several signal heads each."""
 
-from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from cableway.kernels.attention_plan import Scores
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.differential import DifferentialAttention
 from cableway.workers.blocks.layers import Layer
-from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP, PolyNorm
 from cableway.workers.blocks.norm import RMSNorm, RMSScale
-from cableway.workers.formats.stored import Stored
 from cableway.workers.models.config import DecoderConfig, Never, Size
-from cableway.workers.models.names import HF, Target, concatenated, names
+from cableway.workers.models.names import HF, Target, in_halves, names
 from cableway.workers.models.registry import arch, relative
 
 _LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
@@ -29,16 +24,6 @@ MOTIF = HF | names(
     },
     **_LAYER,
 )
-
-
-def in_halves(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
-    """Of a part that is pairs, the first of each and then the second of each."""
-
-    def pair(rows: Tensor, count: int) -> Tensor:
-        return rows.unflatten(0, (2, count, -1)).transpose(0, 1).flatten(0, 2)
-
-    cut = concatenated(stored, parts)
-    return {part: one.changed(one.shape, lambda t, n=parts[part].count: pair(t, n)) for part, one in cut.items()}
 
 
 DIFFLLAMA = HF | names(

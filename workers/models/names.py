@@ -59,6 +59,26 @@ def in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     return {part: stored.changed(shape, lambda t, i=i: t[i::num]) for i, part in enumerate(parts)}
 
 
+def in_halves(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """Of parts whose units are pairs, the first of each and then the second of each."""
+
+    def pair(rows: Tensor, count: int) -> Tensor:
+        return rows.unflatten(0, (2, count, -1)).transpose(0, 1).flatten(0, 2)
+
+    cut = concatenated(stored, parts)
+    return {part: one.changed(one.shape, partial(pair, count=parts[part].count)) for part, one in cut.items()}
+
+
+def repeated(num: int) -> Layout:
+    """A number a row, which stands `num` times in it."""
+
+    def spread(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+        shape = (stored.shape[0], num)
+        return concatenated(stored.changed(shape, lambda t: t[:, None].expand(shape)), parts)
+
+    return spread
+
+
 def in_order(*order: str, layout: Layout = concatenated) -> Layout:
     """A layout whose parts lie in another order than ours."""
     return lambda stored, parts: layout(stored, {part: parts[part] for part in order})

@@ -1,8 +1,6 @@
 """PLaMo 3: norms before and after each sublayer, stored as w less a number; most layers see a window and are rotated by
 a base of their own. PLaMo 2: so too, and every other layer is Mamba with heads instead."""
 
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from cableway.workers.blocks.attention import Attention
@@ -12,9 +10,8 @@ from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mamba import Mamba
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import HeadRMSNorm, RMSNorm
-from cableway.workers.formats.stored import Stored
 from cableway.workers.models.config import DecoderConfig, Size, Window, every
-from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_group, concatenated, flat, in_order, names
+from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_group, flat, in_order, names, repeated
 from cableway.workers.models.registry import arch, relative
 
 PLAMO = EMBEDDINGS | names(
@@ -97,12 +94,6 @@ def plamo3(c: Plamo3Config) -> Decoder:
     return sandwich(c, c.by_layer(c.layer_types, kinds))
 
 
-def _alike(stored: Stored, parts: Mapping[str, Axis], state_size: int) -> dict[str, Stored]:
-    """One number a head, for all of its state."""
-    shape = (stored.shape[0], state_size)
-    return concatenated(stored.changed(shape, lambda t: t[:, None].expand(shape)), parts)
-
-
 def _plamo2_names(c: Plamo2Config) -> Names:
     mixer = {
         "q_weight": Target("q_norm", layout=flat),
@@ -115,7 +106,7 @@ def _plamo2_names(c: Plamo2Config) -> Names:
         "C_norm_weight": "c_norm",
         "dt_proj": "dt",
         "dt_bias": Target("dt", leaf="bias"),
-        "A_log": Target("a_log", layout=partial(_alike, state_size=c.mamba_d_state)),
+        "A_log": Target("a_log", layout=repeated(c.mamba_d_state)),
         "D": "d",
         "out_proj": "out",
     }
