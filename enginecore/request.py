@@ -71,6 +71,8 @@ class Request:
         "request_id",
         "row",
         "sampling",
+        "source",
+        "source_is_new",
         "standing",
         "state",
         "stop_ids",
@@ -90,7 +92,8 @@ class Request:
         self.arrived_s = now_s
         self.queue_s = -1.0  # until first admitted
         self.num_cached = -1  # prompt tokens found in the cache at first admission
-        self.chain = PrefixChain(generate.cache_salt)
+        self.source = generate.source
+        self.chain = PrefixChain(generate.cache_salt, generate.source)
         self.stop_ids = _ids(self.sampling.eos_token_ids) | _ids(self.sampling.stop_token_ids)
         self.limit(max_model_len)
         self.standing = choice.standing
@@ -120,6 +123,7 @@ class Request:
         self.num_slots = 0  # tokens that the blocks can hold
         self.next_border = 0  # number of computed tokens at which kv/ wants to be told
         self.num_windowed: list[int] = []  # a state group: leading blocks given back, out of sight
+        self.source_is_new = False  # its blocks hold nothing until the step in which it enters is done
 
     def move(self, state: State) -> None:
         if state not in _LEGAL[self.state]:
@@ -129,6 +133,11 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def source_len(self) -> int:
+        """Tokens that an encoder takes."""
+        return len(self.source) // 4
 
     @property
     def num_left(self) -> int:

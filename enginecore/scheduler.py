@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from cableway.enginecore.kv.groups import Group
+from cableway.enginecore.kv.groups import Encoder, Group
 from cableway.enginecore.kv.manager import KVManager, Match
 from cableway.enginecore.limits import SHUTTING_DOWN, Limits, Refusal, length_refusal, refusal
 from cableway.enginecore.outbox import Outbox
@@ -26,7 +26,7 @@ from cableway.ipc.messages import Failed, Generate, IfLost, StepPlan, StepResult
 class Memory(NamedTuple):
     """What the workers have for the state of requests."""
 
-    groups: list[Group]
+    groups: list[Group | Encoder]
     num_blocks: int
     block_size: int
     max_num_seqs: int
@@ -147,7 +147,8 @@ class Scheduler:
         self._free_rows = list(range(min(memory.max_num_seqs, self._limits.max_num_seqs) - 1, -1, -1))
         for request in [*self.waiting, *self.trials.waiting]:
             request.limit(max_len)
-            if why := length_refusal(request.num_prompt, request.sampling.max_tokens, max_len):
+            counts = request.num_prompt, request.sampling.max_tokens
+            if why := length_refusal(*counts, max_len, request.source_len):
                 self._fail(request, why)
             else:
                 self._finish_if_ended(request)
@@ -292,10 +293,12 @@ class Scheduler:
                 continue
             if self.wants_turn:
                 break  # those before it enter when their frontends have heard
-            num_blocks = kv.num_new_blocks(match, len(request.tokens) + 1)
+            num_blocks = kv.num_new_blocks(match, request)
             if num_blocks > available:
                 self._blocked = request, num_blocks
                 break
+            if kv.num_to_encode(match, request) >= step.budget:
+                break  # a source is not cut: it waits for a step that has room for all of it
             self._enter(step, kv, self.waiting.pop(), match, now_s)
             num_owed += kv.num_owed(request)
         for request in held:
@@ -335,6 +338,8 @@ class Scheduler:
             request.num_cached = min(num_found, request.num_prompt)
         bisect.insort(self.running, request, key=lambda other: other.order)
         step.new.append(new_row(request))
+        if request.source_is_new:
+            step.budget -= request.source_len
         count = min(request.num_left, step.budget)
         grown = kv.reserve(request, request.num_planned + count)
         assert grown is not None, "there was room"

@@ -66,4 +66,6 @@ def new_row(request: Request) -> NewRow:
         sampling=request.sampling,
         # Where a sliding group gave a block back, any valid id does: nobody looks there.
         blocks=[ints(max(block_id, 0) for block_id in table) for table in request.tables],
+        source_len=request.source_len,
+        source=request.source if request.source_is_new else b"",
     )

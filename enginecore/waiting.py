@@ -25,7 +25,7 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         heapq.heappush(self._heap, (request.order, request))
         self.num_requests += 1
-        self.num_tokens += len(request.tokens)
+        self.num_tokens += len(request.tokens) + request.source_len
 
     def first(self) -> Request | None:
         """The request that is served next; it stays in the queue."""
@@ -48,4 +48,4 @@ class WaitingQueue:
 
     def _count_out(self, request: Request) -> None:
         self.num_requests -= 1
-        self.num_tokens -= len(request.tokens)
+        self.num_tokens -= len(request.tokens) + request.source_len

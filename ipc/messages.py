@@ -152,6 +152,7 @@ class Generate(Message, frozen=True, tag="generate"):
     priority: int = 0  # lower runs first, under the priority policy
     cache_salt: str = ""  # prefix-cache blocks are shared only under the same salt
     resumed: bool = False  # an earlier life of the core had taken it in: queue limits do not turn it away
+    source: Ints = b""  # what an encoder takes; the prompt is then what its decoder begins with
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -274,6 +275,8 @@ class NewRow(Message, frozen=True):
     choice: int
     sampling: Sampling
     blocks: list[Ints]  # one list a state group
+    source_len: int = 0  # tokens that the encoder's state, in the blocks of its group, is of
+    source: Ints = b""  # these tokens, where that state is not there yet: to be encoded before the forward pass
 
 
 class StepPlan(Message, frozen=True, tag="plan"):
@@ -308,7 +311,7 @@ ToWorker = Welcome | Refused | StepPlan | Ping | Shutdown | Sleep | Wake
 class StateGroup(Message, frozen=True):
     """Layers whose state is paged alike. All groups take blocks of the same `block_bytes` from one pool."""
 
-    kind: str  # paged | sliding
+    kind: str  # paged | sliding | latent | recurrent | encoder
     num_layers: int
     window: int = 0  # tokens a sliding layer sees, itself included
 

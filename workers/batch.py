@@ -10,7 +10,7 @@ from torch import Tensor
 class StateSpec:
     """A group of layers whose state is paged alike: one block table serves them all."""
 
-    kind: str  # paged | sliding | latent | recurrent
+    kind: str  # paged | sliding | latent | recurrent | encoder
     layers: tuple[int, ...]  # numbers of the model's mixers, ascending
     num_kv_heads: int
     head_dim: int
@@ -44,6 +44,7 @@ class Batch:
     invariant: bool = False  # results of a sequence must not depend, to the bit, on the rest of the batch or on chunks
     may_have_singles: bool = True  # whether the first sequence may bring one token
     block_size: int = 0  # tokens of a block
+    source_lens: Tensor | None = None  # [S] i32; tokens of what each sequence attends to besides, where there is that
 
     @property
     def num_tokens(self) -> int:
@@ -54,16 +55,31 @@ class Batch:
         return self.seq_lens.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What some sequences attend to, whole: U tokens that an encoder takes before the sequences' own first step."""
+
+    token_ids: Tensor  # [U] i32
+    positions: Tensor  # [U] i32
+    query_start: Tensor  # [P + 1] i32; tokens query_start[i]:query_start[i + 1] are one sequence's
+    slots: Tensor  # [U] i64; where the state of group `encoder` is written
+    max_len: int
+
+
 class Decoder(Protocol):
     """What `weights.load` returns and the runner drives."""
 
     vocab_size: int
+    has_encoder: bool
 
     def state_groups(self) -> list[StateSpec]:
         """Groups of layers by the state they keep; the order is that of `Batch.block_tables`."""
 
     def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor:
         """Write the state of `batch` into `caches` (one a layer, see `memory.allocate`); hidden states [T, E]."""
+
+    def encode(self, source: Source, caches: list[Tensor]) -> None:
+        """Write the state that sequences attend to into `caches`; for models that have an encoder."""
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, E] -> [R, vocab_size] float32, written to `out` if there is one."""

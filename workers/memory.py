@@ -16,7 +16,7 @@ from cableway.ipc.config import WorkerConfig
 from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.block_copy import block_copy
 from cableway.kernels.kv_write import kv_cache_shape
-from cableway.workers.batch import Batch, Decoder, StateSpec
+from cableway.workers.batch import Batch, Decoder, Source, StateSpec
 
 _CPU_BYTES = 1 << 30
 """Enough by default on a CPU, unless one sequence needs more."""
@@ -159,6 +159,8 @@ def _dry_run_bytes(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype, d
 
 def dry_run(decoder: Decoder, config: WorkerConfig, cache: KVCache) -> None:
     """The largest step, of nobody's tokens: nothing is written to the cache."""
+    if decoder.has_encoder:
+        decoder.encode(nobodies_source(config.max_num_batched_tokens, cache.tensors[0].device), cache.layers)
     num_seqs, num_tokens, device = config.max_num_seqs, config.max_num_batched_tokens, cache.tensors[0].device
     max_blocks, num_groups = -(-config.max_model_len // config.block_size), len(decoder.state_groups())
     query_start, *tables = (
@@ -180,9 +182,19 @@ def dry_run(decoder: Decoder, config: WorkerConfig, cache: KVCache) -> None:
         logits_at=torch.zeros(min(num_seqs, num_tokens), dtype=torch.int64, device=device),
         invariant=config.batch_invariant,
         block_size=config.block_size,
+        source_lens=torch.zeros(num_seqs, dtype=torch.int32, device=device) if decoder.has_encoder else None,
     )
     hidden = decoder.forward(batch, cache.layers)
     decoder.logits(hidden.index_select(0, batch.logits_at))
+
+
+def nobodies_source(num_tokens: int, device: torch.device) -> Source:
+    """One of so many tokens, of which nothing is written to the cache."""
+    token_ids, positions = torch.zeros(2, num_tokens, dtype=torch.int32, device=device)
+    query_start = torch.zeros(2, dtype=torch.int32, device=device)
+    query_start[1] = num_tokens
+    slots = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
+    return Source(token_ids, positions, query_start, slots, num_tokens)
 
 
 def block_memory(group: StateSpec, block_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:

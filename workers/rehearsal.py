@@ -66,7 +66,7 @@ def rehearse(config: WorkerConfig) -> None:
         load_format=config.load_format,
     )
     groups, num_seqs = decoder.state_groups(), config.max_num_seqs
-    rows = Rows(num_seqs, config.max_model_len, config.block_size, len(groups), _META)
+    rows = Rows(num_seqs, config.max_model_len, config.block_size, [group.kind for group in groups], _META)
     sampler = Sampler(num_seqs, decoder.vocab_size, _META)
     cache = memory.outline(decoder, config, getattr(torch, config.dtype))
     cache.copy_blocks(torch.zeros(1, 2, dtype=torch.int64, device=_META))
@@ -79,6 +79,8 @@ def rehearse(config: WorkerConfig) -> None:
         graphs.rehearse(worth_trying)
     for chunks in _steps(config):
         logits_at = chunks.query_start[1:] - 1
+        if decoder.has_encoder:
+            decoder.encode(memory.nobodies_source(chunks.num_tokens, _META), cache.layers)
         batch = rows.gather(chunks, logits_at, invariant=config.batch_invariant)
         decoder.logits(decoder.forward(batch, cache.layers).index_select(0, batch.logits_at))
     for num in (1, min(2, num_seqs), min(17, num_seqs)):

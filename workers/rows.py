@@ -7,6 +7,7 @@ the batch; a step uploads it as one small buffer.
 Key: S rows of this step, T tokens of this step, G state groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from cableway.ipc.messages import Ints, NewRow, StepPlan
 from cableway.kernels.step_inputs import step_inputs
-from cableway.workers.batch import Batch
+from cableway.workers.batch import Batch, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,22 @@ def upload_into(target: Tensor, values: np.ndarray) -> None:
 
 
 class Rows:
-    """Token ids and block tables of `max_num_seqs` rows."""
+    """Token ids and block tables of `max_num_seqs` rows.
+
+    Args:
+        kinds: of the state groups.
+    """
 
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int, device: torch.device
+        self, max_num_seqs: int, max_model_len: int, block_size: int, kinds: Sequence[str], device: torch.device
     ) -> None:
         # One row more, that of nobody: it has no blocks, so nothing is written for what is computed in it.
         self.tokens = torch.zeros(max_num_seqs + 1, max_model_len, dtype=torch.int32, device=device)
-        max_blocks = -(-max_model_len // block_size)
+        max_blocks, num_groups = -(-max_model_len // block_size), len(kinds)
         self.block_tables = torch.zeros(num_groups, max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.block_tables[:, max_num_seqs] = -1
+        self._encoder_group = kinds.index("encoder") if "encoder" in kinds else None
+        self._source_lens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.num_tokens = np.zeros(max_num_seqs, np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
         self._num_computed = np.zeros(max_num_seqs, np.int32)
@@ -85,11 +92,29 @@ class Rows:
         self.num_tokens[new.row] = len(tokens)
         self.num_prompt_tokens[new.row] = new.num_prompt_tokens
         self._num_computed[new.row] = new.num_computed
+        self._source_lens[new.row] = new.source_len
         for group, packed in enumerate(new.blocks):
             blocks = unpack(packed)
             self._num_blocks[new.row, group] = len(blocks)
             if len(blocks):
                 upload_into(self.block_tables[group, new.row, : len(blocks)], blocks)
+
+    def sources(self, entering: Sequence[NewRow]) -> Source | None:
+        """What is to be encoded for those that enter; None when nothing is."""
+        given = [new for new in entering if new.source]
+        if not given:
+            return None
+        token_ids = [unpack(new.source) for new in given]
+        positions = [np.arange(len(ids), dtype=np.int32) for ids in token_ids]
+        slots = [
+            unpack(new.blocks[self._encoder_group]).astype(np.int64)[place // self._block_size] * self._block_size
+            + place % self._block_size
+            for new, place in zip(given, positions, strict=True)
+        ]
+        lengths = [len(ids) for ids in token_ids]
+        query_start = np.concatenate(([0], np.cumsum(lengths)), dtype=np.int32)
+        parts = (np.concatenate(token_ids), np.concatenate(positions), query_start, np.concatenate(slots))
+        return Source(*(upload(part, self._device) for part in parts), max_len=max(lengths))
 
     def leave(self, row: int) -> None:
         """The request in `row` has left; what the device holds of it is never read again."""
@@ -182,8 +207,12 @@ class Rows:
         token_ids, positions, slots = step_inputs(
             self.tokens, self.block_tables, rows, query_start, seq_lens, num_tokens=num_tokens, block_size=block_size
         )
-        tables = [table[:, :num_blocks].index_select(0, rows) for table in self.block_tables]
+        widths = [num_blocks if group != self._encoder_group else None for group in range(len(self.block_tables))]
+        tables = [
+            table[:, :width].index_select(0, rows) for table, width in zip(self.block_tables, widths, strict=True)
+        ]
+        source_lens = None if self._encoder_group is None else self._source_lens.index_select(0, rows)
         return Batch(
             token_ids, positions, query_start, seq_lens, max_query_len, max_seq_len, tables, list(slots),
-            block_size=block_size, **rest,
+            block_size=block_size, source_lens=source_lens, **rest,
         )  # fmt: skip

@@ -83,7 +83,8 @@ class Runner:
         self._device = device
         self._invariant = config.batch_invariant
         self._cache = memory.allocate(decoder, config, getattr(torch, config.dtype), device)
-        self._rows = Rows(config.max_num_seqs, config.max_model_len, config.block_size, len(self.state_groups), device)
+        kinds = [group.kind for group in self.state_groups]
+        self._rows = Rows(config.max_num_seqs, config.max_model_len, config.block_size, kinds, device)
         self._sampler = Sampler(config.max_num_seqs, decoder.vocab_size, device)
         self._prompt_logprobs = PromptLogprobs(decoder.vocab_size)
         self._finished_ns = 0
@@ -147,7 +148,7 @@ class Runner:
 
     def warm_up(self) -> None:
         """Answer prompts for nobody: what is compiled or loaded at its first use is so before the first request."""
-        for plan in warm_up.plans(len(self._rows.num_tokens), len(self.state_groups)):
+        for plan in warm_up.plans(len(self._rows.num_tokens), [group.kind for group in self.state_groups]):
             self.step(plan)
         self.forget()
 
@@ -198,7 +199,7 @@ class Runner:
         return StepResult(begun.epoch, begun.step, token_ids, elapsed_us, logprobs, failed)
 
     def _change_rows(self, plan: StepPlan) -> None:
-        """What happens to rows and blocks before the forward pass."""
+        """What happens to rows, blocks and sources before the forward pass."""
         for row in unpack(plan.freed).tolist():
             self._leave(row)
         for new in plan.new:
@@ -210,6 +211,8 @@ class Runner:
             pairs = unpack(plan.copies).reshape(-1, 2).astype(np.int64)
             self._cache.copy_blocks(upload(pairs, self._device))
         self._rows.append_blocks(plan)
+        if (source := self._rows.sources(plan.new)) is not None:
+            self._decoder.encode(source, self._cache.layers)
 
     def _leave(self, row: int) -> None:
         self._rows.leave(row)

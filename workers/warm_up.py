@@ -1,6 +1,6 @@
 """Steps for nobody that touch everything a request can reach, so that the first request waits for nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cableway.ipc.messages import NewRow, Sampling, StepPlan, ints
 
@@ -16,19 +16,27 @@ SAMPLINGS = (
 _PROMPT = ints([0, 0])
 
 
-def plans(max_num_seqs: int, num_groups: int) -> Iterator[StepPlan]:
-    """Prompts and single tokens, drawn in every way, copied blocks, and log-probabilities of a prompt."""
+def plans(max_num_seqs: int, kinds: Sequence[str]) -> Iterator[StepPlan]:
+    """Prompts and single tokens, drawn in every way, copied blocks, and log-probabilities of a prompt.
+
+    Args:
+        kinds: of the state groups.
+    """
     num_rows = min(len(SAMPLINGS), max_num_seqs)
-    yield _plan(2, SAMPLINGS[:num_rows], num_groups)
-    yield _plan(1, (), num_groups, num_rows=num_rows)
-    yield _plan(2, (Sampling(prompt_logprobs=1),), num_groups, freed=num_rows)
+    yield _plan(2, SAMPLINGS[:num_rows], kinds)
+    yield _plan(1, (), kinds, num_rows=num_rows)
+    yield _plan(2, (Sampling(prompt_logprobs=1),), kinds, freed=num_rows)
 
 
 def _plan(
-    num_tokens: int, entering: tuple[Sampling, ...], num_groups: int, *, num_rows: int = 0, freed: int = 0
+    num_tokens: int, entering: tuple[Sampling, ...], kinds: Sequence[str], *, num_rows: int = 0, freed: int = 0
 ) -> StepPlan:
     """So many tokens in each of the rows that enter, or of the first `num_rows`. All share one block."""
-    new = [NewRow(row, _PROMPT, 2, 0, 0, sampling, [ints([0])] * num_groups) for row, sampling in enumerate(entering)]
+    source = (2, _PROMPT) if "encoder" in kinds else ()
+    new = [
+        NewRow(row, _PROMPT, 2, 0, 0, sampling, [ints([0])] * len(kinds), *source)
+        for row, sampling in enumerate(entering)
+    ]
     num_rows = num_rows or len(new)
     return StepPlan(
         epoch=0,
@@ -39,6 +47,6 @@ def _plan(
         new=new,
         freed=ints(range(freed)),
         blocks=b"",
-        num_new_blocks=ints([0] * (num_rows * num_groups)),
+        num_new_blocks=ints([0] * (num_rows * len(kinds))),
         copies=ints([0, 0]),
     )

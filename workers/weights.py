@@ -144,7 +144,7 @@ def _match(
                 raise ModelError(f"{source}: tensor {name!r} fills {path!r} a second time")
             filling[path][part][target.leaf] = tensor
     for path, other in tied.items():
-        filling[path] = filling[other]
+        filling[path] = {part: leaves | filling[path].get(part, {}) for part, leaves in filling[other].items()}
     missing = [name for path, slot in slots.items() for name in _missing(path, slot, filling[path])]
     if unknown or missing:
         raise ModelError(

@@ -10,6 +10,8 @@ from cableway.ipc.messages import StateGroup
 
 
 class Group(Protocol):
+    """A group whose blocks are of a sequence's tokens."""
+
     keeps_all: ClassVar[bool]
     splits_blocks: ClassVar[bool]
     """Whether what a block holds for its first tokens is of use without the others'."""
@@ -64,13 +66,23 @@ class Recurrent:
         return min(num_tokens, 1 + chunk_len)
 
 
-def group_of(described: StateGroup) -> Group:
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """What the decoder's tokens attend to besides: a source, encoded whole before the first of them is computed.
+
+    Its blocks are of the source's tokens, not of the sequence's.
+    """
+
+
+def group_of(described: StateGroup) -> "Group | Encoder":
     """The group a worker describes; ValueError when this core does not know its kind."""
     match described.kind:
         case "paged" | "latent":
             return Paged()
         case "recurrent":
             return Recurrent()
+        case "encoder":
+            return Encoder()
         case "sliding" if described.window > 0:
             return Sliding(described.window)
     raise ValueError(f"state group of kind {described.kind!r} with window {described.window} is not known")

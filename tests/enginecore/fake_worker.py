@@ -2,7 +2,8 @@
 
 Its "model" is a function of the tokens so far. What it keeps for a token is the hash of the prefix up to it, and to
 compute a token it looks up what the layers of each state group would look at, through the block table it was told: a
-block that was shared, copied, given back or reused wrongly is a mismatch at once.
+block that was shared, copied, given back or reused wrongly is a mismatch at once. A recurrent group keeps one hash a
+block, that of its last token so far; an encoder group keeps hashes of a source, of which all others are made too.
 """
 
 import hashlib
@@ -25,9 +26,13 @@ VOCAB = 50
 EOS = 0
 
 
-def next_token(tokens: Sequence[int], sampling: Sampling, choice: int) -> int:
+STATE = -1
+"""Where in a block the state of a recurrent group is."""
+
+
+def next_token(tokens: Sequence[int], sampling: Sampling, choice: int, source: int) -> int:
     """The model: one of VOCAB, decided by everything that may decide it. Stop tokens wait for min_tokens."""
-    digest = hashlib.blake2b(repr((list(tokens), sampling.seed, choice)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((list(tokens), sampling.seed, choice, source)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % VOCAB
 
 
@@ -35,18 +40,18 @@ def undisturbed(generate: Generate, index: int, max_model_len: int) -> tuple[lis
     """What choice `index` of a request yields when nothing else ever happens: its tokens and its finish reason."""
     sampling = generate.sampling
     tokens = unpack_ints(generate.prompt).tolist()
-    num_prompt = len(tokens)
+    num_prompt, source = len(tokens), hash(generate.source)
     eos = set(unpack_ints(sampling.eos_token_ids).tolist()) | set(unpack_ints(sampling.stop_token_ids).tolist())
     while len(tokens) - num_prompt < sampling.max_tokens and len(tokens) < max_model_len:
-        token = next_token(tokens, sampling, index)
+        token = next_token(tokens, sampling, index, source)
         tokens.append(token)
         if token in eos and len(tokens) - num_prompt > sampling.min_tokens:
             return tokens[num_prompt:], "stop"
     return tokens[num_prompt:], "length"
 
 
-def prefix_hashes(tokens: Sequence[int]) -> list[int]:
-    value, hashes = 0, []
+def prefix_hashes(tokens: Sequence[int], source: int) -> list[int]:
+    value, hashes = source, []
     for token in tokens:
         value = hash((value, token))
         hashes.append(value)
@@ -59,6 +64,7 @@ class Row:
     tokens: list[int]
     num_computed: int
     tables: list[list[int]] = field(default_factory=list)
+    source: int = hash(b"")  # of what is kept of its source
 
 
 class FakeWorker:
@@ -69,7 +75,7 @@ class FakeWorker:
         self.budget, self.max_num_seqs = budget, max_num_seqs
         self.memory: dict[tuple[int, int], tuple[int, int]] = {}  # (block, offset) -> (group, prefix hash)
         self.rows: dict[int, Row] = {}
-        self.num_computed = 0
+        self.num_computed = self.num_encoded = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         for row in unpack_ints(plan.freed):
@@ -79,13 +85,39 @@ class FakeWorker:
             assert 0 <= new.row < self.max_num_seqs
             tables = [unpack_ints(blocks).tolist() for blocks in new.blocks]
             self.rows[new.row] = Row(new, unpack_ints(new.tokens).tolist(), new.num_computed, tables)
+            self._encode(new, tables)
         copies = unpack_ints(plan.copies)
         for source, target in zip(copies[::2], copies[1::2], strict=True):
-            for offset in range(self.block_size):
+            for offset in (*range(self.block_size), STATE):
                 if (source, offset) in self.memory:
                     self.memory[target, offset] = self.memory[source, offset]
         self._grow(plan)
         return self._forward(plan)
+
+    def _encode(self, new: NewRow, tables: list[list[int]]) -> None:
+        """Keep a source that is new, each token of which knows all of it."""
+        for group, places in self._encoder(tables, new.source_len):
+            if new.source:
+                assert len(new.source) == 4 * new.source_len
+                self.num_encoded += new.source_len
+                self.memory |= {(block, STATE): (group, hash(new.source)) for block, _ in places}
+
+    def _encoder(self, tables: list[list[int]], source_len: int) -> list[tuple[int, list[tuple[int, int]]]]:
+        """(group, places of the source's tokens), where there is such a group."""
+        size = self.block_size
+        return [
+            (group, [(table[i // size], i % size) for i in range(source_len)])
+            for group, (described, table) in enumerate(zip(self.groups, tables, strict=True))
+            if described.kind == "encoder"
+        ]
+
+    def _find_source(self, row: Row) -> None:
+        """What is kept of a row's source: of one source all of it."""
+        for group, places in self._encoder(row.tables, row.new.source_len):
+            assert len(places) == row.new.source_len > 0
+            of_group, row.source = self.memory[places[0][0], STATE]
+            assert of_group == group
+            assert all(self.memory[block, STATE] == (group, row.source) for block, _ in places)
 
     def _grow(self, plan: StepPlan) -> None:
         blocks, counts = iter(unpack_ints(plan.blocks)), iter(unpack_ints(plan.num_new_blocks))
@@ -101,9 +133,11 @@ class FakeWorker:
             zip(unpack_ints(plan.rows), unpack_ints(plan.num_tokens), unpack_ints(plan.samples), strict=True)
         )
         assert len({row for row, _, _ in scheduled}) == len(scheduled)
-        assert sum(count for _, count, _ in scheduled) <= self.budget
+        num_encoded = sum(len(new.source) // 4 for new in plan.new)
+        assert sum(count for _, count, _ in scheduled) + num_encoded <= self.budget
         for row, count, _ in scheduled:
             assert count > 0
+            self._find_source(self.rows[row])
             self._write(self.rows[row], count)
         drawn: list[int] = []
         logprobs: list[Logprobs] = []
@@ -116,7 +150,7 @@ class FakeWorker:
                 logprobs += self._prompt_logprobs(number, row, begin)
             if samples:
                 assert row.num_computed == len(row.tokens)
-                token = next_token(row.tokens, row.new.sampling, row.new.choice)
+                token = next_token(row.tokens, row.new.sampling, row.new.choice, row.source)
                 if row.new.sampling.logprobs >= 0:
                     logprobs.append(_logprobs(number, len(row.tokens), [token]))
                 row.tokens.append(token)
@@ -124,17 +158,20 @@ class FakeWorker:
         return StepResult(plan.epoch, plan.step, ints(drawn), elapsed_us=1, logprobs=logprobs)
 
     def _write(self, row: Row, count: int) -> None:
-        hashes = prefix_hashes(row.tokens)
-        for position in range(row.num_computed, row.num_computed + count):
-            for group, table in enumerate(row.tables):
-                place = table[position // self.block_size], position % self.block_size
-                self.memory[place] = group, hashes[position]
+        hashes, begin = prefix_hashes(row.tokens, row.source), row.num_computed
+        for group, (described, table) in enumerate(zip(self.groups, row.tables, strict=True)):
+            if described.kind == "recurrent" and begin:
+                before = table[(begin - 1) // self.block_size], STATE
+                assert self.memory[before] == (group, hashes[begin - 1]), f"the state before position {begin}"
+            for position in range(begin, begin + count if described.kind != "encoder" else 0):
+                offset = STATE if described.kind == "recurrent" else position % self.block_size
+                self.memory[table[position // self.block_size], offset] = group, hashes[position]
 
     def _look(self, row: Row, count: int) -> None:
-        hashes = prefix_hashes(row.tokens)
+        hashes = prefix_hashes(row.tokens, row.source)
         for group, (described, table) in enumerate(zip(self.groups, row.tables, strict=True)):
             begin = max(0, row.num_computed - described.window + 1) if described.window else 0
-            for position in range(begin, row.num_computed + count):
+            for position in range(begin, row.num_computed + count if described.kind in ("paged", "sliding") else 0):
                 place = table[position // self.block_size], position % self.block_size
                 assert self.memory.get(place) == (group, hashes[position]), f"position {position} of group {group}"
 

@@ -8,18 +8,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cableway.enginecore.kv.groups import Paged, Sliding, group_of
+from cableway.enginecore.kv.groups import Encoder, Paged, Recurrent, Sliding, group_of
 from cableway.enginecore.kv.manager import HOLE, KVManager
 from cableway.enginecore.kv.pool import BlockPool
 from cableway.enginecore.kv.prefix import PrefixChain
 from cableway.enginecore.request import Request
-from cableway.ipc.messages import StateGroup
+from cableway.ipc.messages import StateGroup, unpack_ints
 
 SALTS = ["", "tenant"]
+SOURCES = [[5] * 3, [5] * 4, [6] * 3]
+KINDS = st.one_of(st.just(Paged()), st.builds(Sliding, st.integers(1, 9)), st.just(Recurrent()))
+STATE = -1
+"""Where in a block the state of a recurrent group is."""
 
 
-def request_of(tokens, salt="", **sampling):
-    asked = generate(tokens, [0], cache_salt=salt, **sampling)
+def request_of(tokens, salt="", source=(), **sampling):
+    asked = generate(tokens, [0], cache_salt=salt, source=source, **sampling)
     return Request(asked, asked.choices[0], order=(0, 0), max_model_len=1000, now_s=0.0)
 
 
@@ -47,23 +51,34 @@ def computed(kv, tokens, salt=""):
 
 
 class KVMachine(RuleBasedStateMachine):
-    """Random use of a manager beside the plainest model of it: what is written where, and who may look at it."""
+    """Random use of a manager beside the plainest model of it: what is written where, and who may look at it.
+
+    A recurrent group writes one thing a block, the state after its last token so far, and looks at the newest alone. An
+    encoder group writes a source once, in the first step of whoever brings it, and looks at all of it.
+    """
 
     @initialize(
-        groups=st.lists(st.one_of(st.just(Paged()), st.builds(Sliding, st.integers(1, 9))), min_size=1, max_size=3),
+        groups=st.lists(KINDS, min_size=1, max_size=3),
+        encoder_at=st.sampled_from([None, 0, 1]),
         num_blocks=st.integers(8, 40),
         block_size=st.sampled_from([1, 2, 4]),
         prefix_cache=st.booleans(),
     )
-    def build(self, groups, num_blocks, block_size, prefix_cache):
+    def build(self, groups, encoder_at, num_blocks, block_size, prefix_cache):
+        groups = groups if encoder_at is None else [*groups[:encoder_at], Encoder(), *groups[encoder_at:]]
         self.kv = KVManager(groups, num_blocks, block_size, chunk_len=8, prefix_cache=prefix_cache)
         self.groups, self.num_blocks, self.block_size = groups, num_blocks, block_size
+        self.has_encoder = encoder_at is not None
         self.requests: list[tuple[Request, str]] = []
-        self.written: dict[tuple[int, int], tuple] = {}  # (block, offset) -> (group, salt, tokens up to there)
+        self.written: dict[tuple[int, int], tuple] = {}  # (block, offset) -> (group, salt, source, tokens up to there)
 
-    @rule(tokens=st.lists(st.integers(1, 2), min_size=1, max_size=20), salt=st.sampled_from(SALTS))
-    def enters(self, tokens, salt):
-        request = request_of(tokens, salt)
+    @rule(
+        tokens=st.lists(st.integers(1, 2), min_size=1, max_size=20),
+        salt=st.sampled_from(SALTS),
+        source=st.sampled_from(SOURCES),
+    )
+    def enters(self, tokens, salt, source):
+        request = request_of(tokens, salt, source if self.has_encoder else ())
         match = self.kv.lookup(request)
         assert match.num_tokens < len(tokens)
         assert match.num_tokens % self.block_size == 0
@@ -77,15 +92,17 @@ class KVMachine(RuleBasedStateMachine):
         assume(num_shared < len(leader.tokens))
         match = self.kv.fork(leader, num_shared)
         if match is None:
+            of_tokens = [(i, group) for i, group in enumerate(self.groups) if not isinstance(group, Encoder)]
             assert any(
-                self.groups[group].first_needed(num_shared) // self.block_size < windowed
-                for group, windowed in enumerate(leader.num_windowed)
+                group.first_needed(num_shared) // self.block_size < leader.num_windowed[i]
+                or (num_shared % self.block_size and not group.splits_blocks)
+                for i, group in of_tokens
             )
         else:
-            self.admit(request_of(leader.tokens.tolist(), salt), salt, match)
+            self.admit(request_of(leader.tokens.tolist(), salt, unpack_ints(leader.source)), salt, match)
 
     def admit(self, request, salt, match):
-        needed = self.kv.num_new_blocks(match, len(request.tokens))
+        needed = self.kv.num_new_blocks(match, request)
         if needed > self.kv.num_available:
             return
         available = self.kv.num_available
@@ -95,10 +112,19 @@ class KVMachine(RuleBasedStateMachine):
             for offset in range(self.block_size):
                 self.written[target, offset] = self.written.get((source, offset))
         self.kv.copies = []
+        if request.source_is_new:  # its first step is in flight, and whatever comes after it sees what that wrote
+            self.encode(request, salt)
         self.requests.append((request, salt))
         self.look(request, salt)
         promised = needed - (available - self.kv.num_available)
         assert self.kv.num_owed(request) >= promised - len(self.groups)
+
+    def encode(self, request, salt):
+        group = self.groups.index(Encoder())
+        for index in range(request.source_len):
+            block = request.tables[group][index // self.block_size]
+            assert self.kv.pool.references[block] == 1, "written to while shared"
+            self.written[block, index % self.block_size] = group, salt, request.source, index
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), count=st.integers(1, 8))
@@ -109,15 +135,16 @@ class KVMachine(RuleBasedStateMachine):
         grown = self.kv.reserve(request, end)
         if grown is None:
             return
+        self.look(request, salt)
         request.num_planned = end
-        for position in range(begin, end):
-            for group, table in enumerate(request.tables):
+        for group, table in enumerate(request.tables):
+            for position in range(begin, 0 if isinstance(self.groups[group], Encoder) else end):
                 block = table[position // self.block_size]
                 assert self.kv.pool.references[block] == 1, "written to while shared"
-                upto = (group, salt, tuple(request.tokens[: position + 1]))
-                self.written[block, position % self.block_size] = upto
-        self.look(request, salt)
+                offset = STATE if isinstance(self.groups[group], Recurrent) else position % self.block_size
+                self.written[block, offset] = group, salt, request.source, tuple(request.tokens[: position + 1])
         request.num_computed = end
+        self.look(request, salt)
         if end >= request.next_border:
             self.kv.commit(request)
 
@@ -136,11 +163,19 @@ class KVMachine(RuleBasedStateMachine):
 
     def look(self, request, salt):
         """Everything that the next token's layers read is there, and is what it should be."""
-        for position, group in enumerate(self.groups):
-            for index in range(group.first_needed(request.num_computed), request.num_planned):
-                block = request.tables[position][index // self.block_size]
-                upto = (position, salt, tuple(request.tokens[: index + 1]))
-                assert self.written[block, index % self.block_size] == upto
+        num_computed, size = request.num_computed, self.block_size
+        for position, (group, table) in enumerate(zip(self.groups, request.tables, strict=True)):
+            if isinstance(group, Encoder):
+                for index in range(request.source_len):
+                    kept = self.written[table[index // size], index % size]
+                    assert kept == (position, salt, request.source, index)
+                continue
+            is_recurrent = isinstance(group, Recurrent)
+            first = max(num_computed - 1, 0) if is_recurrent else group.first_needed(num_computed)
+            for index in range(first, num_computed):
+                offset = STATE if is_recurrent else index % size
+                kept = self.written[table[index // size], offset]
+                assert kept == (position, salt, request.source, tuple(request.tokens[: index + 1]))
 
     @invariant()
     def books_are_right(self):
@@ -310,17 +345,20 @@ class TestSliding:
 
 
 @given(
-    groups=st.lists(st.one_of(st.just(Paged()), st.builds(Sliding, st.integers(1, 20))), min_size=1, max_size=3),
+    groups=st.lists(st.one_of(KINDS, st.builds(Sliding, st.integers(1, 20))), min_size=1, max_size=3),
+    has_encoder=st.booleans(),
     block_size=st.integers(1, 5),
     chunk_len=st.integers(1, 9),
     num_tokens=st.integers(1, 80),
     data=st.data(),
 )
-def test_a_lone_request_never_lacks_blocks(groups, block_size, chunk_len, num_tokens, data):
+def test_a_lone_request_never_lacks_blocks(groups, has_encoder, block_size, chunk_len, num_tokens, data):
+    groups = [*groups, Encoder()] if has_encoder else groups
     kv = KVManager(groups, 1000, block_size, chunk_len=chunk_len, prefix_cache=False)
-    kv = KVManager(groups, kv.blocks_for(num_tokens), block_size, chunk_len=chunk_len, prefix_cache=False)
+    most = kv.blocks_for(num_tokens, num_tokens)
+    kv = KVManager(groups, most, block_size, chunk_len=chunk_len, prefix_cache=False)
     assert kv.longest_len(num_tokens) == num_tokens
-    request = request_of([1] * num_tokens)
+    request = request_of([1] * num_tokens, source=[1] * num_tokens)
     kv.adopt(request, kv.lookup(request))
     while request.num_computed < num_tokens:
         count = data.draw(st.integers(1, min(chunk_len, num_tokens - request.num_computed)))
@@ -328,6 +366,65 @@ def test_a_lone_request_never_lacks_blocks(groups, block_size, chunk_len, num_to
         request.num_computed = request.num_planned = request.num_computed + count
         if request.num_computed >= request.next_border:
             kv.commit(request)
+
+
+class TestRecurrent:
+    def test_only_the_newest_state_is_kept(self):
+        kv = manager(Recurrent())
+        request = computed(kv, list(range(1, 25)))
+        # The next token, number 24, goes on from the state after number 23.
+        assert [block == HOLE for block in request.tables[0]] == [True] * 5 + [False]
+        assert kv.num_available == 31
+
+    def test_a_hit_needs_the_state_at_its_end_alone(self):
+        kv = manager(Recurrent(), num_blocks=6)
+        kv.release(computed(kv, list(range(1, 25))))
+        for _ in range(3):
+            kv.pool.allocate()  # the first blocks of the sequence, given back first, are gone
+        match = kv.lookup(request_of(list(range(1, 26))))
+        assert match.num_tokens == 24
+        assert [block == HOLE for block in match.tables[0]] == [True] * 5 + [False]
+
+    def test_a_part_of_a_block_cannot_be_forked(self):
+        kv = manager(Recurrent())
+        request = computed(kv, list(range(1, 11)))
+        assert kv.fork(request, 9) is None
+        assert kv.fork(computed(kv, list(range(11, 19))), 8) is not None
+
+
+class TestEncoder:
+    def test_a_source_is_shared_once_it_is_encoded(self):
+        kv = manager(Paged(), Encoder())
+        first = request_of([1], source=[5] * 9)
+        kv.adopt(first, kv.lookup(first))
+        assert (first.source_is_new, len(first.tables[1])) == (True, 3)
+        same = request_of([1], source=[5] * 9)
+        assert kv.num_to_encode(kv.lookup(same), same) == 9
+        compute(kv, first)
+        assert kv.lookup(same).tables[1] == first.tables[1]
+        assert kv.num_to_encode(kv.lookup(same), same) == 0
+        assert kv.lookup(request_of([1], source=[5] * 8)).tables[1] == []
+        assert kv.lookup(request_of([1], salt="tenant", source=[5] * 9)).tables[1] == []
+
+    def test_a_prefix_is_found_beside_its_own_source_alone(self):
+        kv = manager(Paged(), Encoder())
+        request = request_of(list(range(1, 10)), source=[5] * 4)
+        kv.adopt(request, kv.lookup(request))
+        compute(kv, request)
+        kv.release(request)
+        assert kv.lookup(request_of(list(range(1, 12)), source=[5] * 4)).num_tokens == 8
+        assert kv.lookup(request_of(list(range(1, 12)), source=[6] * 4)).num_tokens == 0
+
+    def test_choices_share_a_source_before_it_is_encoded(self):
+        kv = manager(Paged(), Encoder())
+        leader = request_of([1, 2], source=[5] * 9)
+        kv.adopt(leader, kv.lookup(leader))
+        other = request_of([1, 2], source=[5] * 9)
+        kv.adopt(other, kv.fork(leader, 0))
+        assert other.tables[1] == leader.tables[1]
+        assert not other.source_is_new
+        kv.release(leader)
+        assert [kv.pool.references[block] for block in other.tables[1]] == [1, 1, 1]
 
 
 def test_fork_shares_full_blocks_and_copies_the_last():

@@ -523,5 +523,5 @@ class TestLives:
 
 def test_the_model_of_these_tests_depends_on_everything():
     sampling = generate(PROMPT, [0]).sampling
-    tokens = {next_token([*PROMPT, extra], sampling, choice) for extra in range(10) for choice in range(3)}
+    tokens = {next_token([*PROMPT, extra], sampling, choice, 0) for extra in range(10) for choice in range(3)}
     assert len(tokens) > 10

@@ -9,7 +9,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cableway.ipc.messages import StateGroup, StepResult, ints
 
 MAX_MODEL_LEN = 24
-GROUPS = [(PAGED,), (StateGroup("sliding", 1, 5),), (PAGED, StateGroup("sliding", 1, 6))]
+SLIDING, RECURRENT, ENCODER = StateGroup("sliding", 1, 5), StateGroup("recurrent", 1), StateGroup("encoder", 1)
+GROUPS = [
+    (PAGED,),
+    (SLIDING,),
+    (PAGED, SLIDING),
+    (RECURRENT,),
+    (RECURRENT, PAGED),
+    (PAGED, ENCODER),
+    (ENCODER, SLIDING),
+]
+SOURCES = [[7] * 5, [7] * 6, [8] * 5]
 FRONTENDS = [b"frontend.0", b"frontend.1"]
 STEM = [1 + (7 * position) % (VOCAB - 1) for position in range(MAX_MODEL_LEN)]  # prompts share beginnings of it
 
@@ -20,7 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(14, 30),
         block_size=st.sampled_from([2, 4]),
         max_num_seqs=st.integers(1, 5),
-        budget=st.sampled_from([2, 5, 16]),
+        budget=st.sampled_from([2, 7, 16]),
         depth=st.integers(0, 2),
         prefix_cache=st.booleans(),
         by_priority=st.booleans(),
@@ -40,13 +50,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         scores=st.sampled_from([-1, -1, 0]),
         priority=st.integers(0, 2),
         cache_salt=st.sampled_from(["", "tenant"]),
+        source=st.sampled_from(SOURCES),
     )
-    def submit(self, frontend, num_stem, tail, num_choices, num_delivered, scores, priority, cache_salt, **lengths):
+    def submit(
+        self, frontend, num_stem, tail, num_choices, num_delivered, scores, priority, cache_salt, source, **lengths
+    ):
         assume(self.harness.scheduler.num_live < 12)
         prompt = (STEM[:num_stem] + tail or [1])[: self.harness.scheduler.max_len - 1]
         keys = list(range(self.keys, self.keys + num_choices))
         self.keys += num_choices
         options = {"priority": priority, "cache_salt": cache_salt, "prompt_logprobs": scores, "logprobs": scores}
+        if ENCODER in self.harness.groups:
+            options["source"] = source[: min(self.harness.budget, self.harness.scheduler.max_len) - 1]
         asked = generate(prompt, keys, **options, **lengths)
         if num_delivered:  # an earlier life of the core had begun it
             begun = {key: self.truth(asked, index)[:num_delivered] for index, key in enumerate(keys)}

@@ -59,7 +59,7 @@ def test_tokens_are_those_of_a_cpu(config: WorkerConfig, request: pytest.Fixture
 
 def test_the_warm_up_can_be_carried_out(config: WorkerConfig, as_on_gpu: Decoder):
     runner = Runner(as_on_gpu, config)
-    for plan in warm_up.plans(config.max_num_seqs, len(runner.state_groups)):
+    for plan in warm_up.plans(config.max_num_seqs, [group.kind for group in runner.state_groups]):
         assert runner.step(plan).failed == []
 
 

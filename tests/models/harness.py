@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cableway.ipc import modelfiles
 from cableway.workers import memory, weights
-from cableway.workers.batch import Batch
+from cableway.workers.batch import Batch, Source
 
 BLOCK_SIZE = 8
 MAX_MODEL_LEN = 256
@@ -34,13 +34,32 @@ class Session:
             shape = (shape[0], self.max_blocks * num_seqs, *shape[2:])
             caches |= {layer: torch.zeros(shape, dtype=kind) for layer in spec.layers}
         self.caches = [caches[layer] for layer in sorted(caches)]
+        self.source_lens = torch.zeros(num_seqs, dtype=torch.int32)
+        table = torch.arange(self.max_blocks * num_seqs, dtype=torch.int32)
+        self.blocks = table.view(self.max_blocks, -1).T.contiguous()
+
+    def encode(self, sources: Sequence[tuple[int, Tensor]]) -> None:
+        """Give some sequences what they attend to."""
+        sizes = [len(ids) for _, ids in sources]
+        positions = torch.cat([torch.arange(size) for size in sizes])
+        rows = torch.repeat_interleave(torch.tensor([seq for seq, _ in sources]), torch.tensor(sizes))
+        for seq, ids in sources:
+            self.source_lens[seq] = len(ids)
+        source = Source(
+            token_ids=torch.cat([ids for _, ids in sources]).int(),
+            positions=positions.int(),
+            query_start=torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32),
+            slots=self.blocks[rows, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE,
+            max_len=max(sizes),
+        )
+        with torch.inference_mode():
+            self.model.encode(source, self.caches)
 
     def step(self, chunks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
         """Compute the next tokens of some sequences; the logits [n, vocab] of each chunk."""
         sizes = [len(ids) for _, ids in chunks]
         starts = [self.computed[seq] for seq, _ in chunks]
-        table = torch.arange(self.max_blocks * self.num_seqs, dtype=torch.int32).view(self.max_blocks, -1).T
-        blocks = table[[seq for seq, _ in chunks]].contiguous()
+        blocks = self.blocks[[seq for seq, _ in chunks]].contiguous()
         positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, sizes, strict=True)])
         row = torch.repeat_interleave(torch.arange(len(chunks)), torch.tensor(sizes))
         slots = blocks[row, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
@@ -58,6 +77,7 @@ class Session:
             logits_at=torch.arange(sum(sizes)),
             invariant=self.invariant,
             block_size=BLOCK_SIZE,
+            source_lens=self.source_lens[[seq for seq, _ in chunks]] if self.model.has_encoder else None,
         )
         for (seq, _), end in zip(chunks, ends, strict=True):
             self.computed[seq] = end
@@ -68,7 +88,15 @@ class Session:
 
 def logits_of(model: Any, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Logits [T, vocab] of one prompt in one go."""
-    return Session(model, dtype=dtype).step([(0, ids)])[0]
+    session = Session(model, dtype=dtype)
+    if model.has_encoder:
+        session.encode([(0, source_of(ids))])
+    return session.step([(0, ids)])[0]
+
+
+def source_of(ids: Tensor) -> Tensor:
+    """What a sequence of these tokens attends to, where a model has an encoder: some others."""
+    return ids.flip(0)[3:26]
 
 
 def prompt(num_tokens: int = 40, vocab_size: int = 300, seed: int = 1) -> Tensor:

@@ -19,7 +19,7 @@ from cableway.workers import models
 from cableway.workers.rehearsal import rehearse
 from tests.checkpoints import SIZES, random_model, save
 from tests.models.assembled import REWRITTEN
-from tests.models.harness import Session, load, logits_of, prompt
+from tests.models.harness import Session, load, logits_of, prompt, source_of
 from tests.models.test_parallel import on_ranks
 from tests.models.zoo import ATTENTION, IGNORED, OLDER, TOLERANCES, UNUSED, ZOO
 from tests.workers.running import worker_config
@@ -47,8 +47,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if rewritten:
             rewritten.rewrite(name, folder)
         with torch.inference_mode():
-            ids = prompt(NUM_TOKENS)[None] % model.config.vocab_size
-            return folder, model(ids, **(rewritten.call if rewritten else {})).logits[0]
+            ids = prompt(NUM_TOKENS) % model.config.vocab_size
+            more = rewritten.call if rewritten else {}
+            if model.config.is_encoder_decoder:
+                return folder, model(source_of(ids)[None], decoder_input_ids=ids[None], **more).logits[0]
+            return folder, model(ids[None], **more).logits[0]
 
     return made
 
@@ -117,6 +120,8 @@ def test_chunks_beside_other_sequences_give_the_logits_of_one_go(folders: Any, n
     a, b = ids_of(expected), ids_of(expected).flip(0)[:23]
     model = load(folder, max_model_len=NUM_TOKENS)
     session = Session(model, num_seqs=2)
+    if model.has_encoder:
+        session.encode([(1, source_of(b)), (0, source_of(a))])
     steps = [[(0, a[:17])], [(1, b[:5]), (0, a[17:18])], [(0, a[18:33]), (1, b[5:22])], [(1, b[22:]), (0, a[33:])]]
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for chunks in steps:

@@ -117,6 +117,16 @@ MINIMAX = {
     "block_size": 16,
 }
 
+TWO_SIDES = {
+    "encoder_layers": 2,
+    "encoder_attention_heads": 8,
+    "encoder_ffn_dim": 80,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "d_model": 64,
+}
+
 ZOO: dict[str, list[Fields]] = {
     "LlamaForCausalLM": [
         {"rope_parameters": LLAMA3},
@@ -395,6 +405,8 @@ ZOO: dict[str, list[Fields]] = {
         {**ZAMBA2, "num_mem_blocks": 2, "use_shared_attention_adapter": True, "use_mem_rope": True},
         {**ZAMBA2, "add_bias_linear": True, "mamba_ngroups": 1},
     ],
+    "BartForConditionalGeneration": [TWO_SIDES, {**TWO_SIDES, "scale_embedding": True, "activation_function": "relu"}],
+    "MBartForConditionalGeneration": [{**TWO_SIDES, "scale_embedding": True}, TWO_SIDES],
     "BambaForCausalLM": [
         {**HYBRID, "attn_layer_indices": [1], "rope_parameters": HALF},
         {**HYBRID, "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
@@ -495,7 +507,8 @@ IGNORED = {
     *("is_decoder", "pretraining_tp", "n_ctx"),
     *("transformers_version", "add_cross_attention", "initializer_cutoff_factor", "torch_dtype", "activation_dropout"),
     *("chunk_size_feed_forward", "is_encoder_decoder", "LABEL_0", "LABEL_1", "output_attentions", "return_dict"),
-    *("output_hidden_states",),
+    *("output_hidden_states", "encoder_layerdrop", "decoder_layerdrop", "LABEL_2"),
+    *("decoder_start_token_id", "forced_eos_token_id"),  # which a frontend reads
 }
 """Keys of a config that say nothing of what an inference computes."""
 

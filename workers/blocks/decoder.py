@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cableway.workers.batch import Batch, StateSpec
+from cableway.workers.batch import Batch, Source, StateSpec
 from cableway.workers.blocks.block import Block, Slot
+from cableway.workers.blocks.encoder import CrossAttention, Encoder
 from cableway.workers.blocks.layers import DetourLayer, Norm, add
 from cableway.workers.blocks.linear import Embedding, Linear, Vector
 from cableway.workers.blocks.rope import Rope
@@ -28,11 +29,13 @@ class Decoder(Block):
         on_embed: what is done to embeddings. on_logits: what is done to logits [R, V] f32, in place.
         head_bias: whether the checkpoint has one; None = as it pleases.
         embed_size: of the embeddings, which are projected to the layers' size and back where it is another.
+        encoder: of what sequences attend to besides; it has the same embeddings.
     """
 
     def __init__(
         self, c: Any, layers: Sequence[Block], *, norm_out: Norm | None, positions: "Positions | None" = None,
         on_embed: Any = None, on_logits: Any = None, head_bias: bool | None = False, embed_size: int = 0,
+        encoder: Encoder | None = None,
     ):  # fmt: skip
         vocab, hidden = Axis("vocab", c.vocab_size), Axis("embed", c.hidden_size)
         narrow = Axis("embed", embed_size or c.hidden_size)
@@ -41,6 +44,8 @@ class Decoder(Block):
         self.project_in = Linear(hidden, narrow) if narrow != hidden else None
         self.positions = positions
         self.on_embed = on_embed and on_embed.copy()
+        self.encoder = encoder
+        self.has_encoder = encoder is not None
         self.layers = [layer.copy() for layer in layers]
         self.norm_out = norm_out and norm_out.copy()
         self.project_out = Linear(narrow, hidden) if narrow != hidden else None
@@ -102,6 +107,13 @@ class Decoder(Block):
         """Hidden states [T, E], from what the last layer has made and the stream."""
         hidden = add(delta, residual, self.norm_out)
         return hidden if self.project_out is None else self.project_out(hidden)
+
+    def encode(self, source: Source, caches: Sequence[Tensor]) -> None:
+        """Take whole sources through the encoder; `caches` take what their sequences attend to."""
+        encoded = self.encoder(self.embed(source.token_ids), source)
+        for mixer in self._mixers:
+            if isinstance(mixer, CrossAttention):
+                mixer.keep(encoded, caches[mixer.number], source.slots)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [R, E] -> [R, vocab_size] f32, written to `out` if there is one"""

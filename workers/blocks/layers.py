@@ -161,19 +161,47 @@ class BridgedLayer(Layer):
         return super().__call__(delta, residual, step)
 
 
-class PostNormLayer(Block):
-    """Norms stand on the stream itself, after each sum: h = norm_in(h + mix(h)), norm_mlp(h + mlp(h))."""
+class CrossLayer(Block):
+    """Mixer, attention to a source, MLP, each after a norm."""
 
-    def __init__(self, *, mix: Mixer, mlp: Any, norm_in: Norm, norm_mlp: Norm):
+    def __init__(self, *, norm_in: Norm, mix: Mixer, norm_cross: Norm, cross: Mixer, norm_mlp: Norm, mlp: Any):
+        self.norm_in, self.mix = norm_in, mix
+        self.norm_cross, self.cross = norm_cross, cross
+        self.norm_mlp, self.mlp = norm_mlp, mlp
+
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        delta = self.mix(add(delta, residual, self.norm_in, self.mix), step)
+        delta = self.cross(add(delta, residual, self.norm_cross), step)
+        return self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
+
+
+class PostNormLayer(Block):
+    """Norms stand on the stream itself, after each sum: h = norm_in(h + mix(h)), norm_mlp(h + mlp(h)).
+
+    With `cross`, attention to a source, and its norm between the two.
+    """
+
+    def __init__(
+        self, *, mix: Mixer, mlp: Any, norm_in: Norm, norm_mlp: Norm, cross: Mixer | None = None,
+        norm_cross: Norm | None = None,
+    ):  # fmt: skip
         self.mix, self.norm_in = mix, norm_in
+        self.cross, self.norm_cross = cross, norm_cross
         self.mlp, self.norm_mlp = mlp, norm_mlp
 
     def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
         x = add(delta, residual, None)
-        for block, norm in ((lambda x: self.mix(x, step), self.norm_in), (self.mlp, self.norm_mlp)):
-            x = norm.add(block(x), residual)
-            residual.copy_(x)
+        x = self._onto(residual, self.norm_in, self.mix(x, step))
+        if self.cross is not None:
+            x = self._onto(residual, self.norm_cross, self.cross(x, step))
+        x = self._onto(residual, self.norm_mlp, self.mlp(x))
         residual.zero_()
+        return x
+
+    def _onto(self, residual: Tensor, norm: Norm, delta: Tensor) -> Tensor:
+        """The stream becomes the normed sum, which is returned in the dtype of delta."""
+        x = norm.add(delta, residual)
+        residual.copy_(x)
         return x
 
 

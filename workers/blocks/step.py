@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan
@@ -27,7 +28,8 @@ class Step:
     def __init__(
         self, batch: Batch, caches: Sequence[Tensor], group_of: Sequence[int], tables: Mapping[Rope, Tensor]
     ) -> None:
-        self._caches, self._group_of, self._slots = caches, group_of, batch.slots
+        self._batch, self._caches, self._group_of, self._slots = batch, caches, group_of, batch.slots
+        self._source_plans: dict[int, AttentionPlan] = {}
         self.positions = batch.positions
         self.kept: dict[str, Tensor] = {}
         self._angles = {rope: Angles(table, batch.positions) for rope, table in tables.items()}
@@ -54,6 +56,18 @@ class Step:
     def recurrent(self, mixer: int) -> tuple[Tensor, RecurrentPlan]:
         """A mixer's states [num_blocks, state_len] f32, and which of them the batch's sequences have."""
         return self._caches[mixer][0].flatten(1), self._recurrent[self._group_of[mixer]]
+
+    def source(self, mixer: int) -> tuple[Tensor, AttentionPlan]:
+        """A mixer's cache of sources, and a plan in which each token is a sequence of its own that sees all of one."""
+        group, batch = self._group_of[mixer], self._batch
+        if group not in self._source_plans:
+            tokens = torch.arange(batch.num_tokens + 1, dtype=torch.int32, device=batch.token_ids.device)
+            sequence = torch.searchsorted(batch.query_start[1:], tokens[:-1], right=True)
+            lengths, table = batch.source_lens.index_select(0, sequence), batch.block_tables[group]
+            self._source_plans[group] = AttentionPlan(
+                tokens, lengths, table.index_select(0, sequence), 1, table.shape[1] * batch.block_size, batch.invariant
+            )
+        return self._caches[mixer], self._source_plans[group]
 
     def angles(self, rope: Rope) -> Angles:
         """By how much the batch's tokens are rotated."""
