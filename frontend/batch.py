@@ -51,6 +51,13 @@ class BatchRequest(msgspec.Struct):
     prompt_ids: list[int]
     params: SamplingParams
     sampling: Sampling
+    decoder_prompt: list[int] = []
+    """What the decoder begins with, where the model has an encoder."""
+
+    @property
+    def begun(self) -> list[int]:
+        """What is continued."""
+        return self.decoder_prompt or self.prompt_ids
 
 
 class _Choice:
@@ -65,7 +72,7 @@ class _Choice:
         self._logprobs: list[TokenLogprob] = []
         self._text: ChoiceText | None = None
         if tokenizer is not None and params.detokenize:
-            self._text = ChoiceText(index, tokenizer, request.of.prompt_ids, params.text_options())
+            self._text = ChoiceText(index, tokenizer, request.of.begun, params.text_options())
 
     def take(self, update: Update) -> bool:
         """Take in what came; True when the choice has ended. Raises the error that ended it, if one did."""
@@ -167,12 +174,13 @@ def _submissions(
         running = _Running(request, tokenizer)
         live |= dict(enumerate(running.choices, num_choices))
         client.submit(
-            request.prompt_ids,
+            request.begun,
             request.sampling,
             n=request.params.n,
             request_id=request.request_id,
             first_index=num_choices,
             job=job,
+            source_ids=request.prompt_ids if request.decoder_prompt else (),
         )
         num_choices += len(running.choices)
         yield True

@@ -87,12 +87,14 @@ class EngineClient:
         first_index: int = 0,
         model: str = "",
         job: Job | None = None,
+        source_ids: Sequence[int] = (),
     ) -> Job:
         """Begin `n` continuations of a prompt, as choices `first_index` … `first_index + n - 1` of a job.
 
         Args:
             model: served name that says which engine; the first one when empty.
             job: one to add to, so that several prompts share a mailbox; a new one otherwise.
+            source_ids: what the model's encoder takes, where it has one; `prompt_ids` is what its decoder begins with.
 
         Raises:
             RequestError: 429 when too many requests wait for a core that is away; 404 for an unknown model.
@@ -101,7 +103,7 @@ class EngineClient:
             raise RequestError(404, f"The model `{model}` does not exist.", param="model", code="model_not_found")
         engine = self._engines[model] if model else next(iter(self._engines.values()))
         job = job or Job()
-        request = LiveRequest(request_id, ints(prompt_ids), sampling, priority, cache_salt)
+        request = LiveRequest(request_id, ints(prompt_ids), sampling, priority, cache_salt, ints(source_ids))
         self._links[engine].submit(request, [LiveChoice(request, job, first_index + i, i) for i in range(n)])
         return job
 
@@ -197,7 +199,7 @@ class _Link:
             self._endpoint = None
 
     def submit(self, request: LiveRequest, choices: list[LiveChoice]) -> None:
-        num_tokens = len(request.prompt) // 4
+        num_tokens = request.num_tokens
         if self._live and self._is_full(len(choices), num_tokens):
             raise RequestError(
                 429, "The engine's queue is full; try again later.", type="rate_limit_error", code="queue_full",
@@ -363,7 +365,7 @@ class _Link:
         del self._live[choice.key]
         choice.request.num_live -= 1
         if not choice.request.num_live:
-            self._num_prompt_tokens -= len(choice.request.prompt) // 4
+            self._num_prompt_tokens -= choice.request.num_tokens
 
     def _resume(self, choices: Iterable[LiveChoice]) -> None:
         """Submit again with what was delivered, under new keys, so that nothing meant for the old ones can be taken."""
@@ -388,6 +390,7 @@ class _Link:
                 priority=request.priority,
                 cache_salt=request.cache_salt,
                 resumed=request.was_sent,
+                source=request.source,
             )
         )
         request.was_sent = True

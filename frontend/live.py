@@ -17,18 +17,27 @@ class LiveRequest:
         "prompt",
         "request_id",
         "sampling",
+        "source",
         "was_sent",
     )
 
-    def __init__(self, request_id: str, prompt: Ints, sampling: Sampling, priority: int, cache_salt: str):
+    def __init__(
+        self, request_id: str, prompt: Ints, sampling: Sampling, priority: int, cache_salt: str, source: Ints = b""
+    ):
         self.request_id = request_id
         self.prompt = prompt
         self.sampling = sampling
         self.priority = priority
         self.cache_salt = cache_salt
+        self.source = source
         self.num_live = 0  # choices that have not ended
         self.num_prompt_logprobs = 0
         self.was_sent = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, and of what an encoder takes."""
+        return (len(self.prompt) + len(self.source)) // 4
 
 
 class LiveChoice:

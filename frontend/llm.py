@@ -21,7 +21,7 @@ from cableway.frontend.batch import BatchRequest, EventLoop
 from cableway.frontend.client import EngineClient
 from cableway.frontend.outputs import CompletionOutput, Logprob, RequestOutput
 from cableway.frontend.params import SamplingParams
-from cableway.frontend.served import sampling_defaults
+from cableway.frontend.served import decoder_prompt, sampling_defaults
 from cableway.frontend.template import ChatTemplate
 from cableway.frontend.tokens import Tokenizer, declared_eos_ids
 from cableway.ipc import config as configuration
@@ -74,6 +74,7 @@ class LLM:
         self._template = None if skip_tokenizer_init else ChatTemplate.load(files, asked.chat_template or None)
         self._eos_token_ids = self._tokenizer.eos_token_ids if self._tokenizer else declared_eos_ids(files)
         self._defaults = sampling_defaults(files.generation_config) if asked.generation_config == "auto" else {}
+        self._decoder_prompt = decoder_prompt(files)
         self._num_requests = 0
         self._is_asleep = False
         self._processes = EngineProcesses(asked)
@@ -191,11 +192,13 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams) -> BatchRequest:
         text, ids = self._tokenized(prompt)
         limits = self.config.frontend
-        num_left = limits.max_model_len - len(ids)
+        num_left = limits.max_model_len - len(self._decoder_prompt or ids)
         if not ids:
             raise ValueError("a prompt needs at least one token")
-        if num_left < 1:
+        if num_left < 1 or len(ids) > limits.max_model_len:
             raise ValueError(f"a prompt of {len(ids)} tokens leaves no room in max_model_len = {limits.max_model_len}")
+        if self._decoder_prompt and params.prompt_logprobs is not None:
+            raise ValueError("an encoder takes the prompt of this model: it has no log-probabilities")
         for token_id in (*ids, *params.token_ids()):
             if not 0 <= token_id < limits.vocab_size:
                 raise ValueError(f"token id {token_id} is not in the vocabulary of {limits.vocab_size} tokens")
@@ -205,7 +208,7 @@ class LLM:
             self.get_tokenizer()
         self._num_requests += 1
         sampling = params.sampling(num_left, self._eos_token_ids)
-        return BatchRequest(str(self._num_requests - 1), text, ids, params, sampling)
+        return BatchRequest(str(self._num_requests - 1), text, ids, params, sampling, self._decoder_prompt)
 
     def _tokenized(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None

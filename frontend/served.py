@@ -34,6 +34,8 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     defaults: dict[str, Any]
     eos_token_ids: Sequence[int]
+    decoder_prompt: Sequence[int] = ()
+    """What the decoder begins with, where the model has an encoder, which then takes the prompt."""
     created: int  # seconds since 1970
     fingerprint: str
 
@@ -54,11 +56,26 @@ def load(config: FrontendConfig, version: str) -> dict[str, ServedModel]:
             vocab_size=config.vocab_size,
             defaults=sampling_defaults(files.generation_config) if config.generation_config == "auto" else {},
             eos_token_ids=tokenizer.eos_token_ids,
+            decoder_prompt=decoder_prompt(files),
             created=int(time.time()),
             fingerprint=f"fp_{digest[:12]}",
         )
         for name in config.engines
     }
+
+
+def decoder_prompt(files: modelfiles.ModelFiles) -> list[int]:
+    """What the decoder of an encoder-decoder begins with; nothing for other models. ModelError when it is not said."""
+    if not files.config.get("is_encoder_decoder"):
+        return []
+    start, forced = (
+        files.generation_config.get(name, files.config.get(name))
+        for name in ("decoder_start_token_id", "forced_bos_token_id")
+    )
+    start = files.config.get("bos_token_id") if start is None else start
+    if not isinstance(start, int):
+        raise modelfiles.ModelError(f"config: decoder_start_token_id is {start!r}, not a token id")
+    return [start, forced] if isinstance(forced, int) else [start]
 
 
 def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, _decoder)
     model = find_model(request, body.model)
     refuse_unserved(body, _UNSERVED)
-    prompt_logprobs = common_checks(body, request.app[CONFIG].max_logprobs)
+    prompt_logprobs = common_checks(body, request.app[CONFIG].max_logprobs, model)
     logprobs = _num_logprobs(body, request.app[CONFIG].max_logprobs)
     options = text_options(body, logprobs=logprobs >= 0)
     variables = {"reasoning_effort": body.reasoning_effort} if body.reasoning_effort is not None else {}

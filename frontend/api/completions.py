@@ -71,8 +71,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
             400, "`best_of` above `n` is not supported yet.", param="best_of", code="unsupported_parameter"
         )
     limit = request.app[CONFIG].max_logprobs
-    prompt_logprobs = common_checks(body, limit)
+    prompt_logprobs = common_checks(body, limit, model)
     logprobs = check_logprobs(body.logprobs, limit, "logprobs")
+    if body.echo and model.decoder_prompt:
+        raise RequestError(
+            400, "An encoder takes the prompt of this model: there is nothing that goes on from it.", param="echo",
+            code="unsupported_parameter",
+        )  # fmt: skip
     if body.echo:
         prompt_logprobs = max(prompt_logprobs, logprobs)
     prompts = await _prompts(body, model)

@@ -59,10 +59,12 @@ class Generation:
         indices = range(first, first + self.n)
         self.prompts.append(prompt_ids)
         self.prompt_logprobs.append([])
-        self._choices.extend(ChoiceText(i, self.model.tokenizer, prompt_ids, options) for i in indices)
+        decoder_prompt = self.model.decoder_prompt
+        begun = list(decoder_prompt) or prompt_ids
+        self._choices.extend(ChoiceText(i, self.model.tokenizer, begun, options) for i in indices)
         self._open.update(indices)
         self._request.app[ENGINE].submit(
-            prompt_ids,
+            begun,
             sampling,
             n=self.n,
             priority=self._body.priority or 0,
@@ -71,6 +73,7 @@ class Generation:
             first_index=first,
             model=self.model.name,
             job=self.job,
+            source_ids=prompt_ids if decoder_prompt else (),
         )
 
     async def next_deltas(self) -> list[Delta]:

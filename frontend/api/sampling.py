@@ -33,9 +33,13 @@ def room(
 ) -> int:
     """How many tokens a prompt of this length may be given: what was asked for, or else all that fit.
 
+    Where an encoder takes the prompt, that may be as long as what the decoder says, whatever the length of either.
+
     Raises:
         RequestError: 400 `context_length_exceeded` when the prompt, or the prompt and `max_tokens`, do not fit.
     """
+    if model.decoder_prompt and num_prompt_tokens <= model.max_model_len:
+        num_prompt_tokens = len(model.decoder_prompt)
     left = model.max_model_len - num_prompt_tokens
     if left < 1:
         raise RequestError(
@@ -120,8 +124,13 @@ def check_logprobs(value: int | None, limit: int, param: str) -> int:
     return value
 
 
-def common_checks(body: SamplingFields, max_logprobs: int) -> int:
+def common_checks(body: SamplingFields, max_logprobs: int, model: ServedModel) -> int:
     """Fields that depend on each other; returns the number of prompt log-probabilities, -1 for none."""
+    if body.prompt_logprobs is not None and model.decoder_prompt:
+        raise RequestError(
+            400, "An encoder takes the prompt of this model: it has no log-probabilities.", param="prompt_logprobs",
+            code="unsupported_parameter",
+        )  # fmt: skip
     if body.stream_options is not None and not body.stream:
         raise RequestError(400, "`stream_options` needs `stream`.", param="stream_options", code="invalid_value")
     if body.prompt_logprobs is not None and body.stream:
