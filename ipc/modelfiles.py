@@ -97,6 +97,8 @@ def _from_folder(folder: Path, *, name: str, load_format: str) -> ModelFiles:
     config = read_json(folder / "config.json")
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         raise ModelError(f"{folder / 'config.json'}: names no architecture")
+    if isinstance(text := config.get("text_config"), dict):  # of a model of more than text: what is said of that part
+        config |= {key: value for key, value in text.items() if key != "architectures"}
     weights = [] if load_format == "dummy" else _weights(folder)
     if load_format != "dummy" and not weights:
         raise ModelError(f"{folder}: no .safetensors, .bin or .pt weights (--load-format dummy makes random ones)")

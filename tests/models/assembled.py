@@ -29,7 +29,7 @@ from tests.models.rewritten import (
     renamed,
     ungated_share,
 )
-from tests.models.zoo import DEFAULT
+from tests.models.zoo import DEFAULT, GEMMA3N, LLAMA4, QWEN35, ZOO
 
 KEPT = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
@@ -414,4 +414,44 @@ ASSEMBLED = {
         prepare=solar_bridges,
     ),
 }
-REWRITTEN |= ASSEMBLED
+
+
+def several_positions(config: Config) -> None:
+    """Rotations by time, height and width, which are one for text."""
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    kind, sections = ("xdrope", "xdrope_section") if "alpha" in rope else ("mrope", "mrope_section")
+    config["rope_scaling"] = {**rope, "type": kind, sections: [2, 3, 3]}
+    del config["rope_scaling"]["rope_type"]
+
+
+def within(kin: str, fields: Config, prefix: str) -> Rewritten:
+    """The text part of a model of more: its config in `text_config`, its tensors under another name, and others."""
+
+    def change(config: Config) -> None:
+        config["text_config"] = {key: config.pop(key) for key in list(config) if key != "architectures"}
+
+    def add(tensors: Tensors, config: Config) -> None:
+        tensors |= {f"{tower}.patch.weight": torch.ones(3, 3) for tower in ("vision_tower", "visual")}
+
+    head = {"lm_head": "language_model.lm_head"} if prefix.startswith("language_model") else {}
+    return Rewritten(kin, fields, {"model.": prefix, **head}, change, add)
+
+
+WITHIN = {
+    "Llama4ForConditionalGeneration": within("Llama4", LLAMA4, "language_model.model."),
+    "Gemma3nForConditionalGeneration": within("Gemma3n", GEMMA3N, "model.language_model."),
+    "Gemma3ForConditionalGeneration": within("Gemma3", ZOO["Gemma3ForCausalLM"][0], "language_model.model."),
+    "Mistral3ForConditionalGeneration": within("Ministral3", ZOO["Ministral3ForCausalLM"][0], "language_model.model."),
+    "Qwen2VLForConditionalGeneration": Rewritten("Qwen2", config=several_positions),
+    "Qwen3VLForConditionalGeneration": within("Qwen3", {}, "model.language_model."),
+    "Qwen3_5ForConditionalGeneration": within("Qwen3_5", QWEN35, "model.language_model."),
+    "Qwen3_5MoeForConditionalGeneration": within(
+        "Qwen3_5Moe", ZOO["Qwen3_5MoeForCausalLM"][0], "model.language_model."
+    ),
+    "HunYuanVLForConditionalGeneration": Rewritten(
+        "HunYuanDenseV1", ZOO["HunYuanDenseV1ForCausalLM"][0], config=several_positions
+    ),
+}
+WITHIN["Qwen2_5_VLForConditionalGeneration"] = WITHIN["Qwen2VLForConditionalGeneration"]
+REWRITTEN |= ASSEMBLED | WITHIN

@@ -18,7 +18,7 @@ from cableway.kernels import compilation
 from cableway.workers import models
 from cableway.workers.rehearsal import rehearse
 from tests.checkpoints import SIZES, random_model, save
-from tests.models.assembled import REWRITTEN
+from tests.models.assembled import REWRITTEN, WITHIN
 from tests.models.harness import Session, load, logits_of, prompt, source_of
 from tests.models.test_parallel import on_ranks
 from tests.models.zoo import ATTENTION, IGNORED, OLDER, TOLERANCES, UNUSED, ZOO
@@ -29,7 +29,8 @@ TOLERANCE = 1e-4
 NUM_TOKENS = 40
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 VARIANTS = [(name, index) for name, variants in ZOO.items() for index in range(len(variants))]
-VARIANTS += [(name, 0) for name in REWRITTEN]
+VARIANTS += [(name, 0) for name in REWRITTEN if name not in WITHIN]
+NAMES = list(dict.fromkeys(name for name, _ in VARIANTS))
 each_variant = pytest.mark.parametrize(("name", "index"), VARIANTS, ids=lambda value: str(value))
 
 
@@ -85,6 +86,12 @@ def test_what_is_said_of_each_architecture_is_what_is_tested() -> None:
 def test_logits_are_those_of_transformers(folders: Any, name: str, index: int) -> None:
     folder, expected = folders(name, index)
     assert 0.05 < expected.std() < 20, expected.std()
+    close(logits_of(load(folder, max_model_len=NUM_TOKENS), ids_of(expected)), expected, name)
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_the_text_of_models_of_more_is_that_of_its_family(folders: Any, name: str) -> None:
+    folder, expected = folders(name, 0)
     close(logits_of(load(folder, max_model_len=NUM_TOKENS), ids_of(expected)), expected, name)
 
 
@@ -154,7 +161,7 @@ def test_layers_that_predict_further_tokens_are_skipped(tmp_path: Path) -> None:
     assert torch.equal(logits_of(load(folder), prompt()), before)
 
 
-@pytest.mark.parametrize("name", [*ZOO, *REWRITTEN])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_outline_goes_through_every_kind_of_step(folders: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: each kernel of a step has a form there, and nothing waits for the device."""
     triton = pytest.importorskip("triton")
@@ -209,7 +216,7 @@ def unseen(folder: Path, expected: Tensor, name: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", [*ZOO, *REWRITTEN])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_number_of_the_config_is_seen(folders: Any, name: str) -> None:
     in_none = set.intersection(*(unseen(*folders(name, index), name) for index in range(len(ZOO.get(name, "1")))))
     unused = IGNORED | UNUSED.get(name, set())

@@ -116,6 +116,32 @@ MINIMAX = {
     "mlp_beta_factor": 1.7,
     "block_size": 16,
 }
+QWEN35 = {**DELTA, "rope_parameters": HALF}
+LLAMA4 = {
+    **LOCAL,
+    "intermediate_size_mlp": 80,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 16,
+    "floor_scale": 8,
+    "attn_scale": 0.7,
+    "rope_parameters": LLAMA3,
+}
+GEMMA3N = {
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 9,
+    "layer_types": [*SOME_NEAR["layer_types"], "sliding_attention", "full_attention"],
+    "rope_parameters": BY_TYPE,
+    "intermediate_size": [96, 80, 96, 64, 96],
+    "activation_sparsity_pattern": [0.9, 0.0, 0.6, 0.8, 0.0],
+    "vocab_size_per_layer_input": 280,
+    "hidden_size_per_layer_input": 12,
+    "laurel_rank": 8,
+    "altup_num_inputs": 3,
+    "altup_active_idx": 1,
+    "final_logit_softcapping": 2.0,
+}
 
 TWO_SIDES = {
     "encoder_layers": 2,
@@ -140,6 +166,20 @@ ZOO: dict[str, list[Fields]] = {
     ],
     "MistralForCausalLM": [{"sliding_window": 11}, {"sliding_window": 200}, {"sliding_window": None, "head_dim": 24}],
     "MinistralForCausalLM": [SOME_NEAR],
+    "Ministral3ForCausalLM": [
+        {
+            "sliding_window": 30,
+            "rope_parameters": {**YARN, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.7},
+        },
+        {
+            "rope_parameters": {
+                **YARN,
+                "truncate": False,
+                "original_max_position_embeddings": 256,
+                "llama_4_scaling_beta": 0.4,
+            },
+        },
+    ],
     "CwmForCausalLM": [{**SOME_NEAR, "rope_parameters": LLAMA3}, {"sliding_window": 9, "num_hidden_layers": 5}],
     "Qwen2ForCausalLM": [
         {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
@@ -163,21 +203,7 @@ ZOO: dict[str, list[Fields]] = {
         {**SOME_NEAR, "rope_parameters": {**BY_TYPE, "full_attention": LINEAR}, "final_logit_softcapping": 2.0},
     ],
     "Gemma3nForCausalLM": [
-        {
-            "num_hidden_layers": 5,
-            "num_kv_shared_layers": 2,
-            "sliding_window": 9,
-            "layer_types": [*SOME_NEAR["layer_types"], "sliding_attention", "full_attention"],
-            "rope_parameters": BY_TYPE,
-            "intermediate_size": [96, 80, 96, 64, 96],
-            "activation_sparsity_pattern": [0.9, 0.0, 0.6, 0.8, 0.0],
-            "vocab_size_per_layer_input": 280,
-            "hidden_size_per_layer_input": 12,
-            "laurel_rank": 8,
-            "altup_num_inputs": 3,
-            "altup_active_idx": 1,
-            "final_logit_softcapping": 2.0,
-        },
+        GEMMA3N,
         {
             "num_hidden_layers": 3,
             "num_kv_shared_layers": 0,
@@ -296,16 +322,7 @@ ZOO: dict[str, list[Fields]] = {
     "MiniMaxM2ForCausalLM": [{**EXPERTS, "rope_parameters": HALF}],
     "MiniMaxForCausalLM": [MINIMAX],
     "Llama4ForCausalLM": [
-        {
-            **LOCAL,
-            "intermediate_size_mlp": 80,
-            "interleave_moe_layer_step": 2,
-            "no_rope_layer_interval": 2,
-            "attention_chunk_size": 16,
-            "floor_scale": 8,
-            "attn_scale": 0.7,
-            "rope_parameters": LLAMA3,
-        },
+        LLAMA4,
         {
             **LOCAL,
             "num_experts_per_tok": 1,
@@ -462,10 +479,10 @@ ZOO: dict[str, list[Fields]] = {
         {**DELTA, **FEW, **SPARSE, "mlp_only_layers": [1], "attention_bias": True, "norm_topk_prob": False},
     ],
     "Qwen3_5ForCausalLM": [
-        {**DELTA, "rope_parameters": HALF},
+        QWEN35,
         {**DELTA, "rope_parameters": {**HALF, "mrope_interleaved": True, "mrope_section": [2, 1, 1]}},
     ],
-    "Qwen3_5MoeForCausalLM": [{**DELTA, **FEW, **SPARSE, "rope_parameters": HALF}],
+    "Qwen3_5MoeForCausalLM": [{**QWEN35, **FEW, **SPARSE}],
     "OlmoHybridForCausalLM": [  # transformers saves convolutions right where those of q, k and v are equally wide
         {**DELTA, "linear_value_head_dim": 10, "linear_key_head_dim": 20},
         {

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -213,23 +213,27 @@ class BorrowingAttention(Block):
         return self.out(paged_attention(q, cache, plan, self.scores).flatten(1))
 
 
-class TemperedAttention(Attention):
-    """Queries grow slowly with their position p: by 1 + scale * log(1 + floor((p + 1) / length)).
+class Temper(NamedTuple):
+    """By how much queries grow with their position p: 1 + scale * log(1 + floor((p + ahead) / length))"""
 
-    Args:
-        temper: length and scale.
-    """
+    length: int
+    scale: float
+    ahead: int = 0
+
+
+class TemperedAttention(Attention):
+    """Queries grow slowly with their position."""
 
     is_fused = False
 
-    def __init__(self, *sizes: Any, temper: tuple[float, float], **options: Any):
+    def __init__(self, *sizes: Any, temper: Temper, **options: Any):
         super().__init__(*sizes, **options)
         self.temper = temper
 
     def prepare(self, place: Place) -> None:
         super().prepare(place)
-        (length, scale), positions = self.temper, torch.arange(place.max_model_len)
-        self._growth = (1 + scale * torch.log1p((positions + 1) // length)).to(place.device)
+        steps = (torch.arange(place.max_model_len) + self.temper.ahead) // self.temper.length
+        self._growth = (1 + self.temper.scale * torch.log1p(steps)).to(place.device)
 
     def turn(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().turn(q, k, v, step)

@@ -123,7 +123,7 @@ _KINDS = {
     **dict.fromkeys(("longrope", "su"), _LONGROPE),
 }
 """rope_type -> how it is computed, and the parameters it cannot do without. Those that give each of several positions
-(time, height, width) frequencies of its own, `mrope` and `xdrope`, are the plain ones: of text they are all the same."""
+(time, height, width) frequencies of its own, `mrope` and `xdrope`, are plain ones: of text they are all the same."""
 
 
 @dataclass(frozen=True)

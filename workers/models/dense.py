@@ -22,6 +22,7 @@ from cableway.workers.models.names import (
     Target,
     by_group,
     names,
+    of_text,
     stacked,
 )
 from cableway.workers.models.registry import arch, relative
@@ -208,6 +209,7 @@ def stablelm(c: StableLmConfig) -> Decoder:
 
 
 @arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HUNYUAN, gguf=GGUF)
+@arch("HunYuanVLForConditionalGeneration", config=LlamaConfig, hf=of_text(HUNYUAN), verified=relative("HunYuanDenseV1"))
 def hunyuan(c: LlamaConfig) -> Decoder:
     bias, norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps)
     return pre_norm(c, [LateNormAttention.of(c, qk_norm=norm, bias=bias, out_bias=bias)] * c.num_hidden_layers)

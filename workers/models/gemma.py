@@ -11,8 +11,8 @@ from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import DecoderConfig, Factor, Size, Window, every
 from cableway.workers.models.gguf_names import GGUF, larger_norms
 from cableway.workers.models.llama import pre_norm
-from cableway.workers.models.names import HF, SANDWICH_NORMS
-from cableway.workers.models.registry import arch
+from cableway.workers.models.names import HF, SANDWICH_NORMS, of_text
+from cableway.workers.models.registry import arch, relative
 
 
 class GemmaConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -66,6 +66,12 @@ def gemma2(c: Gemma2Config) -> Decoder:
     return sandwich(c, None)
 
 
+@arch(
+    "Gemma3ForConditionalGeneration",
+    config=Gemma3Config,
+    hf=of_text(HF | SANDWICH_NORMS),
+    verified=relative("Gemma3"),
+)
 @arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | SANDWICH_NORMS, gguf=larger_norms(GGUF))
 def gemma3(c: Gemma3Config) -> Decoder:
     return sandwich(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))

@@ -1,4 +1,4 @@
-"""Gemma 3n: several streams of which each layer computes one; later layers attend to keys and values of earlier ones."""
+"""Gemma 3n: several streams of which each layer computes one; later layers attend to earlier ones' keys and values."""
 
 from typing import Annotated, Any
 
@@ -11,8 +11,8 @@ from cableway.workers.blocks.mlp import MLP, Activation, SparseMLP
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import Count, Factor, Size, Window, every
 from cableway.workers.models.gemma import Gemma3Config
-from cableway.workers.models.names import HF, SANDWICH_NORMS, Names, Target, names
-from cableway.workers.models.registry import arch
+from cableway.workers.models.names import HF, SANDWICH_NORMS, Names, Target, names, of_text
+from cableway.workers.models.registry import arch, relative
 
 GEMMA3N = (
     HF
@@ -102,6 +102,7 @@ def _names(c: Gemma3nConfig) -> Names:
 
 
 @arch("Gemma3nForCausalLM", config=Gemma3nConfig, hf=_names)
+@arch("Gemma3nForConditionalGeneration", config=Gemma3nConfig, hf=of_text(_names), verified=relative("Gemma3n"))
 def gemma3n(c: Gemma3nConfig) -> AltUpDecoder:
     eps, act, bias = c.norm_eps, Activation(c.hidden_act), c.attention_bias
     norm, head_norm = RMSNorm(c.hidden_size, eps), RMSNorm(c.head_dim, eps)

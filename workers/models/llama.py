@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from cableway.workers.blocks.attention import Attention
+from cableway.workers.blocks.attention import Attention, Temper, TemperedAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import Layer, Norm
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Never, Window, WindowedConfig, every
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.names import HF, names
+from cableway.workers.models.names import HF, names, of_text
 from cableway.workers.models.registry import arch, relative
 
 
@@ -68,6 +68,17 @@ def mistral(c: MistralConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers)
 
 
+@arch("Ministral3ForCausalLM", config=MistralConfig, hf=HF)
+@arch("Mistral3ForConditionalGeneration", config=MistralConfig, hf=of_text(HF), verified=relative("Ministral3"))
+def ministral3(c: MistralConfig) -> Decoder:
+    scale = c.rope_parameters.get("llama_4_scaling_beta")
+    if not scale:
+        return mistral(c)
+    temper = Temper(c.rope_parameters["original_max_position_embeddings"], scale)
+    mix = TemperedAttention.of(c, window=c.sliding_window or 0, temper=temper)
+    return pre_norm(c, [mix] * c.num_hidden_layers)
+
+
 @arch("MinistralForCausalLM", config=MinistralConfig, hf=HF)
 @arch("CwmForCausalLM", config=CwmConfig, hf=HF)
 def ministral(c: MinistralConfig) -> Decoder:
@@ -78,5 +89,12 @@ def ministral(c: MinistralConfig) -> Decoder:
 
 @arch("Qwen2ForCausalLM", config=WindowedConfig, hf=HF, gguf=GGUF)
 @arch("MiMoForCausalLM", config=WindowedConfig, hf=HF, verified=relative("Qwen2"))
+@arch(
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    config=WindowedConfig,
+    hf=of_text(HF),
+    verified=relative("Qwen2"),
+)
 def qwen2(c: WindowedConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c, window=window, bias=True) for window in c.windows()])

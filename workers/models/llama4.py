@@ -3,7 +3,7 @@ positions, see everything, and their queries grow with it. Experts take what is 
 
 from typing import Any
 
-from cableway.workers.blocks.attention import Attention, LateNormAttention, TemperedAttention
+from cableway.workers.blocks.attention import Attention, LateNormAttention, Temper, TemperedAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP, Activation
 from cableway.workers.blocks.moe import InputMoE, Router, sigmoid
@@ -17,9 +17,10 @@ from cableway.workers.models.names import (
     PRE_NORMS,
     Target,
     names,
+    of_text,
     stacked_transposed,
 )
-from cableway.workers.models.registry import arch
+from cableway.workers.models.registry import arch, relative
 
 LLAMA4 = (
     EMBEDDINGS
@@ -66,13 +67,19 @@ class Llama4Config(MoEConfig, frozen=True, kw_only=True):
 
 
 @arch("Llama4ForCausalLM", config=Llama4Config, hf=halves(LLAMA4))
+@arch(
+    "Llama4ForConditionalGeneration",
+    config=Llama4Config,
+    hf=of_text(halves(LLAMA4)),
+    verified=relative("Llama4"),
+)
 def llama4(c: Llama4Config) -> Decoder:
     biases = {"bias": c.attention_bias, "out_bias": c.attention_bias}
     near_norm = RMSScale(c.head_dim, c.norm_eps) if c.use_qk_norm else None
     near = LateNormAttention.of(c, chunk=c.attention_chunk_size or 0, qk_norm=near_norm, **biases)
     far = Attention.of(c, rope=None, **biases)
     if c.attn_temperature_tuning:
-        far = TemperedAttention.of(c, rope=None, temper=(c.floor_scale, c.attn_scale), **biases)
+        far = TemperedAttention.of(c, rope=None, temper=Temper(c.floor_scale, c.attn_scale, 1), **biases)
     router = Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, score=sigmoid)
     moe = InputMoE(
         c.hidden_size,

@@ -233,6 +233,28 @@ def interleaved(scheme: Names, rotary_dim: int) -> Names:
     return scheme | Names(changed)
 
 
+_TOWERS = (
+    *("vision_model.", "vision_tower.", "multi_modal_projector.", "visual.", "vit.", "audio_tower."),
+    *("embed_vision.", "embed_audio."),
+)
+"""What makes images and sounds into embeddings."""
+
+
+def of_text(scheme: Any) -> Any:
+    """The scheme, or what makes it from the config, for checkpoints of more than text: all is within `language_model`,
+    or one level deeper, or beside what is not used."""
+    if callable(scheme):
+        return lambda c: of_text(scheme(c))
+
+    def places(name: str) -> tuple[str, ...]:
+        return name, f"language_model.{name}", re.sub(r"^model\.", "model.language_model.", name)
+
+    targets = {place: target for name, target in scheme.targets.items() for place in places(name)}
+    ignored = frozenset(place for name in scheme.ignored for place in places(name))
+    beyond = tuple(place for name in scheme.beyond for place in places(name))
+    return Names(targets, ignored, beyond + _TOWERS + tuple(f"model.{tower}" for tower in _TOWERS))
+
+
 def without_predictors(c: Any, layers: str = "model.layers.") -> Names:
     """Layers past the last, which predict further tokens (MTP): not used."""
     last = c.num_hidden_layers

@@ -6,8 +6,8 @@ from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Size, WindowedConfig
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.llama import pre_norm
-from cableway.workers.models.names import HF
-from cableway.workers.models.registry import arch
+from cableway.workers.models.names import HF, of_text
+from cableway.workers.models.registry import arch, relative
 
 
 class Qwen3Config(WindowedConfig, frozen=True, kw_only=True):
@@ -16,6 +16,7 @@ class Qwen3Config(WindowedConfig, frozen=True, kw_only=True):
 
 
 @arch("Qwen3ForCausalLM", config=Qwen3Config, hf=HF, gguf=GGUF)
+@arch("Qwen3VLForConditionalGeneration", config=Qwen3Config, hf=of_text(HF), verified=relative("Qwen3"))
 def qwen3(c: Qwen3Config) -> Decoder:
     norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
     return pre_norm(c, [Attention.of(c, window=w, qk_norm=norm, bias=bias, out_bias=bias) for w in c.windows()])

@@ -13,9 +13,9 @@ from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, DecoderConfig, Size, SomeMoEConfig
 from cableway.workers.models.gguf_names import GGUF, MID_NORM, MIX, larger_norms, value_heads_in_turns
 from cableway.workers.models.moe import QWEN_MOE, mixture, on_frame
-from cableway.workers.models.names import HF, Names, Target, by_group, names, without_predictors
+from cableway.workers.models.names import HF, Names, Target, by_group, names, of_text, without_predictors
 from cableway.workers.models.olmo import joint_norms
-from cableway.workers.models.registry import arch
+from cableway.workers.models.registry import arch, relative
 
 
 class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
@@ -89,6 +89,8 @@ def _gguf_in_turns(c: Qwen3NextConfig) -> Names:
 
 @arch("Qwen3NextForCausalLM", config=Qwen3NextConfig, hf=_names, gguf=_gguf)
 @arch("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", config=Qwen3NextConfig, hf=_names, gguf=_gguf_in_turns)
+@arch("Qwen3_5ForConditionalGeneration", config=Qwen3NextConfig, hf=of_text(_names), verified=relative("Qwen3_5"))
+@arch("Qwen3_5MoeForConditionalGeneration", config=Qwen3NextConfig, hf=of_text(_names), verified=relative("Qwen3_5Moe"))
 def qwen3_next(c: Qwen3NextConfig) -> Decoder:
     bias, head_norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps, 1.0)
     attention = GatedAttention.of(c, qk_norm=head_norm, bias=bias, out_bias=bias)
