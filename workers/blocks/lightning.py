@@ -1,9 +1,9 @@
 """Lightning attention: linear attention that forgets at a rate of each head's own."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cableway.kernels.activation import activation
 from cableway.kernels.state_scan import state_scan
 from cableway.workers.blocks.linear import Linear
 from cableway.workers.blocks.mamba import Recurrent
@@ -41,9 +41,9 @@ class LightningAttention(Recurrent):
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
-        q, k, v, gate = self.project(x).chunk(4, 1)
-        q, k, v = (F.silu(part).unflatten(1, (-1, self.head_dim)) for part in (q, k, v))
+        *qkv, gate = self.project(x).split(self.project.local_sizes, 1)
+        q, k, v = (activation(part, kind="silu").unflatten(1, (-1, self.head_dim)) for part in qkv)
         # A state space whose steps are all one: what it takes in is v, b and c are k and q.
-        ones = torch.ones(v.shape[:2], device=v.device)
-        y = state_scan(v, ones, self._decay, k, q, self._none, *step.recurrent(self.number))
+        steps = torch.ones(v.shape[:2], device=v.device)
+        y = state_scan(v, steps, self._decay, k, q, self._none, *step.recurrent(self.number))
         return self.out(self.norm(y.flatten(1)).mul_(gate.sigmoid()))
