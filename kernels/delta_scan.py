@@ -2,14 +2,16 @@
 
     h = exp(g) h;   h[p, n] += beta (v[p] - sum over m of h[p, m] k[m]) k[n];   y[p] = sum over n of h[p, n] q[n]
 
-q, k    [num_tokens, num_k_heads, key_dim]           f32, contiguous; head i reads i // (num_heads / num_k_heads)
-v       [num_tokens, num_heads, head_dim]                       f32, contiguous
+q, k    [num_tokens, num_k_heads, key_dim]                      bf16|f16|f32   tokens may be strided
+v       [num_tokens, num_heads, head_dim]                       dtype of q     tokens may be strided
 g, beta [num_tokens, num_heads]                                 f32, contiguous; g <= 0
 states  [num_rows, num_heads * head_dim * key_dim]              f32  rows may be strided
 plan    a RecurrentPlan: see recurrence.py
-y       [num_tokens, num_heads, head_dim]                       f32, contiguous
+y       [num_tokens, num_heads, head_dim]                       dtype of q, contiguous
 
-Bound: bytes for few tokens (the states), the chain of tokens for many: each is taken in after the one before.
+Head i reads q and k of head i // (num_heads / num_k_heads). Sequences that bring many tokens are computed chunk by
+chunk (delta_chunks.py).
+Bound: bytes for few tokens (the states); for many see there.
 """
 
 from __future__ import annotations
@@ -17,15 +19,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cableway.kernels import delta_chunks
 from cableway.kernels.lang import jit, scans, tl, triton
-from cableway.kernels.recurrence import MIXED, RecurrentPlan, check_states, make_plan
-from cableway.kernels.registry import Call, are_contiguous, call, check, grid, kernel, nbytes
+from cableway.kernels.recurrence import LONG, MIXED, RecurrentPlan, check_states, keep, make_plan, resumed, span
+from cableway.kernels.registry import (
+    FLOATS,
+    Call,
+    are_contiguous,
+    are_dense_in_tokens,
+    call,
+    check,
+    grid,
+    kernel,
+    nbytes,
+)
 
 
 def ref(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
-    (_, num_heads, head_dim), key_dim = v.shape, k.shape[2]
+    (_, num_heads, head_dim), key_dim, dtype = v.shape, k.shape[2], v.dtype
     group = num_heads // k.shape[1]
-    y = torch.zeros_like(v)
+    q, k, v = q.float(), k.float(), v.float()
+    y = torch.zeros(v.shape, device=v.device)
     for sequence, (start, end, length) in enumerate(plan.spans()):
         before = length - (end - start)
         h = torch.zeros(num_heads, head_dim, key_dim, device=v.device)
@@ -40,68 +54,75 @@ def ref(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor
             y[t] = (h * q_t).sum(-1)
             if plan.keeps(position, length):
                 states[plan.row(sequence, position)] = h.flatten()
-    return y
+    return y.to(dtype)
 
 
-@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most"))  # which vary between steps
 def _delta_scan(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
-    state_stride, table_stride, num_heads, num_k_heads, block_size,
-    HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
+    q_stride, k_stride, v_stride, state_stride, table_stride, block_size, most,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    """Some numbers of one head's values, of one sequence, token after token."""
+    """Some numbers of one head's values, of one sequence that brings no more than `most` tokens, one after another."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start = tl.load(query_start_ptr + sequence).to(tl.int64)
-    num_new = tl.load(query_start_ptr + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    length = tl.load(seq_lens_ptr + sequence)
-    table_ptr += sequence * table_stride
-    dim, n = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_KEY)
-    dim_inside, n_inside = dim < HEAD_DIM, n < KEY_DIM
-    inside = dim_inside[:, None] & n_inside[None, :]
-    place = (head * HEAD_DIM + dim)[:, None] * KEY_DIM + n[None, :]
-    k_head = head // (num_heads // num_k_heads)
-    before = length - num_new
-    row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
-    h = tl.where(before > 0, tl.load(states_ptr + row * state_stride + place, mask=inside, other=0.0), 0.0)
-    if length > 0:
-        for token in range(num_new):
-            t = start + token
-            q = tl.load(q_ptr + (t * num_k_heads + k_head) * KEY_DIM + n, mask=n_inside, other=0.0)
-            k = tl.load(k_ptr + (t * num_k_heads + k_head) * KEY_DIM + n, mask=n_inside, other=0.0)
-            v = tl.load(v_ptr + (t * num_heads + head) * HEAD_DIM + dim, mask=dim_inside, other=0.0)
-            h *= tl.exp(tl.load(g_ptr + t * num_heads + head))
-            error = tl.load(beta_ptr + t * num_heads + head) * (v - tl.sum(h * k[None, :], 1))
+    start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
+    if (length > 0) & (length - before <= most):
+        table_ptr += sequence * table_stride
+        dim, n = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_KEY)
+        dim_inside, n_inside = dim < HEAD_DIM, n < KEY_DIM
+        inside = dim_inside[:, None] & n_inside[None, :]
+        place = (head * HEAD_DIM + dim)[:, None] * KEY_DIM + n[None, :]
+        key = head // GROUP * KEY_DIM + n
+        h = resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size)
+        for position in range(before, length):
+            token = start + position - before
+            q = tl.load(q_ptr + token * q_stride + key, mask=n_inside, other=0.0).to(tl.float32)
+            k = tl.load(k_ptr + token * k_stride + key, mask=n_inside, other=0.0).to(tl.float32)
+            v = tl.load(v_ptr + token * v_stride + head * HEAD_DIM + dim, mask=dim_inside, other=0.0).to(tl.float32)
+            of_head = token * NUM_HEADS + head
+            h *= tl.exp(tl.load(g_ptr + of_head))
+            error = tl.load(beta_ptr + of_head) * (v - tl.sum(h * k[None, :], 1))
             h += error[:, None] * k[None, :]
-            y = tl.sum(h * q[None, :], 1)
-            tl.store(y_ptr + (t * num_heads + head) * HEAD_DIM + dim, y, mask=dim_inside)
-            position = before + token
-            if ((position + 1) % block_size == 0) | (position + 1 == length):
-                row = tl.load(table_ptr + position // block_size).to(tl.int64)
-                tl.store(states_ptr + row * state_stride + place, h, mask=inside)
+            y = tl.sum(h * q[None, :], 1).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + of_head * HEAD_DIM + dim, y, mask=dim_inside)
+            keep(states_ptr, table_ptr, place, inside, h, position + 1, length, state_stride, block_size)
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
-    (_, num_heads, head_dim), key_dim = v.shape, k.shape[2]
+    (_, num_heads, head_dim), (_, num_k_heads, key_dim) = v.shape, k.shape
+    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    in_chunks = delta_chunks.fits(k, plan)
+    if in_chunks:
+        delta_chunks.launch(q, k, v, g, beta, states, plan, y)
     block_dim = min(triton.next_power_of_2(head_dim), 32)
-    y = torch.empty_like(v)
     _delta_scan[(plan.num_seqs, num_heads, triton.cdiv(head_dim, block_dim))](
-        q, k, v, g, beta, states, y, plan.query_start, plan.seq_lens, plan.block_table, states.stride(0),
-        plan.block_table.stride(0), num_heads, k.shape[1], plan.block_size, HEAD_DIM=head_dim, KEY_DIM=key_dim,
+        q, k, v, g, beta, states, y, plan.query_start, plan.seq_lens, plan.block_table, q.stride(0), k.stride(0),
+        v.stride(0), states.stride(0), plan.block_table.stride(0), plan.block_size,
+        plan.most_singly if in_chunks else plan.max_query_len,
+        NUM_HEADS=num_heads, GROUP=num_heads // num_k_heads, HEAD_DIM=head_dim, KEY_DIM=key_dim,
         BLOCK_DIM=block_dim, BLOCK_KEY=triton.next_power_of_2(key_dim), num_warps=4,
     )  # fmt: skip
     return y
 
 
-def make(spans, heads: tuple[int, int, int], key_dim: int, block_size: int = 8, device: str = "cpu") -> Call:
-    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_k_heads, head_dim."""
+def make(
+    spans, heads: tuple[int, int, int], key_dim: int, dtype: torch.dtype = torch.float32, block_size: int = 8,
+    device: str = "cpu",
+) -> Call:  # fmt: skip
+    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_k_heads, head_dim. Keys are much alike,
+    as those of real prompts are; v is a view of a convolution.
+    """
     num_heads, num_k_heads, head_dim = heads
     plan, num_rows = make_plan(spans, block_size, device)
     num_tokens, state_len = sum(new for new, _ in spans), num_heads * head_dim * key_dim
-    q, k = torch.randn(2, num_tokens, num_k_heads, key_dim, device=device).div(key_dim**0.5)
+    q, k = torch.randn(2, num_tokens, num_k_heads, key_dim, device=device)
+    k = torch.nn.functional.normalize(k + 2 * torch.randn(num_k_heads, key_dim, device=device), dim=-1)
+    v = torch.randn(num_tokens, num_heads * head_dim + 5, device=device).to(dtype)[:, 5:]
     return call(
-        q,
-        k,
-        torch.randn(num_tokens, num_heads, head_dim, device=device),
+        q.div(key_dim**0.5).to(dtype),
+        k.to(dtype),
+        v.unflatten(1, (num_heads, head_dim)),
         -torch.rand(num_tokens, num_heads, device=device),
         torch.rand(num_tokens, num_heads, device=device),
         torch.randn(num_rows, state_len + 3, device=device)[:, :state_len],
@@ -113,26 +134,40 @@ def make(spans, heads: tuple[int, int, int], key_dim: int, block_size: int = 8, 
     ref=ref,
     launch=launch,
     make=make,
-    cases=grid(spans=(MIXED,), heads=((6, 2, 20), (3, 3, 40)), key_dim=(16, 10)),
-    bench_cases=grid(spans=(((1, 100),) * 64, ((512, 512),)), heads=((32, 16, 128),), key_dim=(128,)),
+    cases=[
+        *grid(spans=(MIXED,), heads=((6, 2, 20), (3, 3, 40)), key_dim=(16, 10), dtype=FLOATS),
+        *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), dtype=FLOATS, block_size=(16, 64, 24)),
+        *grid(spans=(LONG,), heads=((2, 1, 96),), key_dim=(80,), block_size=(32,)),
+        *grid(spans=(LONG,), heads=((1, 1, 16),), key_dim=(136,), block_size=(32,)),
+    ],
+    bench_cases=grid(
+        spans=(((1, 100),) * 64, ((2048, 2048),)),
+        heads=((32, 16, 128),),
+        key_dim=(128,),
+        dtype=(torch.bfloat16,),
+        block_size=(256,),
+    ),
     num_bytes=lambda c: 2 * nbytes(c.args[5][0]) * c.args[6].num_seqs + 2 * nbytes(c.args[2]),
     updates=(5,),
-    tolerances={torch.float32: 1e-4},
+    rounds_to=lambda c: c.args[1].dtype,
+    tolerances={torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2},
 )
 def delta_scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
     """y [T, H, P], and the states that follow are left; ValueError when shapes or dtypes do not fit."""
     check(v.dim() == 3 and q.dim() == 3 and q.shape == k.shape and q.shape[0] == v.shape[0], "q, k or v")
     check(v.shape[1] % k.shape[1] == 0 and g.shape == beta.shape == v.shape[:2], "heads, or g or beta")
-    check(all(x.dtype == torch.float32 for x in (q, k, v, g, beta)), "an argument is not float32")
-    check(are_contiguous(q, k, v, g, beta), "an argument is strided")
+    check(q.dtype == k.dtype == v.dtype and v.dtype in FLOATS, "q, k and v are not of one dtype")
+    check(g.dtype == beta.dtype == torch.float32 and are_contiguous(g, beta), "g or beta")
+    check(all(are_dense_in_tokens(x) for x in (q, k, v)), "q, k or v is strided within its tokens")
     check_states(states, v.shape[1] * v.shape[2] * k.shape[2], plan)
     if not v.is_cpu:
         return launch(q, k, v, g, beta, states, plan)
-    (num_tokens, num_heads, head_dim), key_dim = v.shape, k.shape[2]
+    (num_tokens, num_heads, head_dim), (_, num_k_heads, key_dim), dtype = v.shape, k.shape, v.dtype
+    q, k, v = (x.float().contiguous() for x in (q, k, v))
     y = torch.empty_like(v)
     scans.run(
         scans.correct, plan.num_seqs * num_heads, 6 * head_dim * key_dim * (num_tokens // plan.num_seqs + 1),
         *scans.places(states, plan), q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), beta.data_ptr(),
-        y.data_ptr(), num_heads, k.shape[1], head_dim, key_dim,
+        y.data_ptr(), num_heads, num_k_heads, head_dim, key_dim,
     )  # fmt: skip
-    return y
+    return y.to(dtype)

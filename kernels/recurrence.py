@@ -113,6 +113,13 @@ def resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_si
 
 
 @jit
+def rows_of(x_ptr, row, row_inside, stride, column, column_inside):
+    """Those rows and columns of a matrix, zeros outside."""
+    inside = row_inside[:, None] & column_inside[None, :]
+    return tl.load(x_ptr + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@jit
 def keep(states_ptr, table_ptr, place, inside, h, num_done, length, state_stride, block_size):
     """Write h to those numbers of the state after `num_done` tokens, if it is one that is kept."""
     if (num_done % block_size == 0) | (num_done == length):

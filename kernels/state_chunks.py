@@ -21,20 +21,13 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.recurrence import keep, resumed, span
+from cableway.kernels.recurrence import keep, resumed, rows_of, span
 
 if TYPE_CHECKING:
     from cableway.kernels.recurrence import RecurrentPlan
 
 _CHUNK = 64
 _BLOCK_DIM = _BLOCK_STATE = 64
-
-
-@jit
-def _rows(x_ptr, token, token_inside, stride, column, column_inside):
-    """Rows [tokens, columns] of a head or group, zeros outside."""
-    inside = token_inside[:, None] & column_inside[None, :]
-    return tl.load(x_ptr + token[:, None] * stride + column[None, :], mask=inside, other=0.0)
 
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most_singly"))  # which vary between steps
@@ -69,8 +62,8 @@ def _chunk_states(
                 mask=inside,
             )
             dt = tl.load(dt_ptr + token * NUM_HEADS + head, mask=is_new, other=0.0)
-            x = _rows(x_ptr + head * HEAD_DIM, token, is_new, x_stride, dim, dim_inside)
-            b = _rows(b_ptr + head // GROUP * STATE, token, is_new, b_stride, n, n_inside)
+            x = rows_of(x_ptr + head * HEAD_DIM, token, is_new, x_stride, dim, dim_inside)
+            b = rows_of(b_ptr + head // GROUP * STATE, token, is_new, b_stride, n, n_inside)
             decay = dt * a
             total = tl.sum(decay, 0)
             weight = tl.exp(total - tl.cumsum(decay, 0)) * dt
@@ -100,9 +93,9 @@ def _chunk_outputs(
         is_new = (row < CHUNK) & (position >= before) & (position < length)
         token = start + position - before
         dt = tl.load(dt_ptr + token * NUM_HEADS + head, mask=is_new, other=0.0)
-        x = _rows(x_ptr + head * HEAD_DIM, token, is_new, x_stride, dim, dim_inside)
-        b = _rows(b_ptr + head // GROUP * STATE, token, is_new, b_stride, n, n_inside)
-        c = _rows(c_ptr + head // GROUP * STATE, token, is_new, c_stride, n, n_inside)
+        x = rows_of(x_ptr + head * HEAD_DIM, token, is_new, x_stride, dim, dim_inside)
+        b = rows_of(b_ptr + head // GROUP * STATE, token, is_new, b_stride, n, n_inside)
+        c = rows_of(c_ptr + head // GROUP * STATE, token, is_new, c_stride, n, n_inside)
         decay = tl.cumsum(dt * tl.load(a_ptr + head), 0)
         weights = tl.dot(c, tl.trans(b), input_precision="ieee")
         # What comes later is left out before exp: it could overflow.

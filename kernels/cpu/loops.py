@@ -173,6 +173,33 @@ def silu_mul(begin, end, arguments):
         write(y, row * size, size, kind, gate)
 
 
+@loop(10, 1)
+def gate(begin, end, arguments):
+    """y = x silu(z) of the rows of x [.., num_groups, size], with a norm after or before; see gated_norm.py."""
+    x, z, z_stride, y, kind, w, num_weights, num_groups, size, gates_first = integers(arguments, 10)
+    (eps,) = floats(arguments + 80, 1)
+    weight, h, factor = f32_at(w), np.empty(size, np.float32), np.empty(size, np.float32)
+    for row in range(begin, end):
+        read(x, row * size, size, kind, h)
+        read(z, row // num_groups * z_stride + row % num_groups * size, size, kind, factor)
+        for i in range(size):
+            factor[i] = factor[i] / (float32(1) + exp(-factor[i]))
+        if gates_first or not num_weights:
+            for i in range(size):
+                h[i] *= factor[i]
+        if num_weights:
+            squares = float32(0)
+            for i in range(size):
+                squares += h[i] * h[i]
+            scale, first = float32(1) / np.sqrt(squares / float32(size) + eps), row % num_weights * size
+            for i in range(size):
+                h[i] = h[i] * scale * weight[first + i]
+            if not gates_first:
+                for i in range(size):
+                    h[i] *= factor[i]
+        write(y, row * size, size, kind, h)
+
+
 @njit(inline="always")
 def _erf(x):
     """To 4e-7, by a quotient of polynomials; beyond 4 it is 1."""

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.delta_scan import delta_scan
+from cableway.kernels.gated_norm import gated_norm
 from cableway.kernels.rms_norm import rms_norm
-from cableway.kernels.silu_mul import silu_mul
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mamba import CausalConv, Recurrent
 from cableway.workers.blocks.norm import RMSNorm
@@ -58,14 +58,12 @@ class GatedDeltaNet(Recurrent):
         states, plan = step.recurrent(self.number)
         b, a = self.steps(x).float().chunk(2, 1)
         x, z = self.project(x).split(self._sizes, 1)
-        q, k, v = self.conv(x, states[:, : self._conv_len], step, self.number).float().split(self._conv_sizes, 1)
+        q, k, v = self.conv(x, states[:, : self._conv_len], step, self.number).split(self._conv_sizes, 1)
         q, k = (
             rms_norm(part.unflatten(1, (-1, self.key_dim)), length, eps=1e-6 / self.key_dim)
             for part, length in zip((q, k), self._lengths, strict=True)
         )
         g = F.softplus(a + self.dt_bias.weight).mul_(self._a)
-        v = v.unflatten(1, (-1, self.head_dim)).contiguous()
-        beta = b.sigmoid().mul_(self.most).contiguous()
+        v, beta = v.unflatten(1, (-1, self.head_dim)), b.sigmoid().mul_(self.most).contiguous()
         y = delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan)
-        y = self.norm(y.to(z.dtype)).flatten(0, 1)
-        return self.out(silu_mul(torch.cat((z.reshape(y.shape), y), 1)).view(z.shape))
+        return self.out(gated_norm(y, z, self.norm.weight[None], eps=self.norm.eps, gates_first=False))

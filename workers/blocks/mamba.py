@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.causal_conv import causal_conv
-from cableway.kernels.rms_norm import rms_norm
-from cableway.kernels.silu_mul import silu_mul
+from cableway.kernels.gated_norm import gated_norm
 from cableway.kernels.state_scan import state_scan
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Mixer, Slot
@@ -132,7 +131,7 @@ class Mamba(Recurrent):
         dt, b, c = self.selected(x)
         heads, dt = x.unflatten(1, (dt.shape[1], -1)), F.softplus(dt.float())
         y = state_scan(heads, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
-        return self.out(silu_mul(torch.cat((z, y.flatten(1)), 1)))
+        return self.out(gated_norm(y, z, None))
 
     def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> time steps [T, H], before they are made positive, and b and c [T, G, N]"""
@@ -195,7 +194,6 @@ class Mamba2(Recurrent):
         self._conv_sizes = (channels, groups, groups)
         self._a = -self.a_log.weight.exp()[:, None]
         self._conv_len = self.conv.state_len(mesh)
-        self._ones = torch.ones(self.channels.size // self.num_groups, device=place.device)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
@@ -206,17 +204,16 @@ class Mamba2(Recurrent):
         dt = F.softplus(dt.float() + self.dt_bias.weight).clamp_(*self.limit)
         x, b, c = x.unflatten(1, (-1, self.head_dim)), *(part.unflatten(1, (-1, self.state_size)) for part in (b, c))
         y = state_scan(x, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
-        return self.out(self._gated(y.flatten(1), z))
+        return self.out(self._gated(y, z))
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
-        """y [T, C] f32 * silu(z), normalised by group -> [T, C] in the dtype of z"""
-        y = silu_mul(torch.cat((z.float(), y), 1))
+        """y [T, H, P] * silu(z), normalised by group -> [T, C]"""
         if self.norm is None:
-            return y.to(z.dtype)
+            return gated_norm(y, z, None)
         group_len = self.channels.size // self.num_groups
-        if y.shape[1] % group_len == 0:
-            y = rms_norm(y.unflatten(1, (-1, group_len)), self._ones, eps=self.norm_eps).flatten(1)
-        else:  # a group that is cut over ranks
-            mean = self._mesh.all_reduce(y.square().sum(-1, keepdim=True)).div_(self.channels.size)
-            y = y * torch.rsqrt(mean + self.norm_eps)
-        return y.mul_(self.norm.weight).to(z.dtype)
+        if z.shape[1] % group_len == 0:
+            groups, weights = (x.view(-1, z.shape[1] // group_len, group_len) for x in (y, self.norm.weight))
+            return gated_norm(groups, z, weights[0], eps=self.norm_eps)
+        y = gated_norm(y, z, None).float()  # a group that is cut over ranks
+        mean = self._mesh.all_reduce(y.square().sum(-1, keepdim=True)).div_(self.channels.size)
+        return (y * torch.rsqrt(mean + self.norm_eps) * self.norm.weight).to(z.dtype)
