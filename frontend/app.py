@@ -15,6 +15,7 @@ from cableway.frontend.errors import RequestError
 from cableway.frontend.metrics import Metrics
 from cableway.frontend.served import ServedModel
 from cableway.ipc.config import FrontendConfig
+from cableway.ipc.listen import BACKLOG
 
 ENDPOINTS = (chat, completions, models, tokenize, admin)
 """One module an endpoint family, each with its `routes`."""
@@ -74,9 +75,9 @@ class Server:
         loop = asyncio.get_running_loop()
         for listening in self._sockets:
             if listening.family == socket.AF_UNIX:
-                self._listening.append(await loop.create_unix_server(factory, sock=listening))
+                self._listening.append(await loop.create_unix_server(factory, sock=listening, backlog=BACKLOG))
             else:
-                self._listening.append(await loop.create_server(factory, sock=listening))
+                self._listening.append(await loop.create_server(factory, sock=listening, backlog=BACKLOG))
 
     def accept_no_more(self) -> None:
         """Leave new connections to whoever else has the listening sockets."""

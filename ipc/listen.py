@@ -10,7 +10,8 @@ from pathlib import Path
 from cableway.ipc import runtime
 from cableway.ipc.errors import EXIT_IN_USE, UserError
 
-_BACKLOG = 4096
+BACKLOG = 4096
+"""Connections that may wait to be taken; one more asks again after a second, as TCP does."""
 _WILDCARDS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
@@ -85,7 +86,7 @@ def _listening(family: int, address: tuple[object, ...]) -> socket.socket:
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         opened.bind(address)
-        opened.listen(_BACKLOG)  # two sockets may bind with SO_REUSEADDR; only one may listen
+        opened.listen(BACKLOG)  # two sockets may bind with SO_REUSEADDR; only one may listen
     except OSError:
         opened.close()
         raise
@@ -116,7 +117,7 @@ def _unix_socket(path: str) -> socket.socket:
     earlier = os.umask(0o177)  # the socket's file is never open to others, not even for a moment
     try:
         opened.bind(path)
-        opened.listen(_BACKLOG)
+        opened.listen(BACKLOG)
     except OSError as error:
         opened.close()
         raise AddressError(f"uds {path}: {error.strerror}") from None

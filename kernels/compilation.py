@@ -20,7 +20,7 @@ from cableway.kernels.lang import gpu_capability, triton
 _NUM_THREADS = 16
 """Python's lock is held for about a third of a compilation: more threads than cores that they keep busy do no harm."""
 
-_others: list[tuple[Executor, list[Future[Any]]]] = []
+_others: list[tuple[Executor, dict[Any, Future[Any]]]] = []
 """While compiling ahead: who compiles, and what they were given that Triton knows nothing of."""
 
 
@@ -67,19 +67,20 @@ def ahead() -> Iterator[None]:
     jit_function.run = compile_or_run
     try:
         with ThreadPoolExecutor(_NUM_THREADS) as pool, triton.AsyncCompileMode(pool):
-            _others.append((pool, []))
+            _others.append((pool, {}))
             yield
-        for task in _others[-1][1]:
+        for task in _others[-1][1].values():
             task.result()
     finally:
         jit_function.run = run
         _others.clear()
 
 
-def in_background(compile_it: Callable[[], Any]) -> None:
-    """Have something done beside Triton's compilations, by the end of `ahead`, within which this is called."""
+def in_background(compile_it: Callable[..., Any], *args: Any) -> None:
+    """Have something done once beside Triton's compilations, by the end of `ahead`, within which this is called."""
     pool, tasks = _others[-1]
-    tasks.append(pool.submit(compile_it))
+    if (compile_it, args) not in tasks:
+        tasks[compile_it, args] = pool.submit(compile_it, *args)
 
 
 def mark(purpose: str) -> Path:

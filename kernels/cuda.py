@@ -10,6 +10,7 @@ import hashlib
 import os
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ class CudaKernel:
         kept = Path(triton.knobs.cache.dir) / f"cableway-{self.name}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            begun = kept.with_suffix(f".{os.getpid()}")
-            begun.write_bytes(_compiled(source, self._path.name, options))
-            begun.rename(kept)
+            with NamedTemporaryFile(dir=kept.parent, delete=False) as begun:  # another process may be at it, too
+                begun.write(_compiled(source, self._path.name, options))
+            os.replace(begun.name, kept)
         return kept.read_bytes()
 
 

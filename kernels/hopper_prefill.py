@@ -13,7 +13,7 @@ many products. Program by program in place of item by item: 296, 512, 586, 652.
 from __future__ import annotations
 
 import struct
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +56,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: S
         ("HAS_SLOPES", int(scores.slopes is not None)), ("HAS_SINKS", int(scores.sinks is not None)),
     )  # fmt: skip
     if q.is_meta:
-        compilation.in_background(partial(_KERNEL.cubin, constants))
+        compilation.in_background(_KERNEL.cubin, constants)
         return
     # The cap's tanh(z) is 1 - 2 / (1 + exp(2 z)).
     cap = scores.soft_cap

@@ -40,7 +40,7 @@ class Batch:
     max_seq_len: int
     block_tables: list[Tensor]  # a group: [S, max_blocks] i32; entries past a sequence's length are any valid block
     slots: list[Tensor]  # a group: [T] i64; block_id * block_size + offset where a token's state is written
-    logits_at: Tensor  # [R] i64; tokens whose logits are wanted
+    logits_at: Tensor | None  # [R] i64; tokens whose logits are wanted; None: all
     invariant: bool = False  # results of a sequence must not depend, to the bit, on the rest of the batch or on chunks
     may_have_singles: bool = True  # whether the first sequence may bring one token
     block_size: int = 0  # tokens of a block
@@ -76,7 +76,8 @@ class Decoder(Protocol):
         """Groups of layers by the state they keep; the order is that of `Batch.block_tables`."""
 
     def forward(self, batch: Batch, caches: list[Tensor]) -> Tensor:
-        """Write the state of `batch` into `caches` (one a layer, see `memory.allocate`); hidden states [T, E]."""
+        """Write the state of `batch` into `caches` (one a layer, see `memory.allocate`); hidden states [R, E]
+        of the tokens whose logits are wanted."""
 
     def encode(self, source: Source, caches: list[Tensor]) -> None:
         """Write the state that sequences attend to into `caches`; for models that have an encoder."""

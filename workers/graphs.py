@@ -2,13 +2,14 @@
 
 A step is hundreds of kernels, which take the host longer to start than the GPU to run. Steps of one token a row are
 captured for some numbers of rows, all others for some numbers of tokens, and each is run by the next larger graph: what
-is too much is nobody's. Graphs of one token a row, and the largest of all, are captured at the start; the others when
-they are first needed, by a step that is carried out without.
+is too much is nobody's. Graphs are captured while there is nothing else to do, largest first as the others fit into its
+memory, or when they are first needed, by a step that is carried out without.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,10 @@ class Captured:
         self._pool = pool
         self._graph: Any = None
 
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
     def run(self, function: Callable[[Tensor], None]) -> None:
         """Carry the function out: as it is the first time, by its graph from then on."""
         if self._graph is not None:
@@ -72,7 +77,7 @@ class StepGraphs:
         self._max_num_seqs = max_num_seqs
         self._logits = torch.empty(max_num_seqs, decoder.vocab_size, device=self._device)
         self._token_ids = torch.empty(max_num_seqs, dtype=torch.int32, device=self._device)
-        self._hidden: Tensor | None = None  # [max_num_tokens, E], once it is known what a hidden state is
+        self._hidden: Tensor | None = None  # [max_num_seqs + 1, E], once it is known what a hidden state is
         self._pool = torch.cuda.graph_pool_handle()
         self._row_sizes, self._token_sizes = row_sizes(max_num_seqs), token_sizes(max_num_tokens)
         drawing = [self._nobodies(size) for size in self._row_sizes]
@@ -91,13 +96,26 @@ class StepGraphs:
                 if is_worth_it(size) or graph is self._singles[-1]:
                     function(graph.inputs)
 
-    def capture(self) -> None:
-        """Make the graphs that are ready from the start: largest first, as the others fit into its memory."""
-        self._run_body(NO_CHUNKS)
-        for single, head, draw in zip(self._singles[::-1], self._heads[::-1], self._draws[::-1], strict=True):
-            single.run(self._single)
-            head.run(self._head)
-            draw.run(self._draw)
+    def capture_next(self) -> bool:
+        """Make the next of the graphs that there are not yet; whether there was one."""
+        for capture in self._missing():
+            capture()
+            return True
+        return False
+
+    def _missing(self) -> Iterator[Callable[[], None]]:
+        """What makes each of the graphs that there are not yet."""
+        largest, *others = (
+            [] if size in self._bodies else [partial(self._run_body, NO_CHUNKS, size)]
+            for size in reversed(self._token_sizes)
+        )
+        yield from largest
+        kinds = (self._singles, self._single), (self._heads, self._head), (self._draws, self._draw)
+        for which in reversed(range(len(self._row_sizes))):
+            for graphs, function in kinds:
+                if not graphs[which].is_captured:
+                    yield partial(graphs[which].run, function)
+        yield from chain.from_iterable(others)
 
     def forward(self, chunks: Chunks, drawing: np.ndarray) -> Tensor | None:
         """Compute a step.
@@ -111,7 +129,7 @@ class StepGraphs:
         num_rows = len(drawing)
         is_of_singles = num_rows == len(chunks.rows) == chunks.num_tokens
         if not is_of_singles:
-            self._run_body(chunks)
+            self._run_body(chunks, chunks.num_tokens)
             if not num_rows:
                 return None
         self._which = bisect_left(self._row_sizes, num_rows)
@@ -119,7 +137,7 @@ class StepGraphs:
         graph = graphs[self._which]
         packed = np.zeros(graph.inputs.shape, np.int32)
         packed[0, :num_rows], packed[0, num_rows:] = chunks.rows[drawing], self._max_num_seqs
-        packed[1, :num_rows], packed[2, :num_rows] = chunks.ends[drawing], chunks.query_start[1:][drawing] - 1
+        packed[1, :num_rows], packed[2, :num_rows] = chunks.ends[drawing], drawing
         upload_into(graph.inputs, packed)
         graph.run(function)
         return self._logits[:num_rows]
@@ -130,14 +148,14 @@ class StepGraphs:
         return self._token_ids[:num_rows]
 
     def _nobodies(self, num_rows: int) -> Tensor:
-        """Rows that draw [3, R] i32: which, their lengths, and the tokens of the step whose logits they draw from."""
+        """Rows that draw [3, R] i32: which, their lengths, and which of the step's rows they are."""
         inputs = torch.zeros(3, num_rows, dtype=torch.int32, device=self._device)
         inputs[0] = self._max_num_seqs
         return inputs
 
-    def _run_body(self, chunks: Chunks) -> None:
-        """Hidden states of a step; one of no chunks is the largest."""
-        size = self._token_sizes[bisect_left(self._token_sizes, chunks.num_tokens) if len(chunks.rows) else -1]
+    def _run_body(self, chunks: Chunks, num_tokens: int) -> None:
+        """Hidden states of a step of so many tokens; all are nobody's where there are no chunks."""
+        size = self._token_sizes[bisect_left(self._token_sizes, num_tokens)]
         packed = self._rows.padded(chunks, min(self._max_num_seqs, size) + 1, size)
         if size not in self._bodies:
             inputs = torch.empty(packed.shape, dtype=torch.int32, device=self._device)
@@ -149,8 +167,8 @@ class StepGraphs:
         batch = self._rows.gather_padded(packed, num_tokens, invariant=self._invariant)
         hidden = self._decoder.forward(batch, self._caches)
         if self._hidden is None:
-            self._hidden = hidden.new_zeros(self._token_sizes[-1], hidden.shape[1])
-        self._hidden[:num_tokens].copy_(hidden)
+            self._hidden = hidden.new_zeros(self._max_num_seqs + 1, hidden.shape[1])
+        self._hidden[: len(hidden)].copy_(hidden)
 
     def _single(self, inputs: Tensor) -> None:
         rows, seq_lens, _ = inputs
@@ -158,8 +176,8 @@ class StepGraphs:
         self._decoder.logits(self._decoder.forward(batch, self._caches), out=self._logits[: len(rows)])
 
     def _head(self, inputs: Tensor) -> None:
-        tokens = inputs[2]
-        self._decoder.logits(self._hidden.index_select(0, tokens), out=self._logits[: len(tokens)])
+        which = inputs[2]
+        self._decoder.logits(self._hidden.index_select(0, which), out=self._logits[: len(which)])
 
     def _draw(self, inputs: Tensor) -> None:
         rows, positions, _ = inputs

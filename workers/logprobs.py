@@ -83,14 +83,14 @@ class PromptLogprobs:
         """Log-probabilities of each stretch.
 
         Args:
-            hidden: [T, E] of the step's tokens.
+            hidden: [R, E] of the stretches' tokens, one stretch after another.
             logits: hidden [n, E] -> [n, V] f32.
         """
         piece_len = max(1, _LOGITS_BYTES // (4 * self._vocab_size))
         judged = []
-        for stretch in stretches:
+        states_of = hidden.split([len(stretch.tokens) for stretch in stretches]) if stretches else ()
+        for stretch, states in zip(stretches, states_of, strict=True):
             own = rows.tokens[stretch.row, stretch.first_position :][: len(stretch.tokens)].long()
-            states = hidden[stretch.tokens.start : stretch.tokens.stop]
             pieces = [
                 logprobs(logits(states_piece), own_piece, stretch.num_top)
                 for states_piece, own_piece in zip(states.split(piece_len), own.split(piece_len), strict=True)

@@ -37,6 +37,8 @@ from cableway.ipc.messages import (
 from cableway.ipc.modelfiles import ModelError
 
 _LEAST_SHARE = 0.25
+_QUIET_MS = 200
+"""Without messages for so long, a worker does what would make somebody wait: far more than between the steps of one."""
 
 
 class Worker:
@@ -66,6 +68,7 @@ class Worker:
         self._compilations = compilations
         self._num_compilations_told = 0
         self._is_asleep = False
+        self._may_prepare = True
         self._lifeline = lifeline
         self._log = logger
         self._load_s = load_s
@@ -99,12 +102,18 @@ class Worker:
         return self._exit_code
 
     def _wait(self, poller: zmq.Poller) -> list[tuple[Any, int]]:
-        """Wait for messages. While the device computes, only look: the next step is begun before it ends."""
+        """Wait for messages. While the device computes, only look: the next step is begun before it ends.
+
+        When none have come for a while there is time to make the steps to come faster.
+        """
         if self._begun:
             return poller.poll(0)
         self._lifeline.idle()
-        woken = poller.poll(self._patience_ms())
+        may_prepare = self._may_prepare and self._stop_at_s is None
+        woken = poller.poll(_QUIET_MS if may_prepare else self._patience_ms())
         self._lifeline.beat()
+        if may_prepare and not woken:
+            self._may_prepare = self._runner.capture_next()
         return woken
 
     def _handle(self, message: Any) -> None:
@@ -159,7 +168,7 @@ class Worker:
             self._lifeline.beat(1.0)  # as long as the longest step: all the weights are copied
             began_s = time.monotonic()
             (self._runner.sleep if asleep else self._runner.wake)()
-            self._is_asleep = asleep
+            self._is_asleep, self._may_prepare = asleep, not asleep
             self._log.info("asleep" if asleep else "awake", seconds=round(time.monotonic() - began_s, 3))
         self._tell_ready()
 

@@ -184,8 +184,7 @@ def dry_run(decoder: Decoder, config: WorkerConfig, cache: KVCache) -> None:
         block_size=config.block_size,
         source_lens=torch.zeros(num_seqs, dtype=torch.int32, device=device) if decoder.has_encoder else None,
     )
-    hidden = decoder.forward(batch, cache.layers)
-    decoder.logits(hidden.index_select(0, batch.logits_at))
+    decoder.logits(decoder.forward(batch, cache.layers))
 
 
 def nobodies_source(num_tokens: int, device: torch.device) -> Source:

@@ -82,7 +82,7 @@ def rehearse(config: WorkerConfig) -> None:
         if decoder.has_encoder:
             decoder.encode(memory.nobodies_source(chunks.num_tokens, _META), cache.layers)
         batch = rows.gather(chunks, logits_at, invariant=config.batch_invariant)
-        decoder.logits(decoder.forward(batch, cache.layers).index_select(0, batch.logits_at))
+        decoder.logits(decoder.forward(batch, cache.layers))
     for num in (1, min(2, num_seqs), min(17, num_seqs)):
         _draw(sampler, num, decoder.vocab_size)
 

@@ -81,7 +81,6 @@ class Rows:
         self._device = device
         # Of steps of one token a row: where each begins, and which tokens' logits are wanted.
         self._index = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self._index_long = self._index.long()
 
     def enter(self, new: NewRow) -> None:
         """Write a request into its row, over whatever was there."""
@@ -164,10 +163,12 @@ class Rows:
         """Inputs of the forward pass: `logits_at` [R] are the tokens of the step whose logits are wanted."""
         lengths, parts = np.diff(chunks.query_start), (chunks.rows, chunks.ends, chunks.query_start, logits_at)
         on_device = upload(np.concatenate(parts, dtype=np.int32), self._device)
-        rows, seq_lens, query_start, logits_at = on_device.split([len(part) for part in parts])
+        rows, seq_lens, query_start, wanted = on_device.split([len(part) for part in parts])
+        are_all_wanted = np.array_equal(logits_at, np.arange(chunks.num_tokens))
         return self._batch(
             rows, seq_lens, query_start, chunks.num_tokens, int(lengths.max()), int(chunks.ends.max()),
-            logits_at=logits_at.long(), may_have_singles=bool(lengths[0] == 1), invariant=invariant,
+            logits_at=None if are_all_wanted else wanted.long(), may_have_singles=bool(lengths[0] == 1),
+            invariant=invariant,
         )  # fmt: skip
 
     def padded(self, chunks: Chunks, num_seqs: int, num_tokens: int) -> np.ndarray:
@@ -181,6 +182,8 @@ class Rows:
     def gather_padded(self, packed: Tensor, num_tokens: int, *, invariant: bool) -> Batch:
         """Inputs of a step of so many tokens, from numbers on the device alone, so that it can be captured.
 
+        Logits are wanted at each sequence's last.
+
         Args:
             packed: [3 * S + 1] i32: rows, lengths and query_start. Sequences of length 0 are nobody's.
         """
@@ -188,7 +191,7 @@ class Rows:
         rows, seq_lens, query_start = packed.split((num_seqs, num_seqs, num_seqs + 1))
         return self._batch(
             rows, seq_lens, query_start, num_tokens, num_tokens, self.tokens.shape[1],
-            logits_at=query_start[:0].long(), may_have_singles=True, invariant=invariant,
+            logits_at=query_start[1:].long() - 1, may_have_singles=True, invariant=invariant,
         )  # fmt: skip
 
     def gather_singles(self, rows: Tensor, seq_lens: Tensor, *, invariant: bool) -> Batch:
@@ -196,7 +199,7 @@ class Rows:
         num_seqs = len(rows)
         return self._batch(
             rows, seq_lens, self._index[: num_seqs + 1], num_seqs, 1, self.tokens.shape[1],
-            logits_at=self._index_long[:num_seqs], may_have_singles=True, invariant=invariant,
+            logits_at=None, may_have_singles=True, invariant=invariant,
         )  # fmt: skip
 
     def _batch(

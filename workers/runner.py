@@ -97,7 +97,7 @@ class Runner:
         """Graphs of steps, on a GPU where they are wanted."""
         if self._device.type != "cuda" or config.enforce_eager:
             return None
-        graphs = StepGraphs(
+        return StepGraphs(
             self._decoder,
             self._rows,
             self._sampler,
@@ -106,8 +106,11 @@ class Runner:
             max_num_tokens=config.max_num_batched_tokens,
             invariant=config.batch_invariant,
         )
-        graphs.capture()
-        return graphs
+
+    @torch.inference_mode()
+    def capture_next(self) -> bool:
+        """Capture a graph that some step may need, while there is nothing else to do; whether there was one."""
+        return self._graphs is not None and self._graphs.capture_next()
 
     @torch.inference_mode()
     def sleep(self) -> None:
@@ -235,10 +238,10 @@ class Runner:
             logits_at = np.concatenate((last_tokens, *(stretch.tokens for stretch in stretches)))
             batch = rows.gather(chunks, logits_at, invariant=self._invariant)
             hidden = decoder.forward(batch, self._cache.layers)
-            judged = self._prompt_logprobs.judge(stretches, hidden, rows, decoder.logits)
+            judged = self._prompt_logprobs.judge(stretches, hidden[len(drawing) :], rows, decoder.logits)
             if not len(drawing):
                 return None, judged
-            logits = decoder.logits(hidden.index_select(0, batch.logits_at[: len(drawing)]))
+            logits = decoder.logits(hidden[: len(drawing)])
         drawing_rows, positions = chunks.rows[drawing], chunks.ends[drawing]
         num_drawn = positions - rows.num_prompt_tokens[drawing_rows]
         drawn = self._sampler.draw(logits, drawing_rows, positions, num_drawn)

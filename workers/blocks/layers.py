@@ -34,9 +34,15 @@ class Layer(Block):
 
     def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
         """Add `delta` [T, E], what the layer before made, to `residual` [T, E] f32; what this layer makes [T, E]."""
+        return self.finish(self.begin(delta, residual, step), residual)
+
+    def begin(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
+        """The mixer's half."""
         delta = self.mix(add(delta, residual, self.norm_in, self.mix), step)
-        if self.norm_mix_out is not None:
-            delta = self.norm_mix_out(delta)
+        return delta if self.norm_mix_out is None else self.norm_mix_out(delta)
+
+    def finish(self, delta: Tensor, residual: Tensor) -> Tensor:
+        """The MLP's half, in which no token sees another."""
         delta = self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
         return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
 
