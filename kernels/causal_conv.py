@@ -9,6 +9,7 @@ states  [num_rows, channels * (width - 1)]       f32  rows may be strided; a cha
 plan    a RecurrentPlan: see recurrence.py
 y       [num_tokens, channels]                   dtype of x, contiguous
 
+Sequences that bring many tokens are computed chunk by chunk (chunk_work.py), side by side.
 Bound: bytes; reads x, writes y.
 """
 
@@ -18,10 +19,20 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, scans, tl, triton
-from cableway.kernels.recurrence import MIXED, RecurrentPlan, check_states, make_plan
+from cableway.kernels.recurrence import (
+    LONG,
+    MIXED,
+    RecurrentPlan,
+    check_states,
+    keep,
+    make_plan,
+    resumed,
+    rows_of,
+    span,
+)
 from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
 
-_CHANNELS = 64
+_CHANNELS = _CHUNK = 64
 
 
 def ref(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: RecurrentPlan, *, silu: bool) -> Tensor:
@@ -41,56 +52,167 @@ def ref(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: RecurrentP
     return (y * torch.sigmoid(y) if silu else y).to(x.dtype)
 
 
-@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most"))  # which vary between steps
 def _causal_conv(
     x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr, x_stride, state_stride,
-    table_stride, channels, block_size,
+    table_stride, channels, block_size, most,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of one sequence, token after token."""
+    """Some channels of one sequence that brings no more than `most` tokens, one after another."""
     sequence = tl.program_id(0).to(tl.int64)
-    start = tl.load(query_start_ptr + sequence).to(tl.int64)
-    num_new = tl.load(query_start_ptr + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    length = tl.load(seq_lens_ptr + sequence)
-    table_ptr += sequence * table_stride
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < channels
-    tap = tl.arange(0, BLOCK_WIDTH)  # of the inputs before a token; the last is the one right before it
-    kept = inside[:, None] & (tap < WIDTH - 1)[None, :]
-    place = channel[:, None] * (WIDTH - 1) + tap[None, :]
-    before = length - num_new
-    row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
-    last = tl.where(before > 0, tl.load(states_ptr + row * state_stride + place, mask=kept, other=0.0), 0.0)
-    taps = tl.load(w_ptr + channel[:, None] * WIDTH + tap[None, :], mask=kept, other=0.0)
-    newest = tl.load(w_ptr + channel * WIDTH + WIDTH - 1, mask=inside, other=0.0)
-    bias = tl.zeros((CHANNELS,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(b_ptr + channel, mask=inside, other=0.0)
-    if length > 0:
-        for token in range(num_new):
-            x = tl.load(x_ptr + (start + token) * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
+    start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
+    if (length > 0) & (length - before <= most):
+        table_ptr += sequence * table_stride
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        inside = channel < channels
+        tap = tl.arange(0, BLOCK_WIDTH)  # of the inputs before a token; the last is the one right before it
+        kept = inside[:, None] & (tap < WIDTH - 1)[None, :]
+        place = channel[:, None] * (WIDTH - 1) + tap[None, :]
+        last = resumed(states_ptr, table_ptr, place, kept, before, state_stride, block_size)
+        taps = tl.load(w_ptr + channel[:, None] * WIDTH + tap[None, :], mask=kept, other=0.0)
+        newest = tl.load(w_ptr + channel * WIDTH + WIDTH - 1, mask=inside, other=0.0)
+        bias = tl.zeros((CHANNELS,), tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(b_ptr + channel, mask=inside, other=0.0)
+        for position in range(before, length):
+            token = start + position - before
+            x = tl.load(x_ptr + token * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
             y = bias + tl.sum(last * taps, 1) + newest * x
             if SILU:
                 y = y * tl.sigmoid(y)
-            tl.store(y_ptr + (start + token) * channels + channel, y.to(y_ptr.dtype.element_ty), mask=inside)
+            tl.store(y_ptr + token * channels + channel, y.to(y_ptr.dtype.element_ty), mask=inside)
             # Inputs move by one, and x is the newest: a column is the sum over those that are its right neighbour.
             moves = (tap[None, :] == tap[:, None] + 1)[None, :, :]
             moved = tl.sum(tl.where(moves, last[:, None, :], 0.0), 2)
             last = tl.where((tap == WIDTH - 2)[None, :], x[:, None], moved)
-            position = before + token
-            if ((position + 1) % block_size == 0) | (position + 1 == length):
-                row = tl.load(table_ptr + position // block_size).to(tl.int64)
-                tl.store(states_ptr + row * state_stride + place, last, mask=kept)
+            keep(states_ptr, table_ptr, place, kept, last, position + 1, length, state_stride, block_size)
+
+
+@jit
+def _inputs(
+    x_ptr, states_ptr, table_ptr, start, before, position, position_inside, channel, channel_inside, x_stride,
+    state_stride, block_size, WIDTH: tl.constexpr, IS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Inputs [positions, channels] f32, zeros before the first. IS_FIRST: some may be of earlier steps."""
+    is_new = position_inside & (position >= before)
+    token = start + position - before
+    x = rows_of(x_ptr, token, is_new, x_stride, channel, channel_inside).to(tl.float32)
+    if IS_FIRST:
+        nth = position - before + WIDTH - 1  # of those that are kept
+        is_old = position_inside & (position >= 0) & (nth >= 0) & (position < before)
+        place = channel[None, :] * (WIDTH - 1) + nth[:, None]
+        inside = is_old[:, None] & channel_inside[None, :]
+        x += resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size)
+    return x
+
+
+@jit
+def _keep_inputs(
+    x_ptr, states_ptr, table_ptr, start, before, num_done, channel, channel_inside, x_stride, state_stride, block_size,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, IS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Write the state after `num_done` tokens."""
+    nth = tl.arange(0, BLOCK_WIDTH)
+    last = _inputs(
+        x_ptr, states_ptr, table_ptr, start, before, num_done - (WIDTH - 1) + nth, nth < WIDTH - 1, channel,
+        channel_inside, x_stride, state_stride, block_size, WIDTH, IS_FIRST,
+    )  # fmt: skip
+    if IS_FIRST:
+        tl.debug_barrier()  # every thread has read what is written over
+    place = channel[None, :] * (WIDTH - 1) + nth[:, None]
+    inside = (nth < WIDTH - 1)[:, None] & channel_inside[None, :]
+    keep(states_ptr, table_ptr, place, inside, last, num_done, num_done, state_stride, block_size)
+
+
+@jit
+def _convolve(
+    x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr, start, before, first, end, length, channel, channel_inside,
+    x_stride, state_stride, channels, block_size,
+    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    IS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Positions first … end - 1 of a sequence, and what is kept after some of them. IS_FIRST: first is `before`."""
+    position = first + tl.arange(0, CHUNK)
+    is_new = position < end
+    y = tl.zeros((CHUNK, channel.shape[0]), tl.float32)
+    if HAS_BIAS:
+        y += tl.load(b_ptr + channel, mask=channel_inside, other=0.0)[None, :]
+    for tap in tl.static_range(WIDTH):
+        x = _inputs(
+            x_ptr, states_ptr, table_ptr, start, before, position - (WIDTH - 1 - tap), is_new, channel, channel_inside,
+            x_stride, state_stride, block_size, WIDTH, IS_FIRST,
+        )  # fmt: skip
+        y += x * tl.load(w_ptr + channel * WIDTH + tap, mask=channel_inside, other=0.0)[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    place = (start + position - before)[:, None] * channels + channel[None, :]
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=is_new[:, None] & channel_inside[None, :])
+    # The sequence may go on from the state of the very block that its first new tokens are in: the one program that
+    # reads it also writes it.
+    block = first // block_size
+    num_done = tl.minimum((block + 1) * block_size, length)
+    if IS_FIRST or ((num_done <= end) & (block != before // block_size)):
+        _keep_inputs(
+            x_ptr, states_ptr, table_ptr, start, before, num_done, channel, channel_inside, x_stride, state_stride,
+            block_size, WIDTH, BLOCK_WIDTH, IS_FIRST,
+        )  # fmt: skip
+    if (end == length) & (num_done < length):
+        _keep_inputs(
+            x_ptr, states_ptr, table_ptr, start, before, length, channel, channel_inside, x_stride, state_stride,
+            block_size, WIDTH, BLOCK_WIDTH, False,
+        )  # fmt: skip
+
+
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "work_ptr"))  # which vary between steps
+def _chunk_conv(
+    x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, first_items_ptr,
+    x_stride, state_stride, table_stride, channels, block_size,
+    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Some channels of CHUNK tokens of a sequence that brings many; they are counted from its first new one."""
+    item = tl.program_id(0)
+    sequence = tl.load(work_ptr + item * 2).to(tl.int64)
+    if sequence >= 0:
+        start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
+        first = before + (item - tl.load(first_items_ptr + sequence)) * CHUNK
+        end = tl.minimum(first + CHUNK, length)
+        table_ptr += sequence * table_stride
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        if first == before:
+            _convolve(
+                x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr, start, before, first, end, length,
+                channel, channel < channels, x_stride, state_stride, channels, block_size,
+                WIDTH, HAS_BIAS, SILU, CHUNK, BLOCK_WIDTH, True,
+            )  # fmt: skip
+        elif first < length:
+            _convolve(
+                x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr, start, before, first, end, length,
+                channel, channel < channels, x_stride, state_stride, channels, block_size,
+                WIDTH, HAS_BIAS, SILU, CHUNK, BLOCK_WIDTH, False,
+            )  # fmt: skip
 
 
 def launch(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: RecurrentPlan, *, silu: bool) -> Tensor:
     (num_tokens, channels), width = x.shape, w.shape[1]
     y = torch.empty(num_tokens, channels, dtype=x.dtype, device=x.device)
-    _causal_conv[(plan.num_seqs, triton.cdiv(channels, _CHANNELS))](
-        x, w, w if b is None else b, states, y, plan.query_start, plan.seq_lens, plan.block_table, x.stride(0),
-        states.stride(0), plan.block_table.stride(0), channels, plan.block_size,
-        WIDTH=width, HAS_BIAS=b is not None, SILU=silu, BLOCK_WIDTH=triton.next_power_of_2(max(width - 1, 1)),
-        CHANNELS=_CHANNELS, num_warps=2,
+    tensors = (x, w, w if b is None else b, states, y, plan.query_start, plan.seq_lens, plan.block_table)
+    strides = (x.stride(0), states.stride(0), plan.block_table.stride(0))
+    constants = {
+        "WIDTH": width, "HAS_BIAS": b is not None, "SILU": silu, "CHANNELS": _CHANNELS,
+        "BLOCK_WIDTH": triton.next_power_of_2(max(width - 1, 1)),
+    }  # fmt: skip
+    chunk, num_parts = plan.chunk_len(_CHUNK), triton.cdiv(channels, _CHANNELS)
+    # Of the chunks of a sequence, and of what is kept of it, only the first sees inputs of earlier steps.
+    in_chunks = plan.has_chunks and width - 1 <= min(chunk, plan.most_singly)
+    if in_chunks:
+        work, first_items = plan.chunk_work(num_tokens, chunk)
+        _chunk_conv[(len(work), num_parts)](
+            *tensors, work, first_items, *strides, channels, plan.block_size, **constants, CHUNK=chunk, num_warps=8
+        )
+    _causal_conv[(plan.num_seqs, num_parts)](
+        *tensors, *strides, channels, plan.block_size, plan.most_singly if in_chunks else plan.max_query_len,
+        **constants, num_warps=2,
     )  # fmt: skip
     return y
 
@@ -106,6 +228,10 @@ def make(
     return call(x, w, b if bias else None, states, plan, silu=silu)
 
 
+EDGES = ((70, 133), (10, 74), (65, 130), (64, 128), (130, 194), (62, 64))
+"""Sequences that go on, or end, within a few tokens of the end of a block or a chunk."""
+
+
 @kernel(
     ref=ref,
     launch=launch,
@@ -113,9 +239,22 @@ def make(
     cases=[
         *grid(spans=(MIXED,), channels=(100,), width=(3, 4), dtype=FLOATS, silu=(True,), bias=(True,)),
         *grid(spans=(MIXED,), channels=(24,), width=(4,), dtype=FLOATS, silu=(False,), bias=(False,)),
+        *grid(
+            spans=(LONG,),
+            channels=(70,),
+            width=(4,),
+            dtype=FLOATS,
+            silu=(True,),
+            bias=(False, True),
+            block_size=(16, 64, 24, 256),
+        ),
+        *grid(
+            spans=(LONG,), channels=(20,), width=(2, 6), dtype=FLOATS, silu=(True,), bias=(True,), block_size=(4, 64)
+        ),
     ],
     bench_cases=grid(
-        spans=(((1, 100),) * 64, ((512, 512),)),
+        spans=(((1, 100),) * 64, ((2048, 2048),)),
+        block_size=(256,),
         channels=(5120,),
         width=(4,),
         dtype=(torch.bfloat16,),
