@@ -112,8 +112,10 @@ class Worker:
         may_prepare = self._may_prepare and self._stop_at_s is None
         woken = poller.poll(_QUIET_MS if may_prepare else self._patience_ms())
         self._lifeline.beat()
-        if may_prepare and not woken:
-            self._may_prepare = self._runner.capture_next()
+        while may_prepare and not woken:
+            may_prepare = self._may_prepare = self._runner.capture_next()
+            self._lifeline.beat()
+            woken = poller.poll(0)
         return woken
 
     def _handle(self, message: Any) -> None:
