@@ -45,6 +45,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_num_seqs: Annotated[Positive, Meta(description="sequences in one step")] = 64
     max_num_batched_tokens: Annotated[Count, Meta(description="tokens in one step; 0 = auto")] = 0
     block_size: Annotated[int, Meta(ge=8, le=256, description="tokens a KV block holds")] = 16
+    kv_cache_dtype: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|fp8|fp8_e4m3|fp8_e5m2|int8)$",
+            description="numbers the KV cache keeps; auto = as dtype, fp8 = fp8_e4m3; 8 bits hold twice the tokens",
+        ),
+    ] = "auto"
     gpu_memory_utilization: Annotated[
         float, Meta(gt=0, le=1, description="part of a GPU's memory for weights, steps and KV cache together")
     ] = 0.9
@@ -183,6 +190,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     patience: Patience = Patience()
     gpu_memory_utilization: float = 0.9
     max_seq_len_to_capture: int = 0  # 0 = any length
+    kv_cache_dtype: str  # that of `dtype`, or fp8_e4m3 | fp8_e5m2 | int8
 
 
 class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):

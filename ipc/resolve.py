@@ -51,6 +51,7 @@ def resolve(options: Options) -> Config:
         "model": os.path.abspath(files.path),
         "device": device,
         "dtype": dtype,
+        "kv_cache_dtype": {"auto": dtype, "fp8": "fp8_e4m3"}.get(options.kv_cache_dtype, options.kv_cache_dtype),
         "max_model_len": max_model_len,
         "max_num_batched_tokens": max_num_batched_tokens,
         "num_threads": num_threads,

@@ -10,10 +10,11 @@ positions 0 … p, or p - window + 1 … p where window > 0, or p - p % chunk �
 block_size. Query head h reads KV head h // (num_heads / num_kv_heads).
 The new tokens' own keys and values are already in the cache: kv_write runs first.
 
-q            [num_tokens, num_heads, head_dim]  dtype of cache; heads contiguous, tokens may be strided
-cache        [2, num_blocks, block_size, num_kv_heads, head_dim]  bf16|f16|f32; see kv_write.py
+q            [num_tokens, num_heads, head_dim]  bf16|f16|f32; heads contiguous, tokens may be strided
+cache        [2, num_blocks, block_rows, num_kv_heads, head_dim]  dtype of q, or of 8 bits; see kv_cache.py
 plan         an AttentionPlan: which tokens and which blocks each sequence has
 scores       a Scores: scale, window, soft_cap, slopes, sinks and chunk
+scales       of keys and of values, where the cache is f8
 returns      [num_tokens, num_heads, head_dim]  contiguous
 """
 
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from cableway.kernels import decode_work, prefill_work
 from cableway.kernels.cpu import attention as cpu_attention
-from cableway.kernels.kv_write import kv_cache_shape
-from cableway.kernels.registry import FLOATS, Call, call, check, nbytes
+from cableway.kernels.kv_cache import NO_SCALES, KVScales, block_size_of, cache_of, check_cache, numbers, scales_of
+from cableway.kernels.registry import Call, call, check, nbytes
 
 
 @dataclass(frozen=True)
@@ -142,19 +143,18 @@ def check_fits(q: Tensor, cache: Tensor, scores: Scores) -> None:
     for x in (scores.slopes, scores.sinks):
         check(x is None or (x.shape == q.shape[1:2] and x.dtype == torch.float32), "slopes or sinks are not [H] f32")
     check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
-    check(
-        q.dtype in FLOATS and q.dtype == cache.dtype and cache.is_contiguous() and cache.shape[4] == q.shape[2],
-        "cache does not fit q",
-    )
+    check_cache(cache, q.dtype)
+    check(cache.shape[4] == q.shape[2], "cache does not fit q")
     check(q.shape[1] % cache.shape[3] == 0, "num_heads is no multiple of num_kv_heads")
 
 
-def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
-    group, block_size = q.shape[1] // cache.shape[3], cache.shape[2]
+def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES) -> Tensor:
+    group, block_size = q.shape[1] // cache.shape[3], block_size_of(cache)
+    planes = [plane * scale for plane, scale in zip(numbers(cache), scales, strict=True)]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for i, (start, end, length) in enumerate(plan.spans):
         blocks = plan.block_table[i, : -(-length // block_size)].long()
-        k, v = (x[blocks].flatten(0, 1)[:length].repeat_interleave(group, 1).float() for x in cache)
+        k, v = (x[blocks].flatten(0, 1)[:length].repeat_interleave(group, 1) for x in planes)
         z = torch.einsum("qhd,khd->hqk", q[start:end].float(), k) * scores.scale
         if scores.soft_cap:
             z = scores.soft_cap * torch.tanh(z / scores.soft_cap)
@@ -182,21 +182,26 @@ def make(
     invariant: bool = False,
     slopes: bool = False,
     sinks: bool = False,
+    kept_as: torch.dtype | None = None,
+    scales: KVScales = NO_SCALES,
     device: str = "cpu",
 ) -> Call:
-    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_kv_heads, head_dim."""
+    """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_kv_heads, head_dim. `kept_as`: dtype of
+    the cache, where it is another."""
     num_heads, num_kv_heads, head_dim = heads
     query_lens, seq_lens = zip(*spans, strict=True)
     width = -(-max(seq_lens) // block_size) + 1
     num_blocks = len(spans) * width
     # Tokens of a fused projection; blocks that no sequence owns hold NaN, as a broken request may have left them.
     q = torch.randn(sum(query_lens), num_heads + 2 * num_kv_heads, head_dim, device=device).to(dtype)[:, :num_heads]
-    cache = torch.randn(kv_cache_shape(num_blocks, block_size, num_kv_heads, head_dim), device=device).to(dtype)
+    numbers_kept = torch.randn(2, num_blocks, block_size, num_kv_heads, head_dim, device=device).to(dtype)
+    cache = cache_of(numbers_kept, kept_as or dtype)
     table = torch.randperm(num_blocks, device=device).view(-1, width).int()
+    by_slot = scales_of(cache).transpose(2, 3) if kept_as == torch.int8 else cache
     for row, length in zip(table.long(), seq_lens, strict=True):
         used = -(-length // block_size)
-        cache[:, row[used:]] = float("nan")
-        cache[:, row[used - 1], length - (used - 1) * block_size :] = float("nan")
+        by_slot[:, row[used:]] = float("nan")
+        by_slot[:, row[used - 1], length - (used - 1) * block_size :] = float("nan")
     plan = AttentionPlan(
         query_start=torch.tensor((0, *query_lens), device=device).cumsum(0).int(),
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
@@ -213,4 +218,4 @@ def make(
         torch.randn(num_heads, device=device) * 2 if sinks else None,
         chunk,
     )
-    return call(q, cache, plan, scores=scores)
+    return call(q, cache, plan, scores=scores, scales=scales)

@@ -1,6 +1,6 @@
 """Copies of whole KV blocks inside a cache: copy-on-write, when a continuation leaves the prefix it shared.
 
-cache  [2, num_blocks, block_size, num_kv_heads, head_dim]  any dtype, contiguous; see kv_write.py
+cache  [2, num_blocks, block_rows, num_kv_heads, head_dim]  any dtype, contiguous; see kv_cache.py
 pairs  [num_pairs, 2]  i64   (from_block, to_block); a to_block is named once, and is no pair's from_block
 
 Bound: bytes; reads and writes each block once.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.kv_write import kv_cache_shape
+from cableway.kernels.kv_cache import F8, kv_cache_shape
 from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.registry import FLOATS, are_contiguous, call, check, grid, kernel, nbytes
 
@@ -41,7 +41,7 @@ def launch(cache: Tensor, pairs: Tensor) -> None:
 
 
 def make(num_pairs, block_size, num_kv_heads, head_dim, dtype, num_blocks=16, device="cpu"):
-    cache = torch.randn(kv_cache_shape(num_blocks, block_size, num_kv_heads, head_dim), device=device).to(dtype)
+    cache = torch.randn(kv_cache_shape(num_blocks, block_size, num_kv_heads, head_dim, dtype), device=device).to(dtype)
     return call(cache, torch.randperm(num_blocks, device=device)[: 2 * num_pairs].view(-1, 2))
 
 
@@ -49,7 +49,7 @@ def make(num_pairs, block_size, num_kv_heads, head_dim, dtype, num_blocks=16, de
     ref=ref,
     launch=launch,
     make=make,
-    cases=grid(num_pairs=(1, 5), block_size=(16,), num_kv_heads=(3,), head_dim=(64,), dtype=FLOATS),
+    cases=grid(num_pairs=(1, 5), block_size=(16,), num_kv_heads=(3,), head_dim=(64,), dtype=(torch.int8, *F8, *FLOATS)),
     bench_cases=grid(
         num_pairs=(64,),
         block_size=(16,),
@@ -63,7 +63,7 @@ def make(num_pairs, block_size, num_kv_heads, head_dim, dtype, num_blocks=16, de
 )
 def block_copy(cache: Tensor, pairs: Tensor) -> None:
     """Copy block pairs[i, 0] over block pairs[i, 1], keys and values; ValueError when shapes or dtypes do not fit."""
-    check(cache.dim() == 5, "cache is not [planes, num_blocks, block_size, num_kv_heads, head_dim]")
+    check(cache.dim() == 5, "cache is not [planes, num_blocks, block_rows, num_kv_heads, head_dim]")
     check(pairs.dim() == 2 and pairs.shape[1] == 2 and pairs.dtype == torch.int64, "pairs are not [num_pairs, 2] i64")
     if cache.device.type != "cpu":
         return launch(cache, pairs)

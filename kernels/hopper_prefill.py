@@ -33,9 +33,12 @@ _PANEL_BYTES = 128  # of a row in shared memory
 _LOG2_E = 1.4426950408889634
 
 
-def fits(q: Tensor, plan: AttentionPlan) -> bool:
-    """Whether this kernel computes what is asked for, on the GPU at hand."""
-    (_, num_heads, head_dim), is_half = q.shape, q.dtype != torch.float32
+def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
+    """Whether this kernel computes what is asked for, on the GPU at hand.
+
+    Not from caches of 8 bits: tiles go from memory to the tensor cores as they are, by way of shared memory alone.
+    """
+    (_, num_heads, head_dim), is_half = q.shape, q.dtype == cache.dtype != torch.float32
     is_small = head_dim <= 256 and num_heads <= _ROWS // 2
     return gpu_capability() == 90 and is_half and is_small and head_dim % 8 == 0 and not plan.invariant
 

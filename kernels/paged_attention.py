@@ -15,24 +15,27 @@ from torch import Tensor
 from cableway.kernels import hopper_prefill, paged_decode, paged_prefill
 from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
+from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, block_size_of
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid, kernel
 
 
 def _as_it_is_seen(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> AttentionPlan:
-    return plan.in_chunks(scores.chunk, cache.shape[2], len(q)) if scores.chunk else plan
+    return plan.in_chunks(scores.chunk, block_size_of(cache), len(q)) if scores.chunk else plan
 
 
-def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
+def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES) -> Tensor:
     plan = _as_it_is_seen(q, cache, plan, scores)
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     if plan.invariant or not plan.may_have_singles:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:
-        out = paged_decode.launch(q, cache, plan, scores)
+        out = paged_decode.launch(q, cache, plan, scores, scales)
         if plan.max_query_len == 1 and len(q) == len(plan.seq_lens):
             return out
-    prefill = hopper_prefill if hopper_prefill.fits(q, plan) else paged_prefill
-    prefill.launch(q, cache, plan, out, scores)
+    if hopper_prefill.fits(q, cache, plan):
+        hopper_prefill.launch(q, cache, plan, out, scores)
+    else:
+        paged_prefill.launch(q, cache, plan, out, scores, scales)
     return out
 
 
@@ -62,19 +65,39 @@ BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
         *grid(spans=(MIXED,), heads=((6, 2, 32),), dtype=FLOATS, window=(9,), slopes=(False, True), sinks=(True,)),
         *grid(spans=(MIXED, DECODE), heads=((6, 2, 32),), dtype=FLOATS, chunk=(32,), invariant=(False, True)),
         *grid(spans=(MIXED,), heads=((4, 4, 16),), dtype=FLOATS, slopes=(True,), soft_cap=(2.0,), invariant=(True,)),
+        *grid(
+            spans=(MIXED,),
+            heads=((6, 2, 48),),
+            dtype=FLOATS,
+            block_size=(24,),
+            window=(9, 0),
+            invariant=(True, False),
+            kept_as=(torch.int8, *F8),
+            scales=(KVScales(0.5, 3.0),),
+        ),
     ],
-    bench_cases=grid(
-        spans=(((1, 128),), ((1, 1024),), BENCH_DECODE, BENCH_PREFILL, BENCH_MIXED),
-        heads=((9, 3, 64), (32, 8, 128)),
-        dtype=(torch.bfloat16,),
-    ),
+    bench_cases=[
+        *grid(
+            spans=(((1, 128),), ((1, 1024),), BENCH_DECODE, BENCH_PREFILL, BENCH_MIXED),
+            heads=((9, 3, 64), (32, 8, 128)),
+            dtype=(torch.bfloat16,),
+        ),
+        *grid(
+            spans=(BENCH_PREFILL, BENCH_MIXED),
+            heads=((32, 8, 128),),
+            dtype=(torch.bfloat16,),
+            kept_as=(torch.int8, torch.float8_e4m3fn),
+        ),
+    ],
     num_bytes=num_bytes,
     num_flops=lambda c: 4 * c.args[0].shape[1] * c.args[0].shape[2] * _visible_keys(c),
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
-def paged_attention(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
+def paged_attention(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES
+) -> Tensor:
     """Attend q [T, H, D] to the cached keys of its sequences -> [T, H, D]; ValueError when shapes do not fit."""
     check_fits(q, cache, scores)
     if q.device.type == "cpu":
-        return cpu_attention.attend(q, cache, _as_it_is_seen(q, cache, plan, scores), scores)
-    return launch(q, cache, plan, scores)
+        return cpu_attention.attend(q, cache, _as_it_is_seen(q, cache, plan, scores), scores, scales)
+    return launch(q, cache, plan, scores, scales)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
+from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, as_factor, block_size_of, scales_at
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, are_contiguous, check, grid, kernel
 
@@ -52,24 +53,36 @@ _MOST_FEW = 16
 
 
 @jit
-def _places(
-    block, key, end_key, kv_head,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_DIM: tl.constexpr,
+def _load_tile(
+    keys_ptr, value_offset, block, key, end_key, kv_head,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS_A_BLOCK: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Where a head's keys [TILE, BLOCK_DIM] lie in their blocks, and which of them there are."""
-    dim = tl.arange(0, BLOCK_DIM)
-    slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
-    place = (slot * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
-    return place, (key < end_key)[:, None] & (dim < HEAD_DIM)[None, :]
+    """Keys and values [TILE, BLOCK_DIM] of a head as the cache keeps them, zeros from end_key on, and their scales."""
+    dim, key_inside = tl.arange(0, BLOCK_DIM), key < end_key
+    slot = block.to(tl.int64) * ROWS_A_BLOCK + key % BLOCK_SIZE
+    place = keys_ptr + (slot * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
+    inside = key_inside[:, None] & (dim < HEAD_DIM)[None, :]
+    k = tl.load(place, mask=inside, other=0.0)
+    v = tl.load(place + value_offset, mask=inside, other=0.0)
+    k_scale, v_scale = 1.0, 1.0
+    if HAS_SCALES:
+        sizes = NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK
+        k_scale = scales_at(keys_ptr, block, key, key_inside, kv_head, *sizes)
+        v_scale = scales_at(keys_ptr + value_offset, block, key, key_inside, kv_head, *sizes)
+    return k, v, k_scale, v_scale
 
 
 @jit
 def _add_tile(
-    q, k, v, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
+    q, tile, key_inside, distance, slope, top, mass, sums, scale, soft_cap,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """Take one more tile of keys into a softmax."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    k, v, k_scale, v_scale = tile
+    scores = tl.dot(q, tl.trans(as_factor(k, q.dtype)), input_precision="ieee") * scale
+    if HAS_SCALES:
+        scores *= k_scale[None, :]
     if HAS_CAP:
         scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
     if HAS_SLOPES:
@@ -79,23 +92,25 @@ def _add_tile(
     weights = tl.exp(scores - new_top[:, None])
     decay = tl.exp(top - new_top)
     mass = mass * decay + tl.sum(weights, 1)
-    sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    if HAS_SCALES:
+        weights *= v_scale[None, :]
+    sums = sums * decay[:, None] + tl.dot(weights.to(q.dtype), as_factor(v, q.dtype), input_precision="ieee")
     return new_top, mass, sums
 
 
 @jit
 def _attend(
-    q, k, v, keys_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, newest, slope, top, mass,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, HAS_CAP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr, HAS_TILE: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
+    q, tile, keys_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, newest, slope, top, mass,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS_A_BLOCK: tl.constexpr,
+    HAS_CAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+    HAS_TILE: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """Softmax over a stretch of keys: top score [rows], mass [rows] and weighted sums [rows, dim], all f32.
 
     It begins from `top` and `mass`. Scores fall by `slope` [rows] with a key's distance from the key `newest`.
 
-    HAS_TILE: k and v are the first tile's, and each tile is loaded while the one before it is added up; otherwise
-    tiles go through shared memory, several at a time.
+    HAS_TILE: the first tile is given, and each is loaded while the one before it is added up; otherwise tiles go
+    through shared memory, several at a time.
     """
     sums = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
     key = first_key + tl.arange(0, TILE)
@@ -104,28 +119,30 @@ def _attend(
         key_inside, distance = key < end_key, newest - key
         next_key = key + TILE
         if HAS_TILE:
-            this_k, this_v = k, v
-            place, inside = _places(block, next_key, end_key, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
-            k = tl.load(keys_ptr + place, mask=inside, other=0.0)
-            v = tl.load(keys_ptr + value_offset + place, mask=inside, other=0.0)
-            after = next_key + TILE
+            this, to_load = tile, next_key
         else:
-            place, inside = _places(block, key, end_key, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
-            this_k = tl.load(keys_ptr + place, mask=inside, other=0.0)
-            this_v = tl.load(keys_ptr + value_offset + place, mask=inside, other=0.0)
-            after = next_key
+            to_load = key
+        loaded = _load_tile(
+            keys_ptr, value_offset, block, to_load, end_key, kv_head,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, BLOCK_DIM, HAS_SCALES,
+        )  # fmt: skip
+        if HAS_TILE:
+            tile = loaded
+        else:
+            this = loaded
         # The blocks of a tile are known before its keys are asked for.
+        after = to_load + TILE
         block = tl.load(table_ptr + after // BLOCK_SIZE, mask=after < end_key, other=0)
         top, mass, sums = _add_tile(
-            q, this_k, this_v, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP, HAS_SLOPES
-        )
+            q, this, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP, HAS_SLOPES, HAS_SCALES,
+        )  # fmt: skip
         key = next_key
     return top, mass, sums
 
 
 @jit
 def _put_together(
-    out_ptr, tops_ptr, masses_ptr, sums_ptr, num_parts, part_stride,
+    out_ptr, tops_ptr, masses_ptr, sums_ptr, num_parts, part_stride, value_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +168,7 @@ def _put_together(
         mass = mass * decay + tl.sum(weights * masses, 0)
         sums = sums * decay[:, None] + tl.sum(weights[:, :, None] * parts, 0)
         top = new_top
-    y = sums / tl.where(mass == 0, 1.0, mass)[:, None]
+    y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]
     inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(out_ptr + head[:, None] * HEAD_DIM + dim[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -159,9 +176,9 @@ def _put_together(
 @jit(do_not_specialize=("tops_ptr", "masses_ptr", "table_stride"))  # which vary between steps
 def _paged_decode(
     q_ptr, cache_ptr, out_ptr, table_ptr, work_ptr, arrivals_ptr, tops_ptr, masses_ptr, sums_ptr,
-    seq_lens_ptr, slopes_ptr, sinks_ptr, scale, soft_cap, q_stride, value_offset, table_stride,
+    seq_lens_ptr, slopes_ptr, sinks_ptr, scale, soft_cap, value_scale, q_stride, value_offset, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
+    ROWS_A_BLOCK: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr, EARLY: tl.constexpr,
     IS_FIRST: tl.constexpr, PDL: tl.constexpr,
@@ -170,6 +187,7 @@ def _paged_decode(
 
     IS_FIRST: the work was made by the kernel before.
     """
+    HAS_SCALES: tl.constexpr = cache_ptr.dtype.element_ty == tl.int8
     kv_head, item = tl.program_id(0), tl.program_id(1)
     if PDL and IS_FIRST:
         gdc_wait()
@@ -180,17 +198,16 @@ def _paged_decode(
         gdc_wait()  # whoever has nothing to do may be done before the kernel before is, but not all of them
     if sequence >= 0:
         table_ptr += sequence * table_stride
-        dim, k, v = tl.arange(0, BLOCK_DIM), 0.0, 0.0
+        dim, tile = tl.arange(0, BLOCK_DIM), 0
         if EARLY:
             # All keys but the newest, which the kernel before may not have written yet, lie there from earlier steps.
             key, newest = first_key + tl.arange(0, TILE), end_key - 1
             block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < newest, other=0)
-            place, inside = _places(block, key, newest, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_DIM)
-            k = tl.load(cache_ptr + place, mask=inside, other=0.0)
-            v = tl.load(cache_ptr + value_offset + place, mask=inside, other=0.0)
-            has_newest = dim < tl.where(newest >= 0, HEAD_DIM, 0)
-            block = tl.load(table_ptr + newest // BLOCK_SIZE, mask=newest >= 0, other=0).to(tl.int64)
-            newest_ptr = cache_ptr + ((block * BLOCK_SIZE + newest % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+            k, v, k_scale, v_scale = _load_tile(
+                cache_ptr, value_offset, block, key, newest, kv_head,
+                NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, BLOCK_DIM, HAS_SCALES,
+            )  # fmt: skip
+            newest_block = tl.load(table_ptr + newest // BLOCK_SIZE, mask=newest >= 0, other=0).to(tl.int64)
         if PDL and not IS_FIRST:
             gdc_wait()
         if PDL:
@@ -202,10 +219,20 @@ def _paged_decode(
         first_head = kv_head * GROUP
         q = tl.load(q_ptr + sequence * q_stride + first_head * HEAD_DIM + element, mask=inside, other=0.0)
         if EARLY:
-            newest_k = tl.load(newest_ptr + dim, mask=has_newest, other=0.0)
-            newest_v = tl.load(newest_ptr + value_offset + dim, mask=has_newest, other=0.0)
-            k = tl.where((key == newest)[:, None], newest_k[None, :], k)
-            v = tl.where((key == newest)[:, None], newest_v[None, :], v)
+            is_newest, has_newest = key == newest, dim < tl.where(newest >= 0, HEAD_DIM, 0)
+            slot = newest_block * ROWS_A_BLOCK + newest % BLOCK_SIZE
+            newest_ptr = cache_ptr + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim
+            newest_k = tl.load(newest_ptr, mask=has_newest, other=0.0)
+            newest_v = tl.load(newest_ptr + value_offset, mask=has_newest, other=0.0)
+            k = tl.where(is_newest[:, None], newest_k[None, :], k)
+            v = tl.where(is_newest[:, None], newest_v[None, :], v)
+            if HAS_SCALES:
+                sizes = NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK
+                newest_k_scale = scales_at(cache_ptr, newest_block, newest, newest >= 0, kv_head, *sizes)
+                newest_v_scale = scales_at(cache_ptr + value_offset, newest_block, newest, newest >= 0, kv_head, *sizes)
+                k_scale = tl.where(is_newest, newest_k_scale, k_scale)
+                v_scale = tl.where(is_newest, newest_v_scale, v_scale)
+            tile = k, v, k_scale, v_scale
         top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
         mass, slope, last_key = tl.zeros((BLOCK_ROWS,), tl.float32), top, 0
         if HAS_SLOPES:
@@ -215,13 +242,14 @@ def _paged_decode(
             top = tl.load(sinks_ptr + first_head + head, mask=head < GROUP, other=0.0)
             mass += 1.0
         top, mass, sums = _attend(
-            q, k, v, cache_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap,
-            last_key, slope, top, mass,
-            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE, EARLY, HAS_SLOPES,
+            q, tile, cache_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, last_key,
+            slope, top, mass,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE, EARLY, HAS_SLOPES,
+            HAS_SCALES,
         )  # fmt: skip
         out_ptr += (sequence * NUM_KV_HEADS * GROUP + first_head) * HEAD_DIM
         if num_parts == 1:
-            y = sums / tl.where(mass == 0, 1.0, mass)[:, None]
+            y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]
             tl.store(out_ptr + element, y.to(q.dtype), mask=inside)
         else:
             part = item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
@@ -235,7 +263,7 @@ def _paged_decode(
                 part = first_item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
                 _put_together(
                     out_ptr, tops_ptr + part, masses_ptr + part, sums_ptr + part * HEAD_DIM, num_parts,
-                    NUM_KV_HEADS * GROUP, GROUP, HEAD_DIM, BLOCK_PARTS, BLOCK_GROUP, BLOCK_DIM,
+                    NUM_KV_HEADS * GROUP, value_scale, GROUP, HEAD_DIM, BLOCK_PARTS, BLOCK_GROUP, BLOCK_DIM,
                 )  # fmt: skip
 
 
@@ -245,12 +273,14 @@ def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
-    return launch_tuned(q, cache, plan, scores, FEW if len(plan.seq_lens) <= _MOST_FEW else MANY)
+def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES) -> Tensor:
+    return launch_tuned(q, cache, plan, scores, scales, FEW if len(plan.seq_lens) <= _MOST_FEW else MANY)
 
 
-def launch_tuned(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, tuning: Tuning) -> Tensor:
-    (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+def launch_tuned(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales, tuning: Tuning
+) -> Tensor:
+    (_, num_heads, head_dim), (_, _, rows_a_block, num_kv_heads, _) = q.shape, cache.shape
     check(are_contiguous(plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     group = num_heads // num_kv_heads
     block_dim = max(triton.next_power_of_2(head_dim), 16)
@@ -270,8 +300,10 @@ def launch_tuned(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, 
     _paged_decode[(num_kv_heads, len(work))](
         q, cache, out, plan.block_table, work, arrivals, tops, masses, sums,
         plan.seq_lens, q if slopes is None else slopes, q if sinks is None else sinks,
-        scores.scale, scores.soft_cap, q.stride(0), cache.stride(0), plan.block_table.stride(0),
-        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, HAS_CAP=scores.soft_cap > 0,
+        scores.scale * scales.key, scores.soft_cap, scales.value, q.stride(0), cache.stride(0),
+        plan.block_table.stride(0),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size_of(cache),
+        ROWS_A_BLOCK=rows_a_block, HAS_CAP=scores.soft_cap > 0,
         HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
         BLOCK_PARTS=max(512 * tuning.num_warps // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
@@ -302,16 +334,33 @@ UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
         *grid(spans=(LONG, UNEVEN), heads=((6, 2, 32),), dtype=FLOATS, slopes=(False, True), sinks=(True,)),
         *grid(spans=(UNEVEN,), heads=((3, 3, 48),), dtype=FLOATS, window=(300,), slopes=(True,), soft_cap=(2.0,)),
         *grid(spans=(UNEVEN,), heads=((16, 1, 96), (3, 3, 256), (20, 1, 192)), dtype=FLOATS, block_size=(64, 24)),
+        *grid(
+            spans=(MANY_SHORT, UNEVEN),
+            heads=((6, 2, 80),),
+            dtype=FLOATS,
+            block_size=(24,),
+            window=(0, 300),
+            kept_as=(torch.int8, *F8),
+            scales=(KVScales(0.5, 3.0),),
+        ),
     ],
-    bench_cases=grid(
-        spans=(_spans(128), _spans(2000), _spans(32_768), _spans(*(1024,) * 64), _spans(*(512,) * 256)),
-        heads=((16, 8, 128), (32, 8, 128)),
-        dtype=(torch.bfloat16,),
-    ),
+    bench_cases=[
+        *grid(
+            spans=(_spans(128), _spans(2000), _spans(32_768), _spans(*(1024,) * 64), _spans(*(512,) * 256)),
+            heads=((16, 8, 128), (32, 8, 128)),
+            dtype=(torch.bfloat16,),
+        ),
+        *grid(
+            spans=(_spans(2000), _spans(*(1024,) * 64)),
+            heads=((32, 8, 128),),
+            dtype=(torch.bfloat16,),
+            kept_as=(torch.int8, torch.float8_e4m3fn),
+        ),
+    ],
     num_bytes=num_bytes,
     tolerances={torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2},
 )
-def paged_decode(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
+def paged_decode(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES) -> Tensor:
     """Attend q [num_seqs, H, D] to the cached keys of its sequences -> the same shape; ValueError as paged_attention.
 
     The sums of a sequence may be cut otherwise in another batch: not for plans that ask for invariant results.
@@ -320,4 +369,4 @@ def paged_decode(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) 
     check(len(q) == len(plan.seq_lens) and plan.max_query_len == 1, "not one token a sequence")
     check(not plan.invariant, "the plan asks for invariant results")
     form = cpu_attention.attend if q.device.type == "cpu" else launch
-    return form(q, cache, plan, scores)
+    return form(q, cache, plan, scores, scales)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from cableway.kernels.kv_cache import NO_SCALES, KVScales, as_factor, block_size_of, scales_at
 from cableway.kernels.lang import jit, tl, triton
 
 if TYPE_CHECKING:
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
 def _paged_prefill(
     q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, slopes_ptr, sinks_ptr, scale,
-    soft_cap, window, q_stride, value_offset, table_stride, block_size, num_kv_heads,
+    soft_cap, window, value_scale, q_stride, value_offset, table_stride, block_size, rows_a_block, num_kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One item of the work, TILE query tokens of one sequence, for the query heads of one KV head."""
+    HAS_SCALES: tl.constexpr = cache_ptr.dtype.element_ty == tl.int8
     kv_head, item = tl.program_id(0), tl.program_id(1)
     sequence, first_query = tl.load(work_ptr + item * 2).to(tl.int64), tl.load(work_ptr + item * 2 + 1)
     if sequence >= 0:
@@ -60,12 +62,16 @@ def _paged_prefill(
             key = keys_from + tl.arange(0, BLOCK_KEYS)
             key_inside = key < last_key
             block = tl.load(table_ptr + sequence * table_stride + key // block_size, mask=key_inside, other=0)
-            slot = block.to(tl.int64) * block_size + key % block_size
+            slot = block.to(tl.int64) * rows_a_block + key % block_size
             place = (slot * num_kv_heads + kv_head)[:, None] * HEAD_DIM + dim[None, :]
             kv_inside = key_inside[:, None] & (dim[None, :] < HEAD_DIM)
-            k = tl.load(cache_ptr + place, mask=kv_inside, other=0.0)
-            v = tl.load(cache_ptr + value_offset + place, mask=kv_inside, other=0.0)
+            k = as_factor(tl.load(cache_ptr + place, mask=kv_inside, other=0.0), q.dtype)
+            v = as_factor(tl.load(cache_ptr + value_offset + place, mask=kv_inside, other=0.0), q.dtype)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if HAS_SCALES:
+                sizes = num_kv_heads, HEAD_DIM, block_size, rows_a_block
+                scores *= scales_at(cache_ptr, block, key, key_inside, kv_head, *sizes)[None, :]
+                v_scales = scales_at(cache_ptr + value_offset, block, key, key_inside, kv_head, *sizes)
             if HAS_CAP:
                 scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
             if HAS_SLOPES:
@@ -80,15 +86,19 @@ def _paged_prefill(
             weights = tl.exp(scores - shift[:, None])
             decay = tl.exp(top - shift)
             mass = mass * decay + tl.sum(weights, 1)
+            if HAS_SCALES:
+                weights *= v_scales[None, :]
             sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             top = new_top
-        y = sums / tl.where(mass == 0, 1.0, mass)[:, None]  # nobody's rows see nothing
+        y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]  # nobody's rows see nothing
         tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(q.dtype), mask=inside)
 
 
-def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: Scores) -> None:
+def launch(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: Scores, scales: KVScales = NO_SCALES
+) -> None:
     """Write `out` [T, H, D] for all sequences of an invariant plan, else for those that paged_decode leaves."""
-    (num_tokens, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    (num_tokens, num_heads, head_dim), (_, _, rows_a_block, num_kv_heads, _) = q.shape, cache.shape
     group = num_heads // num_kv_heads
     block_group = triton.next_power_of_2(group)
     tile = max((16 if plan.invariant else 64) // block_group, 1)
@@ -100,8 +110,9 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: S
     slopes, sinks = scores.slopes, scores.sinks
     _paged_prefill[(num_kv_heads, len(work))](
         q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work,
-        q if slopes is None else slopes, q if sinks is None else sinks, scores.scale, scores.soft_cap, scores.window,
-        q.stride(0), cache.stride(0), plan.block_table.stride(0), block_size, num_kv_heads,
+        q if slopes is None else slopes, q if sinks is None else sinks,
+        scores.scale * scales.key, scores.soft_cap, scores.window, scales.value,
+        q.stride(0), cache.stride(0), plan.block_table.stride(0), block_size_of(cache), rows_a_block, num_kv_heads,
         GROUP=group, HEAD_DIM=head_dim, HAS_CAP=scores.soft_cap > 0, HAS_WINDOW=scores.window > 0,
         HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         TILE=tile, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim, BLOCK_KEYS=block_keys,

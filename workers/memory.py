@@ -15,7 +15,8 @@ from torch import Tensor
 from cableway.ipc.config import WorkerConfig
 from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.block_copy import block_copy
-from cableway.kernels.kv_write import kv_cache_shape
+from cableway.kernels.kv_cache import kv_cache_shape
+from cableway.kernels.lang import gpu_capability
 from cableway.workers.batch import Batch, Decoder, Source, StateSpec
 
 _CPU_BYTES = 1 << 30
@@ -24,6 +25,9 @@ _CPU_AVAILABLE_FRAC = 0.5
 _LOGITS_COPIES = 4
 """Beside those of the dry run: the sampler's, of rows with penalties or log-probabilities."""
 _GIB = 1 << 30
+_OF_8_BITS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": torch.int8}
+_LEAST_FOR_E4M3 = 89
+"""Capability of GPUs that convert it."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,22 @@ class KVCache:
             block_copy(tensor, pairs)
 
 
+def kept_as(config: WorkerConfig) -> torch.dtype:
+    """In what numbers keys and values are kept; ModelError when the GPU does not know them."""
+    is_old = config.device == "cuda" and gpu_capability() < _LEAST_FOR_E4M3
+    if config.kv_cache_dtype == "fp8_e4m3" and is_old:
+        raise ModelError("kv_cache_dtype fp8_e4m3 takes a GPU of capability 8.9 or more: choose int8 or fp8_e5m2")
+    return _OF_8_BITS.get(config.kv_cache_dtype) or getattr(torch, config.kv_cache_dtype)
+
+
 def allocate(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """Make the cache. Zeroed memory: a CPU takes pages only as they are written.
+    """Make the cache, of keys and values in `dtype`. Zeroed memory: a CPU takes pages only as they are written.
 
     On a GPU the weights are there already, and a dry run of the largest step shows what else there will be.
 
     Raises:
-        ModelError: not even one sequence of `max_model_len` tokens fits, or the GPU has less than was asked for.
+        ModelError: not even one sequence of `max_model_len` tokens fits, the GPU has less than was asked for, or what
+            layers keep cannot be kept in that dtype.
     """
 
     def available_bytes() -> int:
@@ -197,10 +210,15 @@ def nobodies_source(num_tokens: int, device: torch.device) -> Source:
 
 
 def block_memory(group: StateSpec, block_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of one block of one layer."""
+    """Shape and dtype of one block of one layer; ModelError when its state cannot be kept in numbers of 8 bits."""
     if group.state_len:
         return (1, 1, 1, 1, group.state_len), torch.float32
-    return kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim, group.num_planes), dtype
+    if dtype in _OF_8_BITS.values():
+        if group.kind == "latent":
+            raise ModelError("kv_cache_dtype: this model keeps latents, which are not kept in 8 bits: leave it at auto")
+        if dtype == torch.int8 and group.head_dim % 4:
+            raise ModelError(f"kv_cache_dtype int8 takes heads of a multiple of 4 numbers, not of {group.head_dim}")
+    return kv_cache_shape(1, block_size, group.num_kv_heads, group.head_dim, dtype, group.num_planes), dtype
 
 
 def _places(

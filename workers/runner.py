@@ -82,7 +82,7 @@ class Runner:
         self._decoder = decoder
         self._device = device
         self._invariant = config.batch_invariant
-        self._cache = memory.allocate(decoder, config, getattr(torch, config.dtype), device)
+        self._cache = memory.allocate(decoder, config, memory.kept_as(config), device)
         kinds = [group.kind for group in self.state_groups]
         self._rows = Rows(config.max_num_seqs, config.max_model_len, config.block_size, kinds, device)
         self._sampler = Sampler(config.max_num_seqs, decoder.vocab_size, device)
@@ -127,7 +127,7 @@ class Runner:
         if self._parking is not None:
             self._parking.fetch()
         same = msgspec.structs.replace(self._config, num_kv_blocks=self._cache.num_blocks)
-        self._cache = memory.allocate(self._decoder, same, getattr(torch, same.dtype), self._device)
+        self._cache = memory.allocate(self._decoder, same, memory.kept_as(same), self._device)
         self._graphs = self._capture(same)
 
     @property

@@ -16,6 +16,7 @@ Key: n sequences that bring one token, P gathered positions of another, R rows o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cableway.kernels.kv_cache import NO_SCALES, KVScales, block_size_of, numbers
 from cableway.kernels.lang import loops
 
 if TYPE_CHECKING:
@@ -134,11 +136,14 @@ class Heads(NamedTuple):
     head_dim: int
 
 
-def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
+def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES) -> Tensor:
     """q [T, H, D] -> [T, H, D]; see `paged_attention`."""
     if q.dtype == torch.float16:  # CPUs have no fast products of it
-        return attend(q.float(), cache, plan, scores).half()
-    _, _, block_size, num_kv_heads, head_dim = cache.shape
+        return attend(q.float(), cache, plan, scores, scales).half()
+    if scales != NO_SCALES:
+        y = attend(q, cache, plan, replace(scores, scale=scores.scale * scales.key))
+        return y.mul_(scales.value)
+    (_, _, _, num_kv_heads, head_dim), block_size = cache.shape, block_size_of(cache)
     host = plan.on_host(block_size, scores.window, q.dtype)
     heads = Heads(num_kv_heads, q.shape[1] // num_kv_heads, head_dim)
     slopes, sinks = scores.slopes, scores.sinks
@@ -149,22 +154,21 @@ def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Ten
         operations = 3 * heads.group * head_dim * host.mean_keys
         loops.run(
             loops.attend, len(host.singles) * num_kv_heads, operations, q.data_ptr(), q.stride(0), out.data_ptr(),
-            loops.KINDS[q.dtype], cache.data_ptr(), loops.KINDS[cache.dtype], cache.stride(0),
-            plan.block_table.data_ptr(), plan.block_table.stride(0), host.singles.data_ptr(), host.most_keys,
-            num_kv_heads, heads.group, head_dim, block_size, scores.window,
+            loops.KINDS[q.dtype], plan.block_table.data_ptr(), plan.block_table.stride(0), host.singles.data_ptr(),
+            host.most_keys, heads.group, scores.window,
             0 if slopes is None else slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
-            scores.scale, scores.soft_cap,
+            *loops.integers_of(cache), scores.scale, scores.soft_cap,
         )  # fmt: skip
     if host.chunks:
-        keys, values = cache.flatten(2).unbind()
+        keys, values = cache.unbind()
         for chunk in host.chunks:
             _attend_chunk(q, keys, values, chunk, heads, scores, out, invariant=plan.invariant)
     return out
 
 
 def _gather(blocks: Tensor, index: Tensor, heads: Heads, dtype: torch.dtype) -> Tensor:
-    """Keys or values [P, KV * D] of the blocks [num_blocks, block_size * KV * D] in `index`."""
-    return blocks.index_select(0, index).view(-1, heads.num_kv_heads * heads.head_dim).to(dtype)
+    """Keys or values [P, KV * D] of the blocks [num_blocks, block_rows, KV, D] in `index`."""
+    return numbers(blocks.index_select(0, index)[None], dtype).view(-1, heads.num_kv_heads * heads.head_dim)
 
 
 def _attend_chunk(

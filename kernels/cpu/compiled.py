@@ -46,6 +46,8 @@ def _pointer(numba_type, llvm_type):
 
 
 f32_at = _pointer(float32, ir.FloatType())
+i8_at = _pointer(types.int8, ir.IntType(8))
+u8_at = _pointer(types.uint8, ir.IntType(8))
 u16_at = _pointer(uint16, ir.IntType(16))
 i32_at = _pointer(types.int32, ir.IntType(32))
 i64_at = _pointer(types.int64, ir.IntType(64))
@@ -88,7 +90,7 @@ def bits_of_f32(context, value):
 
 
 @intrinsic
-def _f32_of_half(context, bits):
+def f32_of_half(context, bits):
     def generate(_, builder, signature, arguments):
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
@@ -117,7 +119,7 @@ def read(address, start, size, kind, into):
     else:
         narrow = u16_at(address)
         for i in range(size):
-            into[i] = _f32_of_half(narrow[start + i])
+            into[i] = f32_of_half(narrow[start + i])
 
 
 @njit(inline="always")

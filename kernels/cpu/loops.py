@@ -18,12 +18,12 @@ from cableway.kernels.cpu.compiled import (
     i64_at,
     integers,
     read,
-    u16_at,
     write,
 )
+from cableway.kernels.cpu.kept import NUM_INTEGERS, integers_of, read_head, write_token
 from cableway.kernels.cpu.team import loop, run
 
-__all__ = ["KINDS", "run"]
+__all__ = ["KINDS", "integers_of", "run"]
 
 
 @njit(inline="always")
@@ -116,14 +116,6 @@ def _rotate_heads(x, start, head_stride, num_heads, kind, cos_sin, position, rot
         write(x, start + head * head_stride, rotary, kind, turned)
 
 
-@njit(inline="always")
-def _copy(source, start, target, to, size):
-    """So many elements of 2 bytes from one address to another; places in such elements."""
-    elements, into = u16_at(source), u16_at(target)
-    for i in range(size):
-        into[to + i] = elements[start + i]
-
-
 @loop(8)
 def rotate(begin, end, arguments):
     """Rotate the heads of x in place."""
@@ -133,31 +125,31 @@ def rotate(begin, end, arguments):
         _rotate_heads(x, token * x_token, x_head, num_heads, kind, cos_sin, intp(position[token]), rotary)
 
 
-@loop(8)
+@loop(13, 2)
 def write_kv(begin, end, arguments):
-    """Copy rows of k and v, `width` elements of 2 bytes, to their slots in the cache; strides in such elements."""
-    k, k_token, v, v_token, cache, value_offset, slots, width = integers(arguments, 8)
+    """Keep rows of k and v in their slots of the cache."""
+    k, k_token, v, v_token, kind, slots = integers(arguments, 6)
+    cache = integers(arguments + 48, NUM_INTEGERS)
+    key_factor, value_factor = floats(arguments + 104, 2)
     slot = i64_at(slots)
     for token in range(begin, end):
-        to = slot[token] * width
-        _copy(k, token * k_token, cache, to, width)
-        _copy(v, token * v_token, cache, value_offset + to, width)
+        write_token(k, token * k_token, kind, cache, 0, slot[token], key_factor)
+        write_token(v, token * v_token, kind, cache, 1, slot[token], value_factor)
 
 
-@loop(17)
+@loop(19, 2)
 def rotate_and_write(begin, end, arguments):
-    """Both, of q, k and v whose heads lie together. `halves`: elements of 2 bytes in one of theirs."""
-    (
-        q, q_token, k, k_token, v, v_token, kind, halves, cos_sin, positions, cache, value_offset, slots, num_heads,
-        num_kv_heads, head_dim, rotary,
-    ) = integers(arguments, 17)  # fmt: skip
-    position, slot, width = i32_at(positions), i64_at(slots), num_kv_heads * head_dim * halves
+    """Both, of q, k and v whose heads lie together."""
+    q, q_token, k, k_token, v, v_token, kind, cos_sin, positions, slots, num_heads, rotary = integers(arguments, 12)
+    cache = integers(arguments + 96, NUM_INTEGERS)
+    key_factor, value_factor = floats(arguments + 152, 2)
+    position, slot, num_kv_heads, head_dim = i32_at(positions), i64_at(slots), cache[3], cache[4]
     for token in range(begin, end):
-        at, to = intp(position[token]), slot[token] * width
+        at = intp(position[token])
         _rotate_heads(q, token * q_token, head_dim, num_heads, kind, cos_sin, at, rotary)
         _rotate_heads(k, token * k_token, head_dim, num_kv_heads, kind, cos_sin, at, rotary)
-        _copy(k, token * k_token * halves, cache, to, width)
-        _copy(v, token * v_token * halves, cache, value_offset * halves + to, width)
+        write_token(k, token * k_token, kind, cache, 0, slot[token], key_factor)
+        write_token(v, token * v_token, kind, cache, 1, slot[token], value_factor)
 
 
 @loop(5)
@@ -256,7 +248,7 @@ def activate(begin, end, arguments):
         write(y, row * size, size, dtype, h)
 
 
-@loop(18, 2)
+@loop(19, 2)
 def attend(begin, end, arguments):
     """Attention of sequences that bring one token each; see paged_attention.py.
 
@@ -265,15 +257,15 @@ def attend(begin, end, arguments):
     sequence.
     """
     (
-        q, q_token, y, kind, cache, cache_kind, value_offset, table, table_stride, singles, max_keys,
-        num_kv_heads, group, head_dim, block_size, window, slopes, sinks,
-    ) = integers(arguments, 18)  # fmt: skip
-    scale, soft_cap = floats(arguments + 144, 2)
+        q, q_token, y, kind, table, table_stride, singles, max_keys, group, window, slopes, sinks,
+    ) = integers(arguments, 12)  # fmt: skip
+    cache = integers(arguments + 96, NUM_INTEGERS)
+    scale, soft_cap = floats(arguments + 152, 2)
+    num_kv_heads, head_dim, block_size = cache[3], cache[4], cache[5]
     single, block, slope, sink = i64_at(singles), i32_at(table), f32_at(slopes), f32_at(sinks)
     query, mixed = np.empty((group, head_dim), np.float32), np.empty((group, head_dim), np.float32)
     row = np.empty(head_dim, np.float32)
     weights = np.empty((group, max_keys), np.float32)
-    width = num_kv_heads * head_dim
     for item in range(begin, end):
         sequence, kv_head = item // num_kv_heads * 3, item % num_kv_heads
         blocks, token, length = single[sequence] * table_stride, single[sequence + 1], single[sequence + 2]
@@ -285,13 +277,13 @@ def attend(begin, end, arguments):
                 query[g, i] *= scale
                 mixed[g, i] = 0
         for key in range(first, length):
-            slot = intp(block[blocks + key // block_size]) * block_size + key % block_size
-            read(cache, slot * width + kv_head * head_dim, head_dim, cache_kind, row)
+            of_key = intp(block[blocks + key // block_size])
+            key_scale = read_head(cache, 0, of_key, key % block_size, kv_head, row)
             for g in range(group):
                 score = float32(0)
                 for i in range(head_dim):
                     score += query[g, i] * row[i]
-                weights[g, key - first] = score
+                weights[g, key - first] = score * key_scale
         for g in range(group):
             head = kv_head * group + g
             if soft_cap > 0:
@@ -302,10 +294,10 @@ def attend(begin, end, arguments):
                     weights[g, i] += slope[head] * float32(first + i - length + 1)
             _softmax(weights[g], length - first, sink[head] if sinks else -np.inf)
         for key in range(first, length):
-            slot = intp(block[blocks + key // block_size]) * block_size + key % block_size
-            read(cache, value_offset + slot * width + kv_head * head_dim, head_dim, cache_kind, row)
+            of_key = intp(block[blocks + key // block_size])
+            value_scale = read_head(cache, 1, of_key, key % block_size, kv_head, row)
             for g in range(group):
-                weight = weights[g, key - first]
+                weight = weights[g, key - first] * value_scale
                 for i in range(head_dim):
                     mixed[g, i] += weight * row[i]
         for g in range(group):

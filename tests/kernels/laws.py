@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cableway.kernels import kv_cache
 from cableway.kernels.philox import gumbel_triton
 from cableway.kernels.registry import Call, Case, Kernel, kernels
 
@@ -65,9 +66,13 @@ def contract(kernel: Kernel) -> str:
 
 def assert_close(actual: Tensor, expected: Tensor, kernel: Kernel, dtype: torch.dtype | None = None) -> None:
     """Floats within the kernel's tolerance, of their own dtype or that one, all else equal; shapes and dtypes too, and
-    NaN is NaN."""
-    of_float32 = kernel.tolerances.get(torch.float32, 0.0)
-    tolerance = kernel.tolerances.get(dtype or expected.dtype, of_float32) if expected.is_floating_point() else 0.0
+    NaN is NaN. KV caches of 8 bits count as the numbers that they say."""
+    of_float32, dtype = kernel.tolerances.get(torch.float32, 0.0), dtype or expected.dtype
+    is_cache = expected.dtype in (*kv_cache.F8, torch.int8)
+    tolerance = kernel.tolerances.get(dtype, of_float32) if expected.is_floating_point() or is_cache else 0.0
+    if is_cache:
+        assert actual.dtype == expected.dtype
+        actual, expected = kv_cache.numbers(actual), kv_cache.numbers(expected)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -170,4 +175,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _whole(tensor: Tensor) -> Tensor:
     """All of the memory that the tensor is a view of."""
+    if tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes():
+        return tensor
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())

@@ -32,7 +32,7 @@ def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch
     made = make(((100, 300), (7, 7)), heads, dtype, **options)
     q, cache, plan = made.args
     monkeypatch.setattr(type(plan), "prefill_work", lambda plan, **_: torch.zeros(4, 2, dtype=torch.int32))
-    hopper_prefill.launch(q, cache, plan, torch.empty_like(q), **made.kwargs)
+    hopper_prefill.launch(q, cache, plan, torch.empty_like(q), made.kwargs["scores"])
     ((cubin, shared_bytes, num_argument_bytes),) = found
     assert cubin.startswith(b"\x7fELF")
     assert shared_bytes <= (227 << 10) - 512  # and what the file declares

@@ -23,10 +23,11 @@ pytestmark = pytest.mark.skipif(not laws.INTERPRETED, reason="only where Triton'
 SAMPLINGS = (Sampling(temperature=0), Sampling(seed=3, top_k=9, top_p=0.9))
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> WorkerConfig:
+@pytest.fixture(params=["float32", "int8", "fp8_e4m3"])
+def config(tmp_path: Path, request: pytest.FixtureRequest) -> WorkerConfig:
     small = {"max_num_seqs": 3, "max_num_batched_tokens": 24, "max_model_len": 32, "num_kv_blocks": 16}
-    return worker_config(checkpoints.tiny(tmp_path, "qwen3", num_hidden_layers=2), **small)
+    path = checkpoints.tiny(tmp_path, "qwen3", num_hidden_layers=2)
+    return worker_config(path, kv_cache_dtype=request.param, **small)
 
 
 @pytest.fixture
@@ -65,6 +66,6 @@ def test_the_warm_up_can_be_carried_out(config: WorkerConfig, as_on_gpu: Decoder
 
 def test_a_dry_run_leaves_no_trace(config: WorkerConfig, as_on_gpu: Decoder):
     with torch.inference_mode():
-        cache = memory.allocate(as_on_gpu, config, torch.float32, torch.device("cpu"))
+        cache = memory.allocate(as_on_gpu, config, memory.kept_as(config), torch.device("cpu"))
         memory.dry_run(as_on_gpu, config, cache)
-    assert not any(tensor.any() for tensor in cache.tensors)
+    assert not any(tensor.view(torch.uint8).any() for tensor in cache.tensors)

@@ -25,6 +25,7 @@ from cableway.ipc.modelfiles import ModelError
         ({"port": 65536}, "port: expected int <= 65535"),
         ({"max_num_seqs": 0}, "max_num_seqs: expected int >= 1"),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32, float16, bfloat16"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype: expected one of auto, fp8, fp8_e4m3, fp8_e5m2, int8"),
         ({"api_key": ["a", 1]}, "api_key[1]: expected str, got int"),
         ({"prefix_cache": 1}, "prefix_cache: expected bool, got int"),
     ],
@@ -53,6 +54,13 @@ def test_the_model_gives_length_vocabulary_and_name(tmp_path: Path) -> None:
     assert config.frontend.vocab_size == 100
     assert config.frontend.engines == {tmp_path.name: "0"}
     assert any(note.startswith("max_model_len = 2048") for note in config.notes)
+
+
+@pytest.mark.parametrize(
+    ("said", "resolved_to"), [("auto", "float16"), ("fp8", "fp8_e4m3"), ("fp8_e5m2", "fp8_e5m2"), ("int8", "int8")]
+)
+def test_numbers_of_the_kv_cache(tmp_path: Path, said: str, resolved_to: str) -> None:
+    assert resolved(tmp_path, dtype="float16", kv_cache_dtype=said).worker.kv_cache_dtype == resolved_to
 
 
 def test_served_names_replace_the_models_own(tmp_path: Path) -> None:

@@ -152,6 +152,23 @@ def test_gives_up_quickly_on_a_truncated_model(tmp_path: Path) -> None:
 # Other ways to run
 
 
+def test_a_kv_cache_of_8_bits_is_served() -> None:
+    """In memory that holds its longest sequence in 8 bits alone; the same answer with and without a cached prefix."""
+    question = [{"role": "user", "content": "Name three rivers of France and where each of them ends."}]
+    flags = "--kv-cache-dtype", "fp8", "--batch-invariant", "--kv-cache-memory-bytes", str(96 << 20)
+    with serve(*flags) as server:
+        made = [
+            client(server).chat.completions.create(
+                model="smollm2-135m", messages=question, max_tokens=24, temperature=0
+            )
+            for _ in range(2)
+        ]
+    first, again = (one.choices[0].message.content for one in made)
+    assert len(first.split()) > 8
+    assert again == first
+    assert [one.usage.prompt_tokens_details.cached_tokens for one in made] == [0, 32]
+
+
 def test_a_unix_socket_is_served_to_its_user_alone(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     with start("--uds", str(path), "--dtype", "float32") as server:

@@ -38,6 +38,7 @@ def worker_config(model: Path | str, **overrides: Any) -> WorkerConfig:
         "block_size": BLOCK_SIZE,
         "kv_cache_memory_bytes": 0,
         "num_kv_blocks": 0,
+        "kv_cache_dtype": overrides.get("dtype", "float32"),
         "batch_invariant": False,
         "enforce_eager": False,
         "num_threads": 1,

@@ -1,7 +1,7 @@
 """Grouped-query attention over a paged cache."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -11,17 +11,19 @@ from torch import Tensor
 
 from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.attention_plan import Scores
+from cableway.kernels.kv_cache import NO_SCALES, KVScales
 from cableway.kernels.kv_write import kv_write
 from cableway.kernels.paged_attention import paged_attention
 from cableway.kernels.rope import rope as rotate
 from cableway.kernels.rope_and_write import rope_and_write
 from cableway.workers.batch import StateSpec
-from cableway.workers.blocks.block import Block, Mixer
+from cableway.workers.blocks.block import Block, Mixer, Slot
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.norm import HeadRMSNorm, JointNorm, LayerNorm, RMSNorm, RMSScale
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place, Sum
+from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis, Mesh
 
 _ALIGNED = 8
@@ -51,6 +53,7 @@ class Attention(Mixer):
         self.heads, self.kv_heads = Axis("heads", num_heads, head_dim), Axis("kv_heads", num_kv_heads, head_dim)
         self.qkv = Linear(self.projected(), embed, bias=bias)
         self.q_norm, self.k_norm = qk_norm if isinstance(qk_norm, tuple) else (qk_norm, qk_norm)
+        self.kv_scales = KeptScales()
         self.out = Linear(embed, self.heads, bias=out_bias)
         self.rope, self.alibi = (None, rope) if isinstance(rope, ALiBi) else (rope, None)
         self.scores = scores
@@ -78,6 +81,9 @@ class Attention(Mixer):
     def ropes(self) -> list[Rope]:
         return [] if self.rope is None else [self.rope]
 
+    def scales(self) -> KVScales:
+        return self.kv_scales.given
+
     def prepare(self, place: Place) -> None:
         super().prepare(place)
         self._num_heads = [size // self.head_dim for size in self.qkv.local_sizes]
@@ -104,12 +110,14 @@ class Attention(Mixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """What the heads take from their sequences [T, H, D]; k and v go to this layer's cache."""
         cache, plan, slots = step.state(self.number)
+        scales = step.scales(self.number)
         if self.is_fused:
-            q = rope_and_write(q, k, v, step.angles(self.rope), cache, slots, self._norms, eps=self._eps)
+            angles = step.angles(self.rope)
+            q = rope_and_write(q, k, v, angles, cache, slots, self._norms, eps=self._eps, scales=scales)
         else:
             q, k, v = self.turn(*self.norm(q, k, v), step)
-            kv_write(k, v, cache, slots)
-        return paged_attention(q, cache, plan, self.scores)
+            kv_write(k, v, cache, slots, scales)
+        return paged_attention(q, cache, plan, self.scores, scales)
 
     def norm(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads as they are rotated."""
@@ -120,6 +128,22 @@ class Attention(Mixer):
         if self.rope is not None:
             rotate(q, k, step.angles(self.rope))
         return q, k, v
+
+
+class KeptScales(Slot):
+    """What keys and values are divided by where they are kept as f8: 1 unless the checkpoint says otherwise."""
+
+    def __init__(self) -> None:
+        self.parts = {"k": Axis("one", 1), "v": Axis("one", 1)}
+        self.leaves, self.optional = {"weight": ()}, frozenset({"weight"})
+        self.given = NO_SCALES
+
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        given = [leaves["weight"] for leaves in parts.values() if leaves]
+        if given and place.device.type != "meta":
+            self.given = KVScales(*(float(stored.read()) for stored in given))
+            if not all(0 < scale < math.inf for scale in self.given):
+                raise ModelError(f"{given[0].name}: scales of keys and values are {self.given}, not positive numbers")
 
 
 class GatedAttention(Attention):
@@ -210,7 +234,7 @@ class BorrowingAttention(Block):
         q = self.q_norm(self.q(x).unflatten(1, (-1, self.head_dim)))
         rotate(q, q[:, :0], step.angles(self.rope))
         cache, plan, _ = step.state(self.source)
-        return self.out(paged_attention(q, cache, plan, self.scores).flatten(1))
+        return self.out(paged_attention(q, cache, plan, self.scores, step.scales(self.source)).flatten(1))
 
 
 class Temper(NamedTuple):

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Self, TypeVar
 
+from cableway.kernels.kv_cache import NO_SCALES, KVScales
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.formats.base import Place
@@ -111,3 +112,7 @@ class Mixer(Block):
     def ropes(self) -> list[Rope]:
         """Rotations it asks `Step.angles` for."""
         return []
+
+    def scales(self) -> KVScales:
+        """By what its keys and values are divided where they are kept as f8."""
+        return NO_SCALES

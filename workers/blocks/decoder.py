@@ -73,6 +73,7 @@ class Decoder(Block):
         for number, mixer in enumerate(self._mixers):
             mixer.number = number
         self._groups, self._group_of = _group([mixer.state(place.mesh) for mixer in self._mixers])
+        self._scales = [mixer.scales() for mixer in self._mixers]
         divisors = self.rope_divisors.weight if self._ropes else None
         self._tables = {rope: rope.table(place.max_model_len, divisors).to(place.device) for rope in self._ropes}
 
@@ -82,7 +83,7 @@ class Decoder(Block):
 
     def forward(self, batch: Batch, caches: Sequence[Tensor]) -> Tensor:
         """Hidden states [R, E] of the tokens whose logits are wanted; `caches`, one a mixer, take what each keeps."""
-        step = Step(batch, caches, self._group_of, self._tables)
+        step = Step(batch, caches, self._group_of, self._scales, self._tables)
         delta = self.enter(batch, step)
         # PERF: a residual stream in float32 halves the error of bfloat16 logits (SmolLM2-135M: std 0.21 -> 0.11).
         residual = torch.zeros_like(delta, dtype=torch.float32)

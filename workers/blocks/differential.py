@@ -58,10 +58,11 @@ class DifferentialAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         cache, plan, slots = step.state(self.number)
         rotate(q, k, step.angles(self.rope))
-        kv_write(*(part.flatten(1).unflatten(1, (-1, self.head_dim)) for part in (k, v)), cache, slots)
+        scales = step.scales(self.number)
+        kv_write(*(part.flatten(1).unflatten(1, (-1, self.head_dim)) for part in (k, v)), cache, slots, scales)
         q = q.unflatten(1, (-1, self.num_signals + 1))
         wide = q.new_zeros(*q.shape[:3], self.head_dim)
         wide[:, :, :-1, : self.narrow], wide[:, :, -1, self.narrow :] = q[:, :, :-1], q[:, :, -1]
-        y = paged_attention(wide.flatten(1, 2), cache, plan, self.scores).view(wide.shape)
+        y = paged_attention(wide.flatten(1, 2), cache, plan, self.scores, scales).view(wide.shape)
         y = (y[:, :, :-1].float() - self._part * y[:, :, -1:]).to(q.dtype)
         return self.norm_y(y).mul_(1 - self.first)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan
+from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales
 from cableway.kernels.recurrence import RecurrentPlan
 from cableway.kernels.rope import Angles
 from cableway.workers.batch import Batch
@@ -18,6 +19,7 @@ class Step:
     Args:
         caches: one a mixer.
         group_of: the state group of each mixer.
+        scales: of each mixer's keys and values, where they are kept as f8.
         tables: angles by position of each kind of rotation in the model.
 
     Attributes:
@@ -26,9 +28,11 @@ class Step:
     """
 
     def __init__(
-        self, batch: Batch, caches: Sequence[Tensor], group_of: Sequence[int], tables: Mapping[Rope, Tensor]
-    ) -> None:
+        self, batch: Batch, caches: Sequence[Tensor], group_of: Sequence[int], scales: Sequence[KVScales],
+        tables: Mapping[Rope, Tensor],
+    ) -> None:  # fmt: skip
         self._batch, self._caches, self._group_of, self._slots = batch, caches, group_of, batch.slots
+        self._scales = [s if c.dtype in F8 else NO_SCALES for s, c in zip(scales, caches, strict=True)]
         self._source_plans: dict[int, AttentionPlan] = {}
         self.positions = batch.positions
         self.kept: dict[str, Tensor] = {}
@@ -68,6 +72,10 @@ class Step:
                 tokens, lengths, table.index_select(0, sequence), 1, table.shape[1] * batch.block_size, batch.invariant
             )
         return self._caches[mixer], self._source_plans[group]
+
+    def scales(self, mixer: int) -> KVScales:
+        """By what a mixer's keys and values are divided in its cache."""
+        return self._scales[mixer]
 
     def angles(self, rope: Rope) -> Angles:
         """By how much the batch's tokens are rotated."""

@@ -154,6 +154,13 @@ def by_head_transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, S
     )
 
 
+def one_for_all(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """One number, that of each part."""
+    if math.prod(stored.shape) != 1:
+        raise ValueError
+    return dict.fromkeys(parts, stored.changed((1,), Tensor.flatten))
+
+
 def flat(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """A row of numbers saved as a table, such as one of heads."""
     return concatenated(stored.changed((math.prod(stored.shape),), Tensor.flatten), parts)
@@ -273,6 +280,12 @@ ATTENTION = names(
         "q_norm": "q_norm",
         "k_norm": "k_norm",
         "o_proj": "out",
+        # Of f8 caches, as LLM Compressor, AutoFP8 and ModelOpt name them.
+        "k_scale": Target("kv_scales.k", layout=one_for_all, leaf="weight"),
+        "v_scale": Target("kv_scales.v", layout=one_for_all, leaf="weight"),
+        "kv_scale": Target("kv_scales", layout=one_for_all, leaf="weight"),
+        "k_proj.k_scale": Target("kv_scales.k", layout=one_for_all, leaf="weight"),
+        "v_proj.v_scale": Target("kv_scales.v", layout=one_for_all, leaf="weight"),
     },
     ignored=("rotary_emb",),
     prefix="model.layers.{}.self_attn.",
