@@ -9,6 +9,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 from cableway.ipc.gguf import Header, ModelError
@@ -18,6 +19,7 @@ from cableway.ipc.gguf_values import (
     Value,
     always,
     attention_turns,
+    by_layer,
     either,
     expert_turns,
     far_is_scaled,
@@ -139,6 +141,50 @@ _FAMILIES = {
             **_SOFT_CAPS,
             "query_pre_attn_scalar": query_scalar(62),
             "rope_local_base_freq": "rope.freq_base_swa",
+        },
+    ),
+    "gemma3n": Family(
+        "Gemma3nForCausalLM",
+        {
+            **_SOFT_CAPS,
+            "intermediate_size": by_layer("feed_forward_length"),
+            "activation_sparsity_pattern": by_layer("activation_sparsity_scale", NormalDist().cdf),
+            "altup_num_inputs": "altup.num_inputs",
+            "altup_active_idx": "altup.active_idx",
+            "num_kv_shared_layers": "attention.shared_kv_layers",
+            "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+            "vocab_size_per_layer_input": lambda file: file.num_rows("per_layer_token_embd.weight"),
+            "laurel_rank": lambda file: file.num_rows("blk.0.laurel_l.weight"),
+            "rope_local_base_freq": "rope.freq_base_swa",
+        },
+    ),
+    "llama4": Family(
+        "Llama4ForCausalLM",
+        {
+            "intermediate_size": "expert_feed_forward_length",
+            "intermediate_size_mlp": "feed_forward_length",
+            "interleave_moe_layer_step": "interleave_moe_layer_step",
+            "attention_chunk_size": lambda file: None if file["attention.sliding_window"] == 0 else 8192,
+            "use_qk_norm": lambda file: file["expert_count"] != 128,  # as Maverick, alone, has them
+        },
+    ),
+    "mistral3": Family(
+        "Ministral3ForCausalLM",
+        {
+            "rope_scaling": lambda file: {
+                **(rope_scaling(file) or {}),
+                "llama_4_scaling_beta": file["attention.temperature_scale"],
+            }
+        },
+    ),
+    "arctic": Family("ArcticForCausalLM", {"moe_layer_frequency": always(1), "parallel_attn_mlp_res": always(True)}),
+    "plamo3": Family(
+        "Plamo3ForCausalLM",
+        {
+            "rope_scaling_factor": "rope.scaling.factor",
+            "initial_context_length": "rope.scaling.original_context_length",
+            "rope_local_theta": "rope.freq_base_swa",
+            "sliding_window_pattern": "attention.sliding_window_pattern",
         },
     ),
     "phi2": Family("PhiForCausalLM"),

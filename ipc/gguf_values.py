@@ -34,6 +34,11 @@ class File:
         holds = [header for header in self._headers if tensor in header.tensor_names]
         return read_floats(holds[0] if holds else self._headers[0], tensor)
 
+    def num_rows(self, tensor: str) -> int:
+        """First dimension of a tensor."""
+        shapes = [header.raw_tensors[tensor].shape for header in self._headers if tensor in header.tensor_names]
+        return shapes[0][0] if shapes and shapes[0] else 0
+
     def layers_with(self, tensor: str) -> set[int]:
         return self._layers.get(tensor, set())
 
@@ -115,6 +120,11 @@ def layer_types(file: File) -> list[str] | None:
     return (
         ["sliding_attention" if near else "full_attention" for near in pattern] if isinstance(pattern, list) else None
     )
+
+
+def by_layer(key: str, change: Callable[[Any], Any] = lambda value: value) -> Value:
+    """A number of each layer."""
+    return lambda file: [change(value) for value in file[key]]
 
 
 def kinds(tensors: Mapping[str, str]) -> Value:

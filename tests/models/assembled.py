@@ -235,7 +235,7 @@ class Gated(nn.Module):
 
 def arctic_modules(model: Any) -> None:
     for number, layer in enumerate(model.model.layers):
-        if number % 2:
+        if (number + 1) % model.config.moe_layer_frequency == 0:
             model.model.layers[number] = Bypass(model.config, number)
         else:
             layer.mlp = nn.Sequential(OrderedDict(mlp=Gated(model.config)))
@@ -373,11 +373,11 @@ ASSEMBLED = {
     ),
     "ArcticForCausalLM": Rewritten(
         "Mixtral",
-        {"num_local_experts": 8, "num_experts_per_tok": 3, "num_hidden_layers": 4},
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "num_hidden_layers": 4, "moe_layer_frequency": 2},
         {"residual_ffn": "residual_mlp", "mlp.mlp.": "block_sparse_moe.mlp."},
         both(
             old_rope,
-            only("rope_theta", "num_local_experts", "num_experts_per_tok", moe_layer_frequency=2, use_residual=True),
+            only("rope_theta", "num_local_experts", "num_experts_per_tok", "moe_layer_frequency", use_residual=True),
             lambda config: config.update(parallel_attn_mlp_res=True),
         ),
         prepare=arctic_modules,

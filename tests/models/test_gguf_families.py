@@ -14,25 +14,28 @@ from cableway.ipc.gguf import Header, ModelError, read_header
 from cableway.workers import models
 from cableway.workers.models.config import read
 from tests.checkpoints import save
+from tests.models.assembled import REWRITTEN
 from tests.models.converter.families import CONVERSIONS, Conversion
 from tests.models.converter.metadata import ATTENTION, Config, always
 from tests.models.converter.tensors import PERMUTED, Tensors, experts_stacked, renamed
 from tests.models.converter.writing import convert, in_blocks, rounded
 from tests.models.harness import load, logits_of
-from tests.models.rewritten import REWRITTEN
 from tests.models.test_parallel import on_ranks
 from tests.models.test_zoo import close, ids_of, oracle, prompt
 from tests.models.zoo import (
     BY_TYPE,
     DEEPSEEK,
+    DEFAULT,
     DELTA,
     EXPERTS,
     FEW,
+    GEMMA3N,
     HALF,
     HYBRID,
     LATENT,
     LINEAR,
     LLAMA3,
+    LLAMA4,
     LOCAL,
     LONG,
     MAMBA2,
@@ -77,6 +80,29 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "Gemma3ForCausalLM": [
         {**REPEATED, "query_pre_attn_scalar": 16, "rope_parameters": {**BY_TYPE, "full_attention": LINEAR}}
+    ],
+    "Gemma3nForCausalLM": [
+        {
+            **GEMMA3N,
+            "vocab_size_per_layer_input": 300,
+            "final_logit_softcapping": 30.0,
+            "rope_parameters": {**BY_TYPE, "sliding_attention": DEFAULT},
+        }
+    ],
+    "Llama4ForCausalLM": [
+        {**LLAMA4, "num_hidden_layers": 4, "no_rope_layer_interval": 4, "attention_chunk_size": 8192}
+        | {"floor_scale": 8192, "attn_scale": 0.1, "num_local_experts": 16}
+    ],
+    "Ministral3ForCausalLM": [
+        {
+            "rope_parameters": {
+                **YARN,
+                "original_max_position_embeddings": 8,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.7,
+            }
+        }
     ],
     "PhiForCausalLM": [{"rope_parameters": HALF, "intermediate_size": 256, "num_key_value_heads": 4}],
     "Phi3ForCausalLM": [
@@ -176,6 +202,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 REMOTE: dict[str, dict[str, Any]] = {
+    "ArcticForCausalLM": {"moe_layer_frequency": 1},
+    "Plamo3ForCausalLM": {},
     "ExaoneForCausalLM": {},
     "InternLM2ForCausalLM": {},
     "MiniCPMForCausalLM": {},

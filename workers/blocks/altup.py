@@ -17,6 +17,7 @@ from cableway.workers.blocks.layers import Layer, Norm
 from cableway.workers.blocks.linear import Embedding, Linear, Vector
 from cableway.workers.blocks.mamba import Table
 from cableway.workers.blocks.mlp import Activation
+from cableway.workers.blocks.moe import Experts
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.blocks.step import Step
 from cableway.workers.parallel import Axis
@@ -144,21 +145,26 @@ class AltUpDecoder(Decoder):
         super().__init__(c, layers, norm_out=norm_out, **out)
         embed = Axis("embed", c.hidden_size)
         self.inputs = inputs.copy()
-        self.spread, self.join = ([Linear(embed, embed) for _ in range(num_streams - 1)] for _ in range(2))
+        self.spread = Linear({str(i): embed for i in range(num_streams - 1)}, embed)
+        self.join = Experts(num_streams - 1, {"": embed}, embed)  # each stream has a matrix of its own
 
     def enter(self, batch: Batch, step: Step) -> Tensor:
         first = super().enter(batch, step)
         step.kept["inputs"] = self.inputs(batch.token_ids, first)
-        return torch.stack([first, *(_as_long_as(first, linear(first)) for linear in self.spread)])
+        others = self.spread(first).unflatten(1, (-1, first.shape[1])).transpose(0, 1)
+        return torch.cat((first[None], _as_long_as(first, others)))
 
     def leave(self, delta: Tensor, residual: Tensor) -> Tensor:
-        first, *others = residual.add_(delta).to(delta.dtype)
-        pairs = zip(self.join, others, strict=True)
-        joined = torch.stack([first, *(_as_long_as(first, linear(stream)) for linear, stream in pairs)])
+        streams = residual.add_(delta).to(delta.dtype)
+        first, others = streams[0], streams[1:]
+        offsets = torch.arange(len(streams), dtype=torch.int32, device=streams.device) * len(first)
+        numbers = torch.arange(len(others), device=streams.device).repeat_interleave(len(first))
+        joined = self.join(others.flatten(0, 1), numbers, offsets).view(others.shape)
+        joined = torch.cat((first[None], _as_long_as(first, joined)))
         return self.norm_out(joined.float().mean(0).to(delta.dtype))
 
 
 def _as_long_as(like: Tensor, x: Tensor) -> Tensor:
-    """x [T, E] with the length of each row of `like` [T, E]"""
+    """x [..., T, E], its rows as long as those of `like` [T, E]"""
     square, wanted = (part.float().square().mean(-1, keepdim=True) for part in (x, like))
     return (x.float() * (wanted / square.clamp(min=_LEAST_SQUARE)).sqrt()).to(x.dtype)

@@ -8,8 +8,9 @@ from cableway.workers.blocks.layers import BypassLayer, Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import MoEConfig, Size
+from cableway.workers.models.gguf_names import GGUF_NEIGHBOURS
 from cableway.workers.models.moe import MIXTRAL, mixture
-from cableway.workers.models.names import Names, experts, names
+from cableway.workers.models.names import Names, Target, experts, names, stacked
 from cableway.workers.models.registry import arch, relative
 
 _MLP = {"w1": "mlp.gate_up.gate", "w3": "mlp.gate_up.up", "w2": "mlp.down"}
@@ -27,6 +28,19 @@ class ArcticConfig(MoEConfig, frozen=True, kw_only=True):
         return (layer + 1) % self.moe_layer_frequency == 0
 
 
+PAST = names(
+    {
+        "ffn_norm_exps": "norm_moe",
+        "ffn_gate_inp": "moe.router.gate",
+        "ffn_gate_exps": Target("moe.gate_up", layout=stacked, parts=("gate",)),
+        "ffn_up_exps": Target("moe.gate_up", layout=stacked, parts=("up",)),
+        "ffn_down_exps": Target("moe.down", layout=stacked),
+    },
+    prefix="blk.{}.",
+    to="layers.{}.",
+)
+
+
 def _names(c: ArcticConfig) -> Names:
     layer = {"prefix": "model.layers.{}.", "to": "layers.{}."}
     scheme = MIXTRAL | names({f"block_sparse_moe.mlp.{name}": slot for name, slot in _MLP.items()}, **layer)
@@ -40,7 +54,7 @@ def _names(c: ArcticConfig) -> Names:
     return scheme | names({f"model.layers.{i}.post_attention_layernorm": f"layers.{i}.norm_moe" for i in sparse})
 
 
-@arch("ArcticForCausalLM", config=ArcticConfig, hf=_names, verified=relative("Mixtral"))
+@arch("ArcticForCausalLM", config=ArcticConfig, hf=_names, gguf=GGUF_NEIGHBOURS | PAST, verified=relative("Mixtral"))
 def arctic(c: ArcticConfig) -> Decoder:
     norm, mix = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c)
     moe = mixture(c, renorm=0.0 if c.num_experts_per_tok > 1 else None)

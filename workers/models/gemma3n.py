@@ -11,7 +11,8 @@ from cableway.workers.blocks.mlp import MLP, Activation, SparseMLP
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import Count, Factor, Size, Window, every
 from cableway.workers.models.gemma import Gemma3Config
-from cableway.workers.models.names import HF, SANDWICH_NORMS, Names, Target, names, of_text
+from cableway.workers.models.gguf_names import GGUF
+from cableway.workers.models.names import HF, SANDWICH_NORMS, Names, Target, names, of_text, stacked
 from cableway.workers.models.registry import arch, relative
 
 GEMMA3N = (
@@ -54,7 +55,7 @@ class Gemma3nConfig(Gemma3Config, frozen=True, kw_only=True):
     final_logit_softcapping: Factor | None = 30.0
     vocab_size_per_layer_input: Size = 262_144
     hidden_size_per_layer_input: Size = 256
-    altup_num_inputs: Size = 4
+    altup_num_inputs: Annotated[int, Meta(ge=2, le=64)] = 4
     altup_active_idx: Count = 0
     altup_correct_scale: bool = True
     num_kv_shared_layers: Count = 15
@@ -92,16 +93,54 @@ class Gemma3nConfig(Gemma3Config, frozen=True, kw_only=True):
         return self.num_own - 1 - own[::-1].index(kind)
 
 
-def _names(c: Gemma3nConfig) -> Names:
+GGUF_GEMMA3N = (
+    GGUF
+    | names(
+        {
+            "altup_router_norm": "altup.norm",
+            "altup_router": "altup.router",
+            "altup_predict_coef": "altup.guess",
+            "altup_correct_coef": "altup.mend",
+            "altup_correct_scale": "scale",
+            "laurel_l": "laurel.left",
+            "laurel_r": "laurel.right",
+            "laurel_post_norm": "laurel.norm",
+            "inp_gate": "layer_input.gate",
+            "proj": "layer_input.up",
+            "post_norm": "layer_input.norm",
+        },
+        prefix="blk.{}.",
+        to="layers.{}.",
+    )
+    | names(
+        {
+            "per_layer_token_embd": "inputs.table",
+            "per_layer_model_proj": "inputs.project",
+            "per_layer_proj_norm": "inputs.norm",
+            "altup_proj": Target("spread", layout=stacked),
+            "altup_unembd_proj": Target("join", layout=stacked),
+        }
+    )
+)
+
+
+def _borrowing(scheme: Names, c: Gemma3nConfig, queries: str, *unused: str) -> Names:
     """Layers that borrow keys and values may still come with what would make them."""
-    unused = [f"{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
     borrowers = range(c.num_own, c.num_hidden_layers)
-    beyond = tuple(f"model.layers.{i}.self_attn.{name}" for i in borrowers for name in unused)
-    own = {f"model.layers.{i}.self_attn.q_proj": f"layers.{i}.mix.q" for i in borrowers}
-    return GEMMA3N | names(own) | Names(beyond=beyond)
+    beyond = tuple(f"{name.format(i)}." for i in borrowers for name in unused)
+    return scheme | names({queries.format(i): f"layers.{i}.mix.q" for i in borrowers}) | Names(beyond=beyond)
 
 
-@arch("Gemma3nForCausalLM", config=Gemma3nConfig, hf=_names)
+def _names(c: Gemma3nConfig) -> Names:
+    stems = (f"model.layers.{{}}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "k_norm"))
+    return _borrowing(GEMMA3N, c, *stems)
+
+
+def _gguf(c: Gemma3nConfig) -> Names:
+    return _borrowing(GGUF_GEMMA3N, c, *(f"blk.{{}}.{name}" for name in ("attn_q", "attn_k", "attn_v", "attn_k_norm")))
+
+
+@arch("Gemma3nForCausalLM", config=Gemma3nConfig, hf=_names, gguf=_gguf)
 @arch("Gemma3nForConditionalGeneration", config=Gemma3nConfig, hf=of_text(_names), verified=relative("Gemma3n"))
 def gemma3n(c: Gemma3nConfig) -> AltUpDecoder:
     eps, act, bias = c.norm_eps, Activation(c.hidden_act), c.attention_bias

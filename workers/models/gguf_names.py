@@ -28,9 +28,9 @@ from cableway.workers.models.names import (
 from cableway.workers.parallel import Axis
 
 
-def less_one(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
-    """Larger by one than in other checkpoints."""
-    return concatenated(stored.computed(stored.shape, lambda t: t - 1), parts)
+def less(number: float) -> Layout:
+    """Larger by a number than in other checkpoints."""
+    return lambda stored, parts: concatenated(stored.computed(stored.shape, lambda t: t - number), parts)
 
 
 def logs_of_negatives(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
@@ -151,7 +151,7 @@ GGUF_NEIGHBOURS = interleaved(GGUF, 0)
 def larger_norms(scheme: Names) -> Names:
     """The scheme for files that hold norms' weights as they multiply, where ours hold one less."""
     norms = {name: target for name, target in scheme.targets.items() if "norm" in target.path.rpartition(".")[2]}
-    return scheme | Names({f"{name}.weight": t._replace(layout=less_one) for name, t in norms.items()})
+    return scheme | Names({f"{name}.weight": t._replace(layout=less(1.0)) for name, t in norms.items()})
 
 
 def value_heads_in_turns(scheme: Names, num_key_heads: int, head_dim: int) -> Names:

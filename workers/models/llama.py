@@ -68,7 +68,7 @@ def mistral(c: MistralConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers)
 
 
-@arch("Ministral3ForCausalLM", config=MistralConfig, hf=HF)
+@arch("Ministral3ForCausalLM", config=MistralConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
 @arch("Mistral3ForConditionalGeneration", config=MistralConfig, hf=of_text(HF), verified=relative("Ministral3"))
 def ministral3(c: MistralConfig) -> Decoder:
     scale = c.rope_parameters.get("llama_4_scaling_beta")

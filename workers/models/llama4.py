@@ -9,6 +9,7 @@ from cableway.workers.blocks.mlp import MLP, Activation
 from cableway.workers.blocks.moe import InputMoE, Router, sigmoid
 from cableway.workers.blocks.norm import RMSScale
 from cableway.workers.models.config import Factor, MoEConfig, Size
+from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
 from cableway.workers.models.moe import SHARED, on_frame
 from cableway.workers.models.names import (
@@ -66,7 +67,7 @@ class Llama4Config(MoEConfig, frozen=True, kw_only=True):
             config["moe_layers"] = list(layers[step - 1 :: step])
 
 
-@arch("Llama4ForCausalLM", config=Llama4Config, hf=halves(LLAMA4))
+@arch("Llama4ForCausalLM", config=Llama4Config, hf=halves(LLAMA4), gguf=halves(GGUF))
 @arch(
     "Llama4ForConditionalGeneration",
     config=Llama4Config,

@@ -11,6 +11,7 @@ from cableway.workers.blocks.mamba import Mamba
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import HeadRMSNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window, every
+from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, larger_norms, less
 from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_group, flat, in_order, names, repeated
 from cableway.workers.models.registry import arch, relative
 
@@ -28,6 +29,19 @@ PLAMO = EMBEDDINGS | names(
         "post_mlp_norm": "norm_mlp_out",
     },
     prefix="model.layers.layers.{}.",
+    to="layers.{}.",
+)
+
+
+_AFTER = {"norm_mix_out": 1 / 5, "norm_mlp_out": 5**-1.5}
+"""Slot -> how much less than its weights is stored, for norms after sublayers."""
+GGUF_PLAMO = larger_norms(GGUF | FUSED_MLP) | names(
+    {
+        name + leaf: Target(slot, layout=less(_AFTER[slot]))
+        for name, slot in (("post_attention_norm", "norm_mix_out"), ("post_ffw_norm", "norm_mlp_out"))
+        for leaf in ("", ".weight")  # files lack it
+    },
+    prefix="blk.{}.",
     to="layers.{}.",
 )
 
@@ -78,7 +92,7 @@ class Plamo2Config(DecoderConfig, frozen=True, kw_only=True):
 
 
 def sandwich(c: DecoderConfig, mixes: list[Any]) -> Decoder:
-    before, after_mix, after_mlp = (RMSNorm(c.hidden_size, c.norm_eps, offset) for offset in (1.0, 1 / 5, 5**-1.5))
+    before, after_mix, after_mlp = (RMSNorm(c.hidden_size, c.norm_eps, offset) for offset in (1.0, *_AFTER.values()))
     layers = [
         Layer(norm_in=before, mix=mix, norm_mix_out=after_mix, norm_mlp=before, mlp=MLP.of(c), norm_mlp_out=after_mlp)
         for mix in mixes
@@ -86,7 +100,13 @@ def sandwich(c: DecoderConfig, mixes: list[Any]) -> Decoder:
     return Decoder(c, layers, norm_out=before)
 
 
-@arch("Plamo3ForCausalLM", config=Plamo3Config, hf=PLAMO, verified=relative("Gemma3"))
+@arch(
+    "Plamo3ForCausalLM",
+    config=Plamo3Config,
+    hf=PLAMO,
+    gguf=GGUF_PLAMO,
+    verified=relative("Gemma3"),
+)
 def plamo3(c: Plamo3Config) -> Decoder:
     norm = RMSNorm(c.head_dim, c.norm_eps, 1.0)
     windows = {"full_attention": 0, "sliding_attention": c.window_size}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from tests.models.converter.metadata import (
     ATTENTION,
@@ -58,14 +59,18 @@ from tests.models.converter.tensors import (
     hybrid_states,
     internlm2_split,
     latents_split,
+    llama4_down,
+    llama4_experts,
     longrope_factors,
     mamba2_shapes,
     negated,
     one_more,
     pack_split,
+    plamo_norms,
     renamed,
     rope_divisors,
     squeezed,
+    streams_stacked,
     ungrouped,
     unmixed,
     value_heads_in_turns,
@@ -91,6 +96,51 @@ CONVERSIONS = {
     "GemmaForCausalLM": Conversion("gemma", BASE, (one_more,)),
     "Gemma2ForCausalLM": Conversion("gemma2", BASE | SOFT_CAPS | NEAR, (one_more,)),
     "Gemma3ForCausalLM": Conversion("gemma3", BASE | SOFT_CAPS | NEAR, (one_more,)),
+    "Gemma3nForCausalLM": Conversion(
+        "gemma3n",
+        BASE
+        | NEAR_LAYERS
+        | {
+            LLM.ALTUP_ACTIVE_IDX: said("altup_active_idx"),
+            LLM.ALTUP_NUM_INPUTS: said("altup_num_inputs"),
+            LLM.EMBD_LENGTH_PER_LAYER_INP: said("hidden_size_per_layer_input"),
+            ATTENTION.SHARED_KV_LAYERS: said("num_kv_shared_layers"),
+            LLM.ACTIVATION_SPARSITY_SCALE: lambda c: torch.special.ndtri(
+                torch.tensor(c["activation_sparsity_pattern"])
+            ).tolist(),
+        },
+        (streams_stacked,),
+    ),
+    "Llama4ForCausalLM": Conversion(
+        "llama4",
+        LLAMA
+        | {
+            LLM.FEED_FORWARD_LENGTH: said("intermediate_size_mlp"),
+            LLM.EXPERT_FEED_FORWARD_LENGTH: said("intermediate_size"),
+            LLM.INTERLEAVE_MOE_LAYER_STEP: said("interleave_moe_layer_step"),
+        },
+        (llama4_experts, llama4_down, rope_divisors),
+    ),
+    "Ministral3ForCausalLM": Conversion(
+        "mistral3",
+        LLAMA
+        | {
+            ROPE.SCALING_YARN_LOG_MUL: lambda c: rope(c)["mscale_all_dim"],
+            ATTENTION.TEMPERATURE_SCALE: lambda c: rope(c)["llama_4_scaling_beta"],
+        },
+        PERMUTED,
+    ),
+    "ArcticForCausalLM": Conversion("arctic", BASE | ROTATED, (*PERMUTED, experts_stacked)),
+    "Plamo3ForCausalLM": Conversion(
+        "plamo3",
+        BASE
+        | {
+            LLM.VOCAB_SIZE: said("vocab_size"),
+            ATTENTION.SLIDING_WINDOW: said("window_size"),
+            ATTENTION.SLIDING_WINDOW_PATTERN: said("sliding_window_pattern"),
+        },
+        (plamo_norms, renamed((r"model\.layers\.layers\.(\d+)\.pre_mlp_norm", r"blk.\1.ffn_norm"))),
+    ),
     "PhiForCausalLM": Conversion(
         "phi2",
         LAYER_NORM_SIZES | ROTATED | FOURFOLD | {LLM.CONTEXT_LENGTH: BASE[LLM.CONTEXT_LENGTH]},

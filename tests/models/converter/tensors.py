@@ -102,6 +102,32 @@ latents_split = split("kv_b_proj", {"k_b_proj": keys_of_latents, "v_b_proj": val
 pack_split = split("self_attn.W_pack", {f"self_attn.{part}_proj": nth(i, 0, 3) for i, part in enumerate("qkv")})
 
 
+llama4_experts = split(
+    "experts.gate_up_proj",
+    {
+        f"experts.{name}_proj.weight": lambda t, c, i=i: t.transpose(1, 2).chunk(2, 1)[i]
+        for i, name in enumerate(("gate", "up"))
+    },
+)
+llama4_down = split("experts.down_proj", {"experts.down_proj.weight": lambda t, c: t.transpose(1, 2)})
+
+
+def streams_stacked(tensors: Tensors, c: Config) -> None:
+    """Gemma 3n: the matrices of streams in one; a scale is a weight."""
+    for name in ("altup_projections", "altup_unembed_projections"):
+        matrices = [tensors.pop(f"model.{name}.{i}.weight") for i in range(c["altup_num_inputs"] - 1)]
+        tensors[f"model.{name}.weight"] = torch.stack(matrices)
+    for name in [name for name in tensors if name.endswith("_scale")]:
+        tensors[f"{name}.weight"] = tensors.pop(name)
+
+
+def plamo_norms(tensors: Tensors, c: Config) -> None:
+    """Weights as they multiply."""
+    more = {"post_mixer_norm.weight": 1 / 5, "post_mlp_norm.weight": 5**-1.5}
+    for name in [name for name in tensors if name.endswith("norm.weight")]:
+        tensors[name] = tensors[name] + more.get(name.rpartition(".layers.")[2].partition(".")[2], 1.0)
+
+
 def internlm2_part(part: str) -> Callable[[Tensor, Config], Tensor]:
     def cut(t: Tensor, c: Config) -> Tensor:
         groups = t.unflatten(0, (kv_heads(c), -1, head_dim(c)))
