@@ -124,20 +124,21 @@ GGUF_GEMMA3N = (
 )
 
 
-def _borrowing(scheme: Names, c: Gemma3nConfig, queries: str, *unused: str) -> Names:
+def _borrowing(scheme: Names, c: Gemma3nConfig, layers: str, queries: str, *unused: str) -> Names:
     """Layers that borrow keys and values may still come with what would make them."""
     borrowers = range(c.num_own, c.num_hidden_layers)
-    beyond = tuple(f"{name.format(i)}." for i in borrowers for name in unused)
-    return scheme | names({queries.format(i): f"layers.{i}.mix.q" for i in borrowers}) | Names(beyond=beyond)
+    own = names({f"{layers}.{i}.{queries}": f"layers.{i}.mix.q" for i in borrowers})
+    return scheme | own | Names(beyond=tuple(f"{layers}.{i}.{name}." for i in borrowers for name in unused))
 
 
 def _names(c: Gemma3nConfig) -> Names:
-    stems = (f"model.layers.{{}}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "k_norm"))
-    return _borrowing(GEMMA3N, c, *stems)
+    return _borrowing(
+        GEMMA3N, c, "model.layers", *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "k_norm"))
+    )
 
 
 def _gguf(c: Gemma3nConfig) -> Names:
-    return _borrowing(GGUF_GEMMA3N, c, *(f"blk.{{}}.{name}" for name in ("attn_q", "attn_k", "attn_v", "attn_k_norm")))
+    return _borrowing(GGUF_GEMMA3N, c, "blk", "attn_q", "attn_k", "attn_v", "attn_k_norm")
 
 
 @arch("Gemma3nForCausalLM", config=Gemma3nConfig, hf=_names, gguf=_gguf)

@@ -52,7 +52,7 @@ def convert(folder: Path, path: Path, kind: Kind, conversion: Conversion, **opti
             put(writer, key, value)
     writer.add_token_list([f"token {i}" for i in range(config["vocab_size"])])
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == conversion.architecture)
-    names = gguf.get_tensor_name_map(architecture, layers(config))
+    names = names_of(architecture, layers(config))
     for name, tensor in tensors.items():
         known = name if name.startswith(("rope_f", "blk.")) else names.get_name(name, (".weight", ".bias"))
         assert known is not None, name
@@ -61,6 +61,16 @@ def convert(folder: Path, path: Path, kind: Kind, conversion: Conversion, **opti
         used = Kind.F32 if is_plain else kind
         writer.add_tensor(known, gguf.quants.quantize(values, used), raw_dtype=used)
     finish(writer)
+
+
+def names_of(architecture: gguf.MODEL_ARCH, num_layers: int) -> gguf.TensorNameMap:
+    """The package's map, which changes its table for every later one where an architecture has names of its own."""
+    table = gguf.TensorNameMap.block_mappings_cfg
+    before = dict(table)
+    names = gguf.get_tensor_name_map(architecture, num_layers)
+    table.clear()
+    table.update(before)
+    return names
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
