@@ -35,6 +35,7 @@ def refusal(generate: Generate, limits: Limits, queue: WaitingQueue, max_len: in
     """Why this request is not queued; None when it is. A request bigger than the limits passes when nobody waits."""
     sampling = generate.sampling
     packed = [generate.prompt, generate.source, sampling.eos_token_ids, sampling.stop_token_ids]
+    packed += [sampling.allowed_token_ids, *sampling.bad_words]
     if any(len(ints) % 4 for ints in packed + [choice.output for choice in generate.choices]):
         return Refusal(400, "invalid_request", "token ids are not packed int32 values")
     if any(not 0 <= choice.key <= _MAX_KEY for choice in generate.choices):

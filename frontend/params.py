@@ -33,7 +33,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
 
     `temperature` 0 is greedy; `top_k` 0 and -1 switch it off; `max_tokens` None allows all that fit; `seed` None draws
     one. `logprobs` k gives each token's log-probability and those of the k likeliest; `prompt_logprobs` the same for
-    the prompt. `stop` strings need `detokenize`, without which results have token ids only.
+    the prompt. `stop` strings need `detokenize`, without which results have token ids only. The last token of a word
+    of `bad_words` is not drawn after the others of it; only `allowed_token_ids` are drawn, where there are any.
     """
 
     n: int = 1
@@ -52,6 +53,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
@@ -72,6 +75,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             raise ValueError("stop strings need detokenize=True")
         if not all(math.isfinite(bias) for bias in (self.logit_bias or {}).values()):
             raise ValueError("logit_bias must be finite")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must not be empty")
 
     @property
     def stops(self) -> list[str]:
@@ -80,10 +85,12 @@ class SamplingParams(msgspec.Struct, kw_only=True):
 
     def token_ids(self) -> list[int]:
         """Every token id that is named, to be checked against a vocabulary."""
-        return [*(self.stop_token_ids or ()), *(self.logit_bias or ())]
+        return [*(self.stop_token_ids or ()), *(self.logit_bias or ()), *(self.allowed_token_ids or ())]
 
-    def sampling(self, num_left: int, eos_token_ids: Sequence[int]) -> Sampling:
-        """The engine's parameters for a prompt that leaves room for `num_left` tokens."""
+    def sampling(
+        self, num_left: int, eos_token_ids: Sequence[int], bad_words: Sequence[Sequence[int]] = ()
+    ) -> Sampling:
+        """The engine's parameters for a prompt that leaves room for `num_left` tokens; `bad_words` as token ids."""
         return Sampling(
             seed=secrets.randbits(63) if self.seed is None else self.seed & _MAX_SEED,
             temperature=self.temperature,
@@ -100,6 +107,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             stop_token_ids=ints(dict.fromkeys(self.stop_token_ids or ())),
             logprobs=-1 if self.logprobs is None else self.logprobs,
             prompt_logprobs=-1 if self.prompt_logprobs is None else self.prompt_logprobs,
+            bad_words=[ints(word) for word in bad_words],
+            allowed_token_ids=ints(dict.fromkeys(self.allowed_token_ids or ())),
         )
 
     def text_options(self) -> TextOptions:

@@ -99,6 +99,8 @@ class Sampling(Message, frozen=True):
     stop_token_ids: Ints = b""
     logprobs: int = -1  # -1 = none; k = the drawn token and the k likeliest
     prompt_logprobs: int = -1
+    bad_words: list[Ints] = []  # token sequences: the last of one cannot be drawn after the others of it
+    allowed_token_ids: Ints = b""  # others cannot be drawn; empty = all can
 
 
 class Standing(Message, frozen=True):

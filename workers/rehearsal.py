@@ -67,7 +67,7 @@ def rehearse(config: WorkerConfig) -> None:
     )
     groups, num_seqs = decoder.state_groups(), config.max_num_seqs
     rows = Rows(num_seqs, config.max_model_len, config.block_size, [group.kind for group in groups], _META)
-    sampler = Sampler(num_seqs, decoder.vocab_size, _META)
+    sampler = Sampler(rows.tokens, decoder.vocab_size)
     cache = memory.outline(decoder, config, memory.kept_as(config))
     cache.copy_blocks(torch.zeros(1, 2, dtype=torch.int64, device=_META))
     memory.dry_run(decoder, config, cache)

@@ -85,7 +85,7 @@ class Runner:
         self._cache = memory.allocate(decoder, config, memory.kept_as(config), device)
         kinds = [group.kind for group in self.state_groups]
         self._rows = Rows(config.max_num_seqs, config.max_model_len, config.block_size, kinds, device)
-        self._sampler = Sampler(config.max_num_seqs, decoder.vocab_size, device)
+        self._sampler = Sampler(self._rows.tokens, decoder.vocab_size)
         self._prompt_logprobs = PromptLogprobs(decoder.vocab_size)
         self._finished_ns = 0
         self._longest_captured = config.max_seq_len_to_capture or config.max_model_len

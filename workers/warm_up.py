@@ -9,6 +9,7 @@ SAMPLINGS = (
     Sampling(seed=1, top_k=20, top_p=0.9, min_p=0.1),
     Sampling(frequency_penalty=0.5, presence_penalty=0.5, repetition_penalty=1.2),
     Sampling(logit_bias={0: 1.0}, min_tokens=4, eos_token_ids=ints([0])),
+    Sampling(bad_words=[ints([0]), ints([1, 2])], allowed_token_ids=ints(range(8))),
     Sampling(logprobs=0),
     Sampling(logprobs=5),
 )

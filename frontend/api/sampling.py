@@ -1,7 +1,7 @@
 """From a request's fields to the engine's `Sampling` and to how its text is cut."""
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -10,7 +10,8 @@ from cableway.frontend.api.schema import SamplingFields
 from cableway.frontend.errors import RequestError
 from cableway.frontend.served import ServedModel
 from cableway.frontend.text import TextOptions
-from cableway.ipc.messages import Sampling, ints
+from cableway.frontend.words import ways_to_say
+from cableway.ipc.messages import Ints, Sampling, ints
 
 _LEAST_TOP_P = 1e-6
 """What a `top_p` of 0 means: the likeliest token alone."""
@@ -69,6 +70,7 @@ def sampling_of(
     """The engine's parameters: the request's own fields, then the model's defaults, then OpenAI's."""
     check_tokens(body.logit_bias or (), model, "logit_bias")
     check_tokens(body.stop_token_ids or (), model, "stop_token_ids")
+    check_tokens(body.allowed_token_ids or (), model, "allowed_token_ids")
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise RequestError(
@@ -95,7 +97,17 @@ def sampling_of(
         stop_token_ids=ints(dict.fromkeys(body.stop_token_ids or ())),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        bad_words=bad_words(body.bad_words or (), model),
+        allowed_token_ids=ints(dict.fromkeys(body.allowed_token_ids or ())),
     )
+
+
+def bad_words(words: Sequence[str], model: ServedModel) -> list[Ints]:
+    """Token sequences that may not be said; 400 for a word that is none, or too long."""
+    try:
+        return [ints(way) for way in ways_to_say(words, model.tokenizer)]
+    except ValueError as error:
+        raise RequestError(400, f"`bad_words`: {error}.", param="bad_words", code="invalid_value") from None
 
 
 def text_options(body: SamplingFields, *, logprobs: bool, discard: bool = False) -> TextOptions:

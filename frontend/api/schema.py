@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from cableway.frontend.errors import RequestError
 from cableway.frontend.keys import CONFIG
+from cableway.frontend.words import MAX_WORD_CHARS, MAX_WORDS
 
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
@@ -64,6 +65,11 @@ class SamplingFields(PromptFields, kw_only=True):
         | None
     ) = None
     stop_token_ids: Annotated[list[int], Meta(max_length=MAX_STOP_TOKENS)] | None = None
+    bad_words: (
+        Annotated[list[Annotated[str, Meta(min_length=1, max_length=MAX_WORD_CHARS)]], Meta(max_length=MAX_WORDS)]
+        | None
+    ) = None
+    allowed_token_ids: Annotated[list[int], Meta(min_length=1)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -80,8 +86,6 @@ class SamplingFields(PromptFields, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    bad_words: Any = None
-    allowed_token_ids: Any = None
     logits_processors: Any = None
     use_beam_search: Any = None
     truncate_prompt_tokens: Any = None
@@ -94,8 +98,6 @@ UNSERVED: dict[str, list[Any]] = {
     "guided_regex": [],
     "guided_choice": [],
     "guided_grammar": [],
-    "bad_words": [],
-    "allowed_token_ids": [],
     "logits_processors": [],
     "use_beam_search": [],
     "truncate_prompt_tokens": [],

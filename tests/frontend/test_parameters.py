@@ -51,12 +51,20 @@ def test_null_is_the_same_as_absent(frontend: Frontend, client: openai.OpenAI) -
         ({"logprobs": True, "top_logprobs": 3}, "logprobs", 3),
         ({"prompt_logprobs": 2}, "prompt_logprobs", 2),
         ({"stop_token_ids": [3, 4, 3]}, "stop_token_ids", b"\3\0\0\0\4\0\0\0"),
+        ({"allowed_token_ids": [3, 4, 3]}, "allowed_token_ids", b"\3\0\0\0\4\0\0\0"),
+        ({"bad_words": []}, "bad_words", []),
     ],
 )
 def test_each_reaches_the_engine(
     frontend: Frontend, client: openai.OpenAI, given: dict[str, Any], field: str, expected: Any
 ) -> None:
     assert getattr(sampling(frontend, client, **given), field) == expected
+
+
+def test_bad_words_are_said_at_the_start_and_after_a_space(frontend: Frontend, client: openai.OpenAI) -> None:
+    packed = sampling(frontend, client, bad_words=["Paris", " Paris", "the capital city"]).bad_words
+    words = [TOKENIZER.decode(memoryview(word).cast("i")) for word in packed]
+    assert words == ["Paris", " Paris", "the capital city", " the capital city"]
 
 
 def test_a_top_p_of_zero_leaves_the_likeliest(frontend: Frontend, client: openai.OpenAI) -> None:

@@ -92,6 +92,22 @@ def test_room_is_never_exceeded(tiny: LLM) -> None:
         assert (len(output.token_ids), output.finish_reason) == (10, "length")
 
 
+def test_bad_words_and_allowed_tokens(tiny: LLM) -> None:
+    (plain,) = tiny.generate("hello", GREEDY, use_tqdm=False)
+    text = plain.outputs[0].text
+    said = next(character for character in text if "!" <= character <= "~")
+    params = [
+        SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, bad_words=[said, "hello"]),
+        SamplingParams(temperature=1, max_tokens=8, allowed_token_ids=[65, 66, 67]),
+        GREEDY,
+    ]
+    without, only, same = tiny.generate(["hello"] * 3, params, use_tqdm=False)
+    assert without.outputs[0].text.startswith(text[: text.index(said)])
+    assert said not in without.outputs[0].text
+    assert set(only.outputs[0].token_ids) <= {65, 66, 67}
+    assert same.outputs[0].token_ids == plain.outputs[0].token_ids
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "said"),
     [
@@ -102,6 +118,9 @@ def test_room_is_never_exceeded(tiny: LLM) -> None:
         ({"text": "hello"}, {}, "a prompt is a str"),
         ([5], {"logit_bias": {300: 1.0}}, "token id 300"),
         ([5], {"stop_token_ids": [-5]}, "token id -5"),
+        ([5], {"allowed_token_ids": [5, 300]}, "token id 300"),
+        ([5], {"bad_words": [" "]}, "bad word must not be empty"),
+        ([5], {"bad_words": ["x" * 33]}, "33 tokens, and at most 32"),
         ([5], {"logprobs": 21}, "at most max_logprobs = 20"),
         ([5], {"prompt_logprobs": 21}, "at most max_logprobs = 20"),
     ],
@@ -135,6 +154,7 @@ def test_as_many_params_as_prompts(tiny: LLM) -> None:
         {"stop": ["a", ""]},
         {"stop": "a", "detokenize": False},
         {"logit_bias": {1: math.inf}},
+        {"allowed_token_ids": []},
     ],
 )
 def test_params_that_cannot_be(wrong: dict[str, Any]) -> None:

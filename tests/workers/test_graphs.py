@@ -9,7 +9,7 @@ import torch
 
 from cableway.bench.driver import Driver
 from cableway.ipc.config import WorkerConfig
-from cableway.ipc.messages import Sampling
+from cableway.ipc.messages import Sampling, ints
 from cableway.workers import graphs
 from cableway.workers.batch import Decoder
 from cableway.workers.rows import Chunks
@@ -24,6 +24,8 @@ SAMPLINGS = [
     Sampling(temperature=0, frequency_penalty=0.7),
     Sampling(temperature=0, logprobs=2),
     Sampling(temperature=0, logit_bias={7: 3.0}),
+    Sampling(temperature=0, bad_words=[ints([token_id]) for token_id in range(0, 300, 2)]),
+    Sampling(temperature=0, allowed_token_ids=ints(range(0, 300, 7))),
 ]
 
 

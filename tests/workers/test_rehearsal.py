@@ -19,7 +19,7 @@ from tests.workers.running import worker_config
 
 triton = pytest.importorskip("triton")
 KERNELS = {"_step_inputs", "_add_rms_norm", "_rope_and_write", "_paged_decode", "_decode_work", "_prefill_work"}
-OF_DRAWS = {"_sample", "_logprobs", "_penalize", "_count_tokens", "_add_at", "_block_copy"}
+OF_DRAWS = {"_sample", "_logprobs", "_penalize", "_count_tokens", "_add_at", "_forbid_words", "_block_copy"}
 
 
 class AbsentGpu:

@@ -184,3 +184,71 @@ def test_a_narrowed_logprob_is_one_row_of_it():
     found = TopLogprobs(torch.arange(12).view(3, 4), torch.arange(12.0).view(3, 4), torch.arange(3))
     narrow = found.narrowed(1, 2)
     assert [part.tolist() for part in narrow] == [[[4, 5, 6]], [[4.0, 5.0, 6.0]], [1]]
+
+
+def forbidden_by_words(words: list[list[int]], output: list[int]) -> set[int]:
+    """Tokens that would complete one of the words."""
+    return {word[-1] for word in words if output[len(output) + 1 - len(word) :] == word[:-1] or len(word) == 1}
+
+
+@torch.inference_mode()
+def test_words_are_not_said(driver: Driver, oracle: transformers.PreTrainedModel):
+    """Each next token is the likeliest of those that complete no word; words of the prompt's end do not count."""
+    prompt = prompt_of(9)
+    plain = expected_greedy(oracle, prompt, NUM_TOKENS)
+    words = [plain[3:6], plain[5:7], [plain[9]], plain[10:15], [prompt[-1], plain[0]], [7] * 40, [5000]]
+    request = driver.add(prompt, Sampling(temperature=0.0, bad_words=[ints(word) for word in words]))
+    beside = driver.add(prompt, GREEDY)
+    one_word = driver.add(prompt, Sampling(temperature=0.0, bad_words=[ints(plain[:2])]))
+    driver.generate(NUM_TOKENS // 2)
+    driver.remove(request)  # preempted: it comes back with half of its output
+    request = driver.add(prompt, request.sampling, output=request.output)
+    driver.generate(NUM_TOKENS)
+    assert beside.output[:NUM_TOKENS] == plain
+    assert one_word.output[0] == plain[0]
+    assert one_word.output[1] != plain[1]
+    assert request.output[:5] == plain[:5]
+    logits = oracle(torch.tensor([request.tokens])).logits[0]
+    for i in range(NUM_TOKENS):
+        expected = logits[len(prompt) + i - 1].clone()
+        forbidden = forbidden_by_words(words, request.output[:i]) - {5000}
+        expected[list(forbidden)] = -math.inf
+        assert request.output[i] == int(expected.argmax())
+
+
+@torch.inference_mode()
+def test_only_allowed_tokens_are_drawn(driver: Driver, oracle: transformers.PreTrainedModel):
+    """Whatever else is asked for, and whoever asks for something beside it."""
+    prompt, allowed = prompt_of(9), [0, 31, 32, 64, 150, 299, 300, 2**31 - 1, -1]
+    penalised_greedy = Sampling(temperature=0.0, presence_penalty=2.0)
+    alone = generate_alone(driver, prompt, NUM_TOKENS, penalised_greedy)
+    greedy = driver.add(prompt, Sampling(temperature=0.0, allowed_token_ids=ints(allowed)))
+    random = driver.add(
+        prompt,
+        Sampling(seed=3, temperature=9.0, allowed_token_ids=ints(allowed), presence_penalty=1.0, logit_bias={7: 100.0}),
+    )
+    beside = driver.add(prompt, penalised_greedy)
+    plain = driver.add(prompt, Sampling(temperature=0.0, logprobs=1))
+    driver.generate(NUM_TOKENS)
+    logits = oracle(torch.tensor([greedy.tokens])).logits[0]
+    for i, token_id in enumerate(greedy.output[:NUM_TOKENS]):
+        of_position = logits[len(prompt) + i - 1]
+        assert token_id == max(allowed[:6], key=lambda other: float(of_position[other]))
+    assert len(set(random.output)) > 2
+    assert set(random.output) <= set(allowed[:6])
+    assert plain.output[:NUM_TOKENS] == expected_greedy(oracle, prompt, NUM_TOKENS)
+    assert beside.output == alone
+    none_left = driver.add(prompt, Sampling(allowed_token_ids=ints([1]), bad_words=[ints([1])]))
+    driver.step()
+    assert none_left.failed is not None
+
+
+def test_tables_grow_with_the_words_of_those_who_come(driver: Driver):
+    sampling = Sampling(temperature=0.0, bad_words=[ints([5, 6])])
+    expected = generate_alone(driver, prompt_of(6), 8, sampling)
+    for num, longest in ((2, 1), (9, 70), (3, 2)):
+        words = [ints([i] * longest) for i in range(num)]
+        others = [driver.add(prompt_of(6, i), Sampling(temperature=0.0, bad_words=words)) for i in range(num)]
+        assert generate_alone(driver, prompt_of(6), 8, sampling) == expected
+        for other in others:
+            driver.remove(other)
