@@ -134,7 +134,7 @@ def _in_chunks(plan: AttentionPlan, chunk: int, block_size: int, num_tokens: int
 
 def num_bytes(made: Call) -> int:
     """Queries and results once, and every key and value of each sequence."""
-    q, cache, plan = made.args
+    q, cache, plan, *_ = made.args
     return 2 * nbytes(q) + nbytes(cache[:, 0, 0]) * sum(length for _, _, length in plan.spans)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -33,22 +34,29 @@ class CudaKernel:
         self._path = Path(__file__).with_name(f"{name}.cu")
 
     def __call__(
-        self, constants: Constants, arguments: bytes, *, num_programs: int, num_threads: int, shared_bytes: int
-    ) -> None:
+        self, constants: Constants, arguments: bytes, *, num_programs: int, num_threads: int, shared_bytes: int = 0,
+        cluster: int = 1, overlaps: bool = False,
+    ) -> None:  # fmt: skip
         """Launch it on torch's stream.
 
         Args:
             arguments: the struct.
             shared_bytes: of a program, beside what the file declares.
+            cluster: programs that reach one another's shared memory.
+            overlaps: whether programs may start while the kernel before still runs; see `lang.overlapping`.
         """
         from cuda.bindings import driver
 
         function = _loaded(self, constants, shared_bytes)
         struct = ctypes.create_string_buffer(arguments, len(arguments))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
-        stream = torch.cuda.current_stream().cuda_stream
-        sizes = (num_programs, 1, 1, num_threads, 1, 1, shared_bytes)
-        _checked(driver.cuLaunchKernel(function, *sizes, stream, ctypes.addressof(pointers), 0))
+        launch = driver.CUlaunchConfig()
+        launch.gridDimX, launch.blockDimX, launch.sharedMemBytes = num_programs, num_threads, shared_bytes
+        launch.gridDimY = launch.gridDimZ = launch.blockDimY = launch.blockDimZ = 1
+        launch.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        launch.attrs = list(_attributes(cluster, overlaps))
+        launch.numAttrs = len(launch.attrs)
+        _checked(driver.cuLaunchKernelEx(launch, function, ctypes.addressof(pointers), 0))
 
     def cubin(self, constants: Constants) -> bytes:
         """Machine code, compiled or as it was compiled before. Raises RuntimeError with what the compiler says."""
@@ -79,6 +87,21 @@ def _compiled(source: bytes, name: str, options: list[str]) -> bytes:
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return bytes(cubin)
+
+
+def _attributes(cluster: int, overlaps: bool) -> Iterator[Any]:
+    from cuda.bindings.driver import CUlaunchAttribute, CUlaunchAttributeID
+
+    if cluster > 1:
+        sizes = CUlaunchAttribute()
+        sizes.id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        sizes.value.clusterDim.x, sizes.value.clusterDim.y, sizes.value.clusterDim.z = cluster, 1, 1
+        yield sizes
+    if overlaps:
+        early = CUlaunchAttribute()
+        early.id = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        yield early
 
 
 @cache

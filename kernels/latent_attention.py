@@ -103,7 +103,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank:
 def make(spans, num_heads: int, rank: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Call:
     """`spans`: (new tokens, length) of each sequence."""
     made = attention_plan.make(spans, (num_heads, 1, width), dtype, device=device)
-    q, cache, plan = made.args
+    q, cache, plan, *_ = made.args
     return call(q.contiguous(), cache[:1].clone(), plan, scale=2 * width**-0.5, rank=rank)
 
 

@@ -1,8 +1,9 @@
 """Causal attention of new tokens over a paged KV cache: prefill, chunked prefill and decode.
 
 Formula and arguments: attention_plan.py. The sequences that come first and bring one token each are computed by
-paged_decode.py, the others by hopper_prefill.py where it fits, else by paged_prefill.py, which computes all of them
-where results must be invariant. What is launched depends on shapes alone: a captured graph may replay it.
+paged_decode.py, or by cluster_decode.py where it fits and there are no others; the others by hopper_prefill.py where it
+fits, else by paged_prefill.py, which computes all of them where results must be invariant. What is launched depends on
+shapes alone: a captured graph may replay it.
 
 Bound: bytes for decode (keys and values of every sequence), FLOPs for prefill (4 * head_dim a head and visible key).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels import hopper_prefill, paged_decode, paged_prefill
+from cableway.kernels import cluster_decode, hopper_prefill, paged_decode, paged_prefill
 from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, block_size_of
@@ -26,11 +27,14 @@ def _as_it_is_seen(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES) -> Tensor:
     plan = _as_it_is_seen(q, cache, plan, scores)
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
+    are_singles = plan.max_query_len == 1 and len(q) == len(plan.seq_lens)
+    if are_singles and cluster_decode.fits(q, cache, plan):
+        return cluster_decode.launch(q, cache, plan, scores)
     if plan.invariant or not plan.may_have_singles:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:
         out = paged_decode.launch(q, cache, plan, scores, scales)
-        if plan.max_query_len == 1 and len(q) == len(plan.seq_lens):
+        if are_singles:
             return out
     if hopper_prefill.fits(q, cache, plan):
         hopper_prefill.launch(q, cache, plan, out, scores)

@@ -11,9 +11,10 @@ Bytes bound many sequences. A few leave most of a GPU idle and wait for one prog
 tile before the kernel that makes the newest key is done (EARLY), and has more warps on longer tiles.
 
 PERF, H200, 8 KV heads of 128, bf16, us a launch in a graph whose caches do not fit the L2 cache; in brackets the bytes
-at 4.3 TB/s: 4 x 200 6.5 (1), 16 x 200 8.8 (3), 64 x 200 19 (12), 64 x 1,024 65 (62), 256 x 160 48 (39), 256 x 700 171
-(171). In a step of one token: 3.3 a layer to 256 keys, 5.8 to 512. Sums over keys without matrix units, two tiles at
-once or prefetches of later tiles to the L2 cache: all slower.
+at 4.3 TB/s: 4 x 200 6.5 (1), 16 x 200 8.8 (3), 64 x 200 19 (12), 64 x 1,024 65 (62), 256 x 160 46 (39), 256 x 300 81
+(73), 256 x 1,200 293 (293); tiles of 64 keys for these, too: 54, 88, 299. In a step of one token: 3.3 a layer to 256
+keys, 5.8 to 512. Sums over keys without matrix units, two tiles at once or prefetches of later tiles to the L2 cache:
+all slower.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ class Tuning(NamedTuple):
     early: bool = False  # the first tile is loaded before the kernel before is done, and none through shared memory
 
 
-MANY = Tuning(num_warps=2, num_stages=2)
+MANY = Tuning(tile_bytes=1 << 13, num_warps=1, num_stages=2)  # small, as more of them hide each other's beginnings
+SOME = Tuning(num_warps=2, num_stages=2)
 FEW = Tuning(
     tile_bytes=1 << 15, most_tile_keys=128, num_warps=8, num_stages=1, shares_a_processor=1, least_stretch_keys=512,
     early=True,
 )  # fmt: skip
-_MOST_FEW = 16
-"""Sequences that leave most of the GPU idle: what counts is how long the last program takes."""
+_MOST_FEW, _MOST_SOME = 16, 96
+"""Few sequences leave most of the GPU idle: what counts is how long the last program takes."""
 
 
 @jit
@@ -274,7 +276,9 @@ def _num_processors(device: torch.device) -> int:
 
 
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES) -> Tensor:
-    return launch_tuned(q, cache, plan, scores, scales, FEW if len(plan.seq_lens) <= _MOST_FEW else MANY)
+    num_seqs = len(plan.seq_lens)
+    tuning = FEW if num_seqs <= _MOST_FEW else SOME if num_seqs <= _MOST_SOME else MANY
+    return launch_tuned(q, cache, plan, scores, scales, tuning)
 
 
 def launch_tuned(

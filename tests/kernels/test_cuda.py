@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from cableway.kernels import hopper_prefill
+from cableway.kernels import cluster_decode, hopper_prefill
 from cableway.kernels.attention_plan import make
 from cableway.kernels.cuda import CudaKernel
 
@@ -23,20 +23,37 @@ OPTIONS = [
 def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
     found = []
 
-    def only_compile(kernel, constants, arguments, *, shared_bytes, num_programs, num_threads):
+    def only_compile(kernel, constants, arguments, *, shared_bytes, **sizes):
         found.append((kernel.cubin(constants), shared_bytes, len(arguments)))
 
     monkeypatch.setattr(CudaKernel, "__call__", only_compile)
     monkeypatch.setattr(hopper_prefill, "_num_processors", lambda device: 132)
     monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
     made = make(((100, 300), (7, 7)), heads, dtype, **options)
-    q, cache, plan = made.args
+    q, cache, plan, *_ = made.args
     monkeypatch.setattr(type(plan), "prefill_work", lambda plan, **_: torch.zeros(4, 2, dtype=torch.int32))
     hopper_prefill.launch(q, cache, plan, torch.empty_like(q), made.kwargs["scores"])
     ((cubin, shared_bytes, num_argument_bytes),) = found
     assert cubin.startswith(b"\x7fELF")
     assert shared_bytes <= (227 << 10) - 512  # and what the file declares
     assert num_argument_bytes == 10 * 8 + 3 * 8 + 2 * 4 + 2 * 4
+
+
+@pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (6, 2, 80), (2, 1, 192), (4, 4, 256)])
+@pytest.mark.parametrize(("dtype", "options"), [*product((torch.bfloat16, torch.float16), OPTIONS)])
+def test_decode_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
+    found = []
+
+    def only_compile(kernel, constants, arguments, *, num_programs, cluster, **rest):
+        found.append((kernel.cubin(constants), num_programs % cluster, len(arguments)))
+
+    monkeypatch.setattr(CudaKernel, "__call__", only_compile)
+    monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
+    made = make(((1, 300), (1, 7)), heads, dtype, **options)
+    cluster_decode.launch(*made.args[:3], made.kwargs["scores"])
+    ((cubin, rest, num_argument_bytes),) = found
+    assert cubin.startswith(b"\x7fELF")
+    assert (rest, num_argument_bytes) == (0, 7 * 8 + 3 * 8 + 4 * 4)
 
 
 def test_what_does_not_compile_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch):

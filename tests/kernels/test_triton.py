@@ -74,7 +74,7 @@ def compiled(
         assert binary.metadata.target.arch == capability
         found.append((binary.asm["cubin"], binary.metadata.shared))
 
-    def only_compile_cuda(function, constants, arguments, *, shared_bytes, **sizes):
+    def only_compile_cuda(function, constants, arguments, *, shared_bytes=0, **sizes):
         found.append((function.cubin(constants), shared_bytes))
 
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu(capability))

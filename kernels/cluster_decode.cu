@@ -1,0 +1,227 @@
+// Attention of one new token a sequence, for few sequences, on sm_90; contract and arguments: cluster_decode.py, which
+// compiles this with
+//   T_NAME ("bf16" or "f16"), HEAD_DIM, NUM_KV_HEADS, GROUP, BLOCK_SIZE, HAS_CAP, HAS_WINDOW, HAS_SLOPES, HAS_SINKS,
+//   PARTS: programs of a cluster; NUM_THREADS of each.
+//
+// A cluster takes the query heads of one KV head, and each of its programs a stretch of the keys. Threads stand side by
+// side along a key; those of different keys keep maxima and sums of their own, which are put together at the end: in a
+// program, and then in the cluster's first.
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+__device__ constexpr int pow2_from(int n, int p) { return p >= n ? p : pow2_from(n, 2 * p); }
+constexpr int NUM_WARPS = NUM_THREADS / 32, PASSES = 4;
+constexpr int CHUNKS = HEAD_DIM / 8, ACROSS = pow2_from(CHUNKS, 1);  // of 16 bytes, a thread each
+constexpr int AT_ONCE = NUM_THREADS / ACROSS, TILE = AT_ONCE * PASSES;  // keys
+constexpr int SLOT_STRIDE = NUM_KV_HEADS * HEAD_DIM, ELEMENTS = GROUP * HEAD_DIM;
+constexpr float LOG2_E = 1.4426950408889634f;
+#define NONE __int_as_float(0xff800000)  // minus infinity
+
+struct Arguments {
+    const char *q, *cache;
+    char* out;
+    const int *seq_lens, *block_table;
+    const float *slopes, *sinks;
+    long long q_stride, value_offset, table_stride;
+    float scale, cap;
+    int window;
+};
+
+struct Part {  // of the sums, for each query head: relative to 2^top
+    float top[GROUP], mass[GROUP], sums[ELEMENTS];
+};
+
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float2 unpacked(u32 both) {
+    float2 x;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32." T_NAME " %0, low;\ncvt.f32." T_NAME " %1, high;\n}"
+        : "=f"(x.x), "=f"(x.y) : "r"(both));
+    return x;
+}
+__device__ __forceinline__ u32 packed(float low, float high) {
+    u32 both;
+    asm("cvt.rn." T_NAME "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+__device__ __forceinline__ void unpack(float (&x)[8], const uint4& from) {
+    const u32 pairs[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 two = unpacked(pairs[i]);
+        x[2 * i] = two.x, x[2 * i + 1] = two.y;
+    }
+}
+// The weight of a part whose maximum is `top` beside one whose maximum is `most`.
+__device__ __forceinline__ float share(float top, float most) { return top == NONE ? 0 : exp2_of(top - most); }
+
+__device__ __forceinline__ const uint4* chunk_of(const char* head, const int* table, int key, int chunk) {
+    const long long slot = (long long)table[key / BLOCK_SIZE] * BLOCK_SIZE + key % BLOCK_SIZE;
+    return (const uint4*)(head + slot * (SLOT_STRIDE * 2) + chunk * 16);
+}
+
+// Keys, or values, first … first + TILE of a head as far as `end`, but not that at `skip`: where there are none, what was
+// there stays.
+__device__ __forceinline__ void load(
+    uint4 (&tile)[PASSES], const char* head, const int* table, int first, int end, int skip = -1) {
+    const int chunk = threadIdx.x % ACROSS, row = threadIdx.x / ACROSS;
+#pragma unroll
+    for (int p = 0; p < PASSES; ++p) {
+        const int key = first + p * AT_ONCE + row;
+        if (key < end && key != skip && chunk < CHUNKS) tile[p] = *chunk_of(head, table, key, chunk);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(NUM_THREADS) cluster_decode(const __grid_constant__ Arguments a) {
+    __shared__ Part parts[PARTS];  // used in the cluster's first program
+    __shared__ Part own[NUM_WARPS];
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // all have begun before one writes to another
+    const int rank = blockIdx.x % PARTS, kv_head = blockIdx.x / PARTS % NUM_KV_HEADS;
+    const int sequence = blockIdx.x / (PARTS * NUM_KV_HEADS);
+    const int chunk = threadIdx.x % ACROSS, row = threadIdx.x / ACROSS;
+    const int length = a.seq_lens[sequence], first_seen = HAS_WINDOW ? max(length - a.window, 0) : 0;
+    const int stretch = ((length - first_seen + PARTS - 1) / PARTS + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+    const int first = first_seen + rank * stretch, end = min(first + stretch, length);
+    const char* key_head = a.cache + kv_head * HEAD_DIM * 2;
+    const char* value_head = key_head + a.value_offset * 2;
+    const int* table = a.block_table + sequence * a.table_stride;
+    uint4 keys[PASSES], values[PASSES];
+#pragma unroll
+    for (int p = 0; p < PASSES; ++p) keys[p] = values[p] = make_uint4(0, 0, 0, 0);
+    // PERF: of all keys only the newest is made by the kernel before; the others need not wait for it.
+    const int newest = length - 1;
+    load(keys, key_head, table, first, end, newest);
+    load(values, value_head, table, first, end, newest);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#pragma unroll
+    for (int p = 0; p < PASSES; ++p) {
+        if (first + p * AT_ONCE + row != newest || newest >= end || chunk >= CHUNKS) continue;
+        keys[p] = *chunk_of(key_head, table, newest, chunk);
+        values[p] = *chunk_of(value_head, table, newest, chunk);
+    }
+    float q[GROUP][8], sums[GROUP][8] = {}, top[GROUP], mass[GROUP];
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+        uint4 x = make_uint4(0, 0, 0, 0);
+        const long long place = sequence * a.q_stride + (kv_head * GROUP + g) * HEAD_DIM + chunk * 8;
+        if (chunk < CHUNKS) x = *(const uint4*)(a.q + place * 2);
+        unpack(q[g], x);
+        top[g] = NONE, mass[g] = 0;
+    }
+    for (int key = first; key < end; key += TILE) {
+        float scores[PASSES][GROUP];
+#pragma unroll
+        for (int p = 0; p < PASSES; ++p) {
+            float k[8];
+            unpack(k, keys[p]);
+#pragma unroll
+            for (int g = 0; g < GROUP; ++g) {
+                float sum = 0;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sum += k[i] * q[g][i];
+                scores[p][g] = sum;
+            }
+        }
+        load(keys, key_head, table, key + TILE, end);
+#pragma unroll
+        for (int p = 0; p < PASSES; ++p)
+#pragma unroll
+            for (int g = 0; g < GROUP; ++g) {
+#pragma unroll
+                for (int far = ACROSS / 2; far > 0; far /= 2)
+                    scores[p][g] += __shfl_xor_sync(~0u, scores[p][g], far);
+                const int at = key + p * AT_ONCE + row;
+                float score = scores[p][g] * a.scale;
+                if (HAS_CAP) score = a.cap - 2 * a.cap / (1 + exp2_of(score));
+                if (HAS_SLOPES) score += a.slopes[kv_head * GROUP + g] * LOG2_E * (at - length + 1);
+                scores[p][g] = at < end ? score : NONE;
+            }
+#pragma unroll
+        for (int g = 0; g < GROUP; ++g) {
+            float most = top[g];
+#pragma unroll
+            for (int p = 0; p < PASSES; ++p) most = fmaxf(most, scores[p][g]);
+            const float decay = share(top[g], most);
+            mass[g] *= decay;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sums[g][i] *= decay;
+            top[g] = most;
+#pragma unroll
+            for (int p = 0; p < PASSES; ++p) mass[g] += scores[p][g] = share(scores[p][g], most);
+        }
+#pragma unroll
+        for (int p = 0; p < PASSES; ++p) {
+            float v[8];
+            unpack(v, values[p]);
+#pragma unroll
+            for (int g = 0; g < GROUP; ++g)
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sums[g][i] += scores[p][g] * v[i];
+        }
+        load(values, value_head, table, key + TILE, end);
+    }
+    // A warp's threads of different keys, then the program's warps, then the cluster's programs.
+    const int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+#pragma unroll
+        for (int far = ACROSS; far < 32; far *= 2) {
+            const float its_top = __shfl_xor_sync(~0u, top[g], far), its_mass = __shfl_xor_sync(~0u, mass[g], far);
+            const float most = fmaxf(top[g], its_top), mine = share(top[g], most), its = share(its_top, most);
+            mass[g] = mass[g] * mine + its_mass * its;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                sums[g][i] = sums[g][i] * mine + __shfl_xor_sync(~0u, sums[g][i], far) * its;
+            top[g] = most;
+        }
+        if (threadIdx.x % 32 < CHUNKS) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) own[warp].sums[g * HEAD_DIM + chunk * 8 + i] = sums[g][i];
+        }
+        if (threadIdx.x % 32 == 0) own[warp].top[g] = top[g], own[warp].mass[g] = mass[g];
+    }
+    __syncthreads();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    u32 to;
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(to) : "r"((u32)__cvta_generic_to_shared(&parts[rank])));
+    for (int i = threadIdx.x; i < ELEMENTS; i += NUM_THREADS) {
+        const int g = i / HEAD_DIM;
+        float most = NONE, sum = 0, total = 0;
+#pragma unroll
+        for (int w = 0; w < NUM_WARPS; ++w) most = fmaxf(most, own[w].top[g]);
+#pragma unroll
+        for (int w = 0; w < NUM_WARPS; ++w) {
+            const float its = share(own[w].top[g], most);
+            sum += own[w].sums[i] * its, total += own[w].mass[g] * its;
+        }
+        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to + (2 * GROUP + i) * 4), "f"(sum) : "memory");
+        if (i % HEAD_DIM == 0) {
+            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to + g * 4), "f"(most) : "memory");
+            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to + (GROUP + g) * 4), "f"(total) : "memory");
+        }
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    if (rank > 0) return;
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    char* out = a.out + (long long)(sequence * NUM_KV_HEADS + kv_head) * (ELEMENTS * 2);
+    for (int i = threadIdx.x * 2; i < ELEMENTS; i += NUM_THREADS * 2) {
+        const int g = i / HEAD_DIM;
+        const float sink = HAS_SINKS ? a.sinks[kv_head * GROUP + g] * LOG2_E : NONE;
+        float most = sink, y = 0, z = 0, total;
+#pragma unroll
+        for (int r = 0; r < PARTS; ++r) most = fmaxf(most, parts[r].top[g]);
+        total = share(sink, most);
+#pragma unroll
+        for (int r = 0; r < PARTS; ++r) {
+            const float its = share(parts[r].top[g], most);
+            y += parts[r].sums[i] * its, z += parts[r].sums[i + 1] * its, total += parts[r].mass[g] * its;
+        }
+        const float inverse = length > 0 ? 1 / total : 0;
+        *(u32*)(out + i * 2) = packed(y * inverse, z * inverse);
+    }
+}
