@@ -10,8 +10,9 @@ cache    [1, num_blocks, block_size, 1, width]   bf16|f16|f32, contiguous; see l
 plan     an AttentionPlan
 returns  [num_tokens, num_heads, rank]           contiguous
 
-A program takes 16 rows, heads of one token or of some, through all keys of its sequence; each tile of latents is read
-once, for scores and for sums.
+The sequences that come first and bring one token each are computed by latent_decode.py, the others here, where results
+must be invariant all of them. A program takes some rows, heads of one token or of some, through all keys of its
+sequence; each tile of latents is read once, for scores and for sums.
 Bound: bytes for decode (the latents of every sequence), FLOPs for prefill (2 * (width + rank) a head and visible key).
 """
 
@@ -20,13 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels import attention_plan
+from cableway.kernels import attention_plan, latent_decode
 from cableway.kernels.attention_plan import AttentionPlan, Scores
 from cableway.kernels.cpu import attention as cpu_attention
-from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.lang import gpu_capability, jit, tl, triton
+from cableway.kernels.latent_decode import add_latents
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, call, check, grid, kernel, nbytes
-
-_ROWS = 16
 
 
 def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
@@ -57,28 +57,12 @@ def _latent_attention(
         top = tl.full((TILE * HEADS,), float("-inf"), tl.float32)
         mass = tl.zeros((TILE * HEADS,), tl.float32)
         sums = tl.zeros((TILE * HEADS, BLOCK_RANK), tl.float32)
-        last_key = tl.minimum(length, length - num_queries + first_query + TILE)
-        for keys_from in range(0, last_key, KEYS):
-            key = keys_from + tl.arange(0, KEYS)
-            key_inside = key < last_key
-            block = tl.load(table_ptr + sequence * table_stride + key // BLOCK_SIZE, mask=key_inside, other=0)
-            slot = (block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE)[:, None] * WIDTH
-            c_latent = tl.load(
-                cache_ptr + slot + latent, mask=key_inside[:, None] & (latent < RANK)[None, :], other=0.0
-            )
-            c_rest = tl.load(cache_ptr + slot + rest, mask=key_inside[:, None] & (rest < WIDTH)[None, :], other=0.0)
-            scores = tl.dot(q_latent, tl.trans(c_latent), input_precision="ieee")
-            scores = (scores + tl.dot(q_rest, tl.trans(c_rest), input_precision="ieee")) * scale
-            seen = key_inside[None, :] & (key[None, :] <= position[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            # A row that has seen nothing yet has no maximum: keep its differences finite.
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weights = tl.exp(scores - shift[:, None])
-            decay = tl.exp(top - shift)
-            mass = mass * decay + tl.sum(weights, 1)
-            sums = sums * decay[:, None] + tl.dot(weights.to(c_latent.dtype), c_latent, input_precision="ieee")
-            top = new_top
+        end_key = tl.minimum(length, length - num_queries + first_query + TILE)
+        for keys_from in range(0, end_key, KEYS):
+            top, mass, sums = add_latents(
+                q_latent, q_rest, cache_ptr, table_ptr + sequence * table_stride, keys_from, end_key, position,
+                top, mass, sums, scale, WIDTH, RANK, BLOCK_SIZE, BLOCK_RANK, BLOCK_REST, KEYS,
+            )  # fmt: skip
         y = sums / tl.where(mass == 0, 1.0, mass)[:, None]  # nobody's rows see nothing
         inside = row_inside & (latent < RANK)[None, :]
         tl.store(out_ptr + place * RANK + latent, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -87,22 +71,30 @@ def _latent_attention(
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     num_tokens, num_heads, width = q.shape
-    out = torch.empty(num_tokens, num_heads, rank, dtype=q.dtype, device=q.device)
-    heads = min(triton.next_power_of_2(num_heads), _ROWS)
-    tile = _ROWS // heads
-    work = plan.prefill_work(num_tokens=num_tokens, tile=tile, skips_singles=False)
+    if plan.invariant or not plan.may_have_singles:
+        out = torch.empty(num_tokens, num_heads, rank, dtype=q.dtype, device=q.device)
+    else:
+        out = latent_decode.launch(q, cache, plan, scale=scale, rank=rank)
+        if plan.max_query_len == 1 and num_tokens == len(plan.seq_lens):
+            return out
+    is_hopper = gpu_capability() == 90 and q.dtype != torch.float32
+    rows, keys, num_warps = (64, 32, 8) if is_hopper else (16, 16, 4)
+    heads = min(triton.next_power_of_2(num_heads), rows)
+    work = plan.prefill_work(num_tokens=num_tokens, tile=rows // heads, skips_singles=not plan.invariant)
     _latent_attention[(triton.cdiv(num_heads, heads), len(work))](
         q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work, scale, plan.block_table.stride(0),
-        NUM_HEADS=num_heads, WIDTH=width, RANK=rank, BLOCK_SIZE=cache.shape[2], TILE=tile, HEADS=heads,
+        NUM_HEADS=num_heads, WIDTH=width, RANK=rank, BLOCK_SIZE=cache.shape[2], TILE=rows // heads, HEADS=heads,
         BLOCK_RANK=max(triton.next_power_of_2(rank), 16), BLOCK_REST=max(triton.next_power_of_2(width - rank), 16),
-        KEYS=16 if q.dtype == torch.float32 else 32, num_warps=4, num_stages=2,
+        KEYS=keys, num_warps=num_warps, num_stages=2,
     )  # fmt: skip
     return out
 
 
-def make(spans, num_heads: int, rank: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Call:
+def make(
+    spans, num_heads: int, rank: int, width: int, dtype: torch.dtype, invariant: bool = False, device: str = "cpu"
+) -> Call:
     """`spans`: (new tokens, length) of each sequence."""
-    made = attention_plan.make(spans, (num_heads, 1, width), dtype, device=device)
+    made = attention_plan.make(spans, (num_heads, 1, width), dtype, invariant=invariant, device=device)
     q, cache, plan, *_ = made.args
     return call(q.contiguous(), cache[:1].clone(), plan, scale=2 * width**-0.5, rank=rank)
 
@@ -112,6 +104,7 @@ def _visible_keys(made: Call) -> int:
     return sum(p + 1 for start, end, length in spans for p in range(length - end + start, length))
 
 
+UNEVEN = tuple((1, length) for length in (255, 3, 700, 256, 257, 1, 512))
 MIXED = ((1, 40), (1, 90), (20, 20), (7, 30), (1, 9), (70, 75))
 
 
@@ -122,9 +115,15 @@ MIXED = ((1, 40), (1, 90), (20, 20), (7, 30), (1, 9), (70, 75))
     cases=[
         *grid(spans=(MIXED,), num_heads=(4, 20), rank=(32,), width=(48,), dtype=FLOATS),
         *grid(spans=(((1, 130),) * 2,), num_heads=(16,), rank=(24,), width=(32,), dtype=FLOATS),
+        *grid(spans=(UNEVEN,), num_heads=(3, 40, 70), rank=(32,), width=(48,), dtype=FLOATS),
+        *grid(spans=(MIXED,), num_heads=(4,), rank=(32,), width=(48,), dtype=FLOATS, invariant=(True,)),
     ],
     bench_cases=grid(
-        spans=(((1, 1024),) * 64, ((1024, 1024),)), num_heads=(128,), rank=(512,), width=(576,), dtype=(torch.bfloat16,)
+        spans=(((1, 1024),) * 64, ((1024, 1024),)),
+        num_heads=(16, 128),
+        rank=(512,),
+        width=(576,),
+        dtype=(torch.bfloat16,),
     ),
     num_bytes=lambda c: nbytes(c.args[0]) + nbytes(c.args[1][:, 0, 0]) * sum(s[2] for s in c.args[2].spans),
     num_flops=lambda c: 2 * c.args[0].shape[1] * (c.args[0].shape[2] + c.kwargs["rank"]) * _visible_keys(c),

@@ -270,7 +270,7 @@ def _paged_decode(
 
 
 @memoized
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
     """Of a GPU. The interpreter has none; a few make it cut sequences as a GPU does."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
@@ -290,7 +290,7 @@ def launch_tuned(
     block_dim = max(triton.next_power_of_2(head_dim), 16)
     block_group = triton.next_power_of_2(group)
     tile = min(max(tuning.tile_bytes // (block_dim * q.element_size()), 16), tuning.most_tile_keys)
-    num_shares = max(tuning.shares_a_processor * _num_processors(q.device) // num_kv_heads, 1)
+    num_shares = max(tuning.shares_a_processor * num_processors(q.device) // num_kv_heads, 1)
     slopes, sinks = scores.slopes, scores.sinks
     num_works = len(plan._decode_works)
     work, arrivals = plan.decode_work(
