@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan
 from cableway.kernels.lang import gpu_capability, jit, tl, triton
+from cableway.kernels.online_softmax import add_scores
 from cableway.kernels.paged_decode import num_processors
 
 _LEAST_STRETCH_KEYS = 128
@@ -33,18 +34,6 @@ class Tuning(NamedTuple):
 
 _HOPPER = (Tuning(16, 32, 4, 5, 2), Tuning(32, 32, 8, 5, 2), Tuning(64, 32, 8, 4, 1))
 _ANY = Tuning(16, 16, 4, 2, 1)
-
-
-@jit
-def add_scores(scores, top, mass):
-    """One more tile of scores [rows, keys] in a softmax: their weights, what was summed before is to be multiplied by,
-    and the new top score and mass [rows]."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen nothing yet has no maximum: keep its differences finite.
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp(scores - shift[:, None])
-    decay = tl.exp(top - shift)
-    return weights, decay, new_top, mass * decay + tl.sum(weights, 1)
 
 
 @jit

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, scans, tl, triton
-from cableway.kernels.recurrence import MIXED, RecurrentPlan, check_states, make_plan
+from cableway.kernels.recurrence import LONG, MIXED, RecurrentPlan, check_states, keep, make_plan, resumed, span
 from cableway.kernels.registry import Call, are_contiguous, call, check, grid, kernel, nbytes
 
 _CHANNELS = 64
+_TOKENS = 16
 
 
 def ref(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
@@ -39,38 +40,40 @@ def ref(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
 def _lru_scan(
     g_ptr, x_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr, state_stride, table_stride, channels,
-    block_size, CHANNELS: tl.constexpr,
+    block_size, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of one sequence, token after token."""
+    """Some channels of one sequence; TOKENS are loaded before the first of them is taken in."""
     sequence = tl.program_id(0).to(tl.int64)
-    start = tl.load(query_start_ptr + sequence).to(tl.int64)
-    num_new = tl.load(query_start_ptr + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    length = tl.load(seq_lens_ptr + sequence)
+    start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
     table_ptr += sequence * table_stride
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel, row = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, TOKENS)
     inside = channel < channels
-    before = length - num_new
-    row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
-    h = tl.where(before > 0, tl.load(states_ptr + row * state_stride + channel, mask=inside, other=0.0), 0.0)
-    if length > 0:
-        for token in range(num_new):
-            place = (start + token) * channels + channel
-            g = tl.load(g_ptr + place, mask=inside, other=0.0)
-            x = tl.load(x_ptr + place, mask=inside, other=0.0)
-            position = before + token
-            a = tl.exp(g)
+    h = resumed(states_ptr, table_ptr, channel, inside, before, state_stride, block_size)
+    for chunk in range(before // TOKENS, tl.cdiv(length, TOKENS)):
+        first = start + chunk * TOKENS - before
+        y = tl.zeros((TOKENS, CHANNELS), tl.float32)
+        for i in tl.static_range(TOKENS):
+            position = chunk * TOKENS + i
+            is_new = (position >= before) & (position < length)
+            place, here = (first + i) * channels + channel, channel < tl.where(is_new, channels, 0)
+            a = tl.exp(tl.load(g_ptr + place, mask=here, other=0.0))
+            x = tl.load(x_ptr + place, mask=here, other=0.0)
             h = a * h + tl.where(position > 0, tl.sqrt(1 - a * a), 1.0) * x
-            tl.store(y_ptr + place, h, mask=inside)
-            if ((position + 1) % block_size == 0) | (position + 1 == length):
-                row = tl.load(table_ptr + position // block_size).to(tl.int64)
-                tl.store(states_ptr + row * state_stride + channel, h, mask=inside)
+            y = tl.where((row == i)[:, None], h[None, :], y)
+        position = chunk * TOKENS + row
+        is_new = (position >= before) & (position < length)
+        out_place = (first + row)[:, None] * channels + channel[None, :]
+        tl.store(y_ptr + out_place, y, mask=is_new[:, None] & inside[None, :])
+        num_done = tl.minimum((chunk + 1) * TOKENS, length)
+        keep(states_ptr, table_ptr, channel, inside, h, num_done, length, state_stride, block_size)
 
 
 def launch(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
     y = torch.empty_like(x)
     _lru_scan[(plan.num_seqs, triton.cdiv(x.shape[1], _CHANNELS))](
         g, x, states, y, plan.query_start, plan.seq_lens, plan.block_table, states.stride(0),
-        plan.block_table.stride(0), x.shape[1], plan.block_size, CHANNELS=_CHANNELS, num_warps=2,
+        plan.block_table.stride(0), x.shape[1], plan.block_size,
+        TOKENS=plan.chunk_len(_TOKENS) if plan.max_query_len > 1 else 1, CHANNELS=_CHANNELS, num_warps=2,
     )  # fmt: skip
     return y
 
@@ -88,7 +91,7 @@ def make(spans, channels: int, block_size: int = 8, device: str = "cpu") -> Call
     ref=ref,
     launch=launch,
     make=make,
-    cases=grid(spans=(MIXED,), channels=(100, 24)),
+    cases=grid(spans=(MIXED, LONG), channels=(100, 24), block_size=(8, 64)),
     bench_cases=grid(spans=(((1, 100),) * 64, ((512, 512),)), channels=(2560,)),
     num_bytes=lambda c: 3 * nbytes(c.args[0]),
     updates=(2,),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cableway.kernels.kv_cache import NO_SCALES, KVScales, as_factor, block_size_of, scales_at
 from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.online_softmax import add_scores
 
 if TYPE_CHECKING:
     from cableway.kernels.attention_plan import AttentionPlan, Scores
@@ -79,17 +80,10 @@ def _paged_prefill(
             seen = key_inside[None, :] & (key[None, :] <= position[:, None])
             if HAS_WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            # A row that has seen nothing yet has no maximum: keep its differences finite.
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weights = tl.exp(scores - shift[:, None])
-            decay = tl.exp(top - shift)
-            mass = mass * decay + tl.sum(weights, 1)
+            weights, decay, top, mass = add_scores(tl.where(seen, scores, float("-inf")), top, mass)
             if HAS_SCALES:
                 weights *= v_scales[None, :]
             sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-            top = new_top
         y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]  # nobody's rows see nothing
         tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(q.dtype), mask=inside)
 
