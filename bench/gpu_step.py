@@ -54,7 +54,7 @@ class GpuStep:
         runner.forget()
         self._runner, self._rows, self._length = runner, rows, length
         self._config, self._sampling = config, sampling
-        self._driver = Driver(runner, config.block_size, config.max_num_seqs)
+        self._driver = Driver(runner, runner.block_size, config.max_num_seqs)
         for row in range(rows):
             self._add(row)
 

@@ -158,7 +158,8 @@ def _on_cpu(
 def _decode(
     decoder: TimedDecoder, config: WorkerConfig, sampling: Sampling, rows: int, context: int, steps: int
 ) -> Sequence[tuple[float, float, float]]:
-    driver = Driver(Runner(decoder, config), config.block_size, config.max_num_seqs)
+    runner = Runner(decoder, config)
+    driver = Driver(runner, runner.block_size, config.max_num_seqs)
     for row in range(rows):
         driver.add(_prompt(context, row, decoder.vocab_size), sampling)
         driver.step({row: context})
@@ -170,7 +171,8 @@ def _decode(
 def _prefill(
     decoder: TimedDecoder, config: WorkerConfig, sampling: Sampling, _rows: int, length: int, _steps: int
 ) -> Sequence[tuple[float, float, float]]:
-    driver = Driver(Runner(decoder, config), config.block_size, config.max_num_seqs)
+    runner = Runner(decoder, config)
+    driver = Driver(runner, runner.block_size, config.max_num_seqs)
     timed = []
     for seed in range(6):
         request = driver.add(_prompt(length, seed, decoder.vocab_size), sampling)

@@ -44,7 +44,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     # engine
     max_num_seqs: Annotated[Positive, Meta(description="sequences in one step")] = 64
     max_num_batched_tokens: Annotated[Count, Meta(description="tokens in one step; 0 = auto")] = 0
-    block_size: Annotated[int, Meta(ge=8, le=256, description="tokens a KV block holds")] = 16
+    block_size: Annotated[
+        int, Meta(ge=0, le=256, description="tokens a KV block holds; 0 = 16, or 256 where a block keeps a state")
+    ] = 0
     kv_cache_dtype: Annotated[
         str,
         Meta(
@@ -179,7 +181,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    block_size: int
+    block_size: int  # 0: by the state that the model keeps
     kv_cache_memory_bytes: int  # 0 = what memory allows
     num_kv_blocks: int  # 0 = from kv_cache_memory_bytes
     batch_invariant: bool

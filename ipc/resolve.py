@@ -24,6 +24,7 @@ from cableway.ipc.lifeline import Patience
 LEASE_S = 10.0
 """Silence after which the core takes a frontend for dead."""
 _DEFAULT_MODEL_LEN = 2048
+_LEAST_BLOCK_SIZE = 8
 _CPU_BATCHED_TOKENS = 512
 _CUDA_BATCHED_TOKENS = 8192
 _SCALED_ROPE = ("linear", "dynamic", "yarn")
@@ -41,6 +42,8 @@ def resolve(options: Options) -> Config:
         ConfigError: the options contradict each other, the model or the machine.
         ModelError: the model cannot be found or read.
     """
+    if 0 < options.block_size < _LEAST_BLOCK_SIZE:
+        raise ConfigError(f"block_size: {options.block_size} is below {_LEAST_BLOCK_SIZE}")
     files = modelfiles.locate(options.model, options.load_format)
     device, device_note = _device(options)
     dtype, dtype_note = _dtype(options, device, files.config)

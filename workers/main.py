@@ -177,7 +177,7 @@ class Worker:
     def _tell_ready(self) -> None:
         runner, config = self._runner, self._config
         groups = [StateGroup(spec.kind, spec.num_layers, spec.window) for spec in runner.state_groups]
-        counts = runner.num_blocks, config.block_size
+        counts = runner.num_blocks, runner.block_size
         self._endpoint.send(Ready(self._rank, *counts, groups, config.max_num_seqs, self._load_s, self._is_asleep))
 
     def _drain(self, deadline_s: float) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ _GIB = 1 << 30
 _OF_8_BITS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": torch.int8}
 _LEAST_FOR_E4M3 = 89
 """Capability of GPUs that convert it."""
+
+
+_BLOCK_SIZE = 16
+_STATE_BLOCK_SIZE = 256
+"""Tokens of a block that keeps one state for all of them, often of megabytes."""
+
+
+def settled(config: WorkerConfig, groups: Sequence[StateSpec]) -> WorkerConfig:
+    """The same with the block size that a model's state asks for, where none was."""
+    if config.block_size:
+        return config
+    keeps_states = any(group.state_len for group in groups)
+    return msgspec.structs.replace(config, block_size=_STATE_BLOCK_SIZE if keeps_states else _BLOCK_SIZE)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def rehearse(config: WorkerConfig) -> None:
         load_format=config.load_format,
     )
     groups, num_seqs = decoder.state_groups(), config.max_num_seqs
+    config = memory.settled(config, groups)
     rows = Rows(num_seqs, config.max_model_len, config.block_size, [group.kind for group in groups], _META)
     sampler = Sampler(rows.tokens, decoder.vocab_size)
     cache = memory.outline(decoder, config, memory.kept_as(config))

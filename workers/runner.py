@@ -79,6 +79,8 @@ class Runner:
     def __init__(self, decoder: Decoder, config: WorkerConfig) -> None:
         device = torch.device(config.device)
         self.state_groups: list[StateSpec] = decoder.state_groups()
+        config = memory.settled(config, self.state_groups)
+        self.block_size = config.block_size
         self._decoder = decoder
         self._device = device
         self._invariant = config.batch_invariant

@@ -7,7 +7,7 @@ import torch
 from cableway.ipc.config import WorkerConfig
 from cableway.ipc.modelfiles import ModelError
 from cableway.workers import memory
-from cableway.workers.batch import Decoder
+from cableway.workers.batch import Decoder, StateSpec
 
 GIB = 1 << 30
 TOTAL, RESERVED, STEP = 40 * GIB, 10 * GIB, 2 * GIB
@@ -66,3 +66,12 @@ def test_more_than_the_gpu_has_is_one_clear_line(
     monkeypatch.setattr(memory, "_zeros", refuse)
     with pytest.raises(ModelError, match=r"was to have 64\.0 GiB, but only 27\.0 GiB"):
         cache_bytes(decoder, config, gpu, kv_cache_memory_bytes=64 * GIB)
+
+
+def test_blocks_that_keep_a_state_are_longer(config: WorkerConfig):
+    paged = StateSpec("paged", (0,), 2, 16)
+    state = StateSpec("recurrent", (1,), 0, 0, state_len=100)
+    left = msgspec.structs.replace(config, block_size=0)
+    assert memory.settled(left, [paged]).block_size == 16
+    assert memory.settled(left, [paged, state]).block_size == 256
+    assert memory.settled(config, [paged, state]) == config
