@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from cableway.bench.driver import Driver
 from cableway.ipc.config import WorkerConfig
@@ -17,6 +18,9 @@ from cableway.workers.formats.gpu import OnGpu
 from cableway.workers.runner import Runner
 from tests import checkpoints
 from tests.kernels import laws
+from tests.models import harness
+from tests.models.harness import prompt
+from tests.models.zoo import ZOO
 from tests.workers.running import load, prompt_of, worker_config
 
 pytestmark = pytest.mark.skipif(not laws.INTERPRETED, reason="only where Triton's forms run on a CPU")
@@ -30,9 +34,8 @@ def config(tmp_path: Path, request: pytest.FixtureRequest) -> WorkerConfig:
     return worker_config(path, kv_cache_dtype=request.param, **small)
 
 
-@pytest.fixture
-def as_on_gpu(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> Decoder:
-    """The model, as a GPU holds and computes it."""
+def use_gpu_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are loaded from now on are held and computed as on a GPU."""
     for kernel in kernels():
         for name, module in list(sys.modules.items()):
             if name.startswith("cableway.workers") and getattr(module, kernel.name, None) is kernel.function:
@@ -43,6 +46,11 @@ def as_on_gpu(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> Decoder:
 
     monkeypatch.setattr(torch, "mm", multiply)
     monkeypatch.setattr(formats, "choose", lambda encodings, num_out, num_in, place: OnGpu(place))
+
+
+@pytest.fixture
+def as_on_gpu(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    use_gpu_forms(monkeypatch)
     return load(config)
 
 
@@ -69,3 +77,29 @@ def test_a_dry_run_leaves_no_trace(config: WorkerConfig, as_on_gpu: Decoder):
         cache = memory.allocate(as_on_gpu, config, memory.kept_as(config), torch.device("cpu"))
         memory.dry_run(as_on_gpu, config, cache)
     assert not any(tensor.view(torch.uint8).any() for tensor in cache.tensors)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Mamba2", "Qwen3Next", "DeepseekV3"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Mamba", "RecurrentGemma")),
+    ],
+)
+def test_chunks_of_prompts_and_tokens_beside_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of models whose kernels take what is long otherwise than what is short."""
+    variant = ZOO[f"{name}ForCausalLM"][0]
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    known = model_class.config_class().to_dict().keys() | model_class.config_class.attribute_map.keys()
+    fields = {key: value for key, value in checkpoints.SIZES.items() if key in known} | variant
+    folder = checkpoints.save(checkpoints.random_model(model_class, fields), tmp_path)
+
+    def logits() -> list[torch.Tensor]:
+        session, a, b = harness.Session(harness.load(folder), num_seqs=2), prompt(40), prompt(40).flip(0)
+        steps = [[(0, a[:27])], [(0, a[27:28]), (1, b[:20])], [(1, b[20:21]), (0, a[28:])], [(0, a[:1]), (1, b[21:22])]]
+        return [part for chunks in steps for part in session.step(chunks)]
+
+    expected = logits()
+    use_gpu_forms(monkeypatch)
+    for one, other in zip(logits(), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
