@@ -4,6 +4,7 @@
 #   make test [ARGS="-k name"] | test-slow                        tests; those that take minutes each
 #   make chaos                                                    minutes of killed and stopped processes under load
 #   make check                                                    lint, format, types, layering
+#   make tune [MODEL=name] [ARGS="--kernel gemv"]                 measure configurations of kernels on this GPU
 #   make bench [MODEL=name] [ARGS="--workload decode1,mixed256"]  time the engine
 #
 # On a machine without a GPU where PyPI's torch is built for CUDA (x86 Linux), the much smaller CPU build is had with
@@ -17,7 +18,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: serve test test-computing test-serving test-slow chaos check bench clean
+.PHONY: serve test test-computing test-serving test-slow chaos check bench tune clean
 
 # exec: the server is make's own child, so that SIGTERM and Ctrl-C reach it with nothing in between.
 serve: .venv/serve
@@ -49,6 +50,9 @@ check: .venv/dev
 
 bench: .venv/serve
 	$(BIN)/cableway bench offline --model $(MODEL) $(ARGS)
+
+tune: .venv/serve
+	$(BIN)/cableway tune $(MODEL) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

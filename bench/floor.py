@@ -61,16 +61,17 @@ def floor_s(
     return flops / rates.matmul_flop_s + (weights + kv) / rates.copy_bytes_s
 
 
-def step_floor_s(shape: Shape, rates: Rates, rows: int, length: int, item_bytes: int) -> float:
+def step_floor_s(shape: Shape, rates: Rates, rows: int, length: int, item_bytes: int, kv_item_bytes: int) -> float:
     """Seconds below which no engine can do one step: `rows` tokens after `length` others each, or, where there are no
     rows, one prompt of `length`."""
     width = shape.num_layers * shape.head_dim
     if not rows:
         flops = length * (2 * shape.body_params + 2 * width * shape.num_heads * length) + 2 * shape.head_params
         return flops / rates.matmul_flop_s
-    values = shape.body_params + shape.head_params + rows * length * 2 * width * shape.num_kv_heads
+    kv_bytes = rows * length * 2 * width * shape.num_kv_heads * kv_item_bytes
+    num_bytes = (shape.body_params + shape.head_params) * item_bytes + kv_bytes
     flops = 2 * rows * (shape.body_params + shape.head_params)
-    return max(values * item_bytes / rates.copy_bytes_s, flops / rates.matmul_flop_s)
+    return max(num_bytes / rates.copy_bytes_s, flops / rates.matmul_flop_s)
 
 
 _MEASURE = """

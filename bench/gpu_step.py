@@ -17,6 +17,7 @@ from cableway.bench.floor import Rates, Shape, step_floor_s
 from cableway.bench.ledger import PRODUCTS, Entry, Ledger
 from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Sampling
+from cableway.workers.memory import kept_as
 from cableway.workers.runner import Runner
 
 _PROFILED_STEPS = 5
@@ -66,8 +67,8 @@ class GpuStep:
         host_s = self._run(num_steps)
         step_s = (time.perf_counter() - began_s) / num_steps
         times = self._profiled(trace)
-        item_bytes = getattr(torch, self._config.dtype).itemsize
-        floor_s = step_floor_s(model, rates, self._rows, self._length, item_bytes)
+        item_bytes, kv_item_bytes = getattr(torch, self._config.dtype).itemsize, kept_as(self._config).itemsize
+        floor_s = step_floor_s(model, rates, self._rows, self._length, item_bytes, kv_item_bytes)
         kernels = joined(times, self._booked(), rates.copy_bytes_s)
         return GpuTiming(
             shape=shape,

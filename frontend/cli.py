@@ -239,6 +239,7 @@ def _elsewhere(group: click.Group, name: str, module: str, what: str) -> None:
 
 _elsewhere(commands, "chat", "cableway.frontend.chat", "Talk with a model in this terminal.")
 _elsewhere(commands, "models", "cableway.workers.listing", "List the architectures that can be loaded.")
+_elsewhere(commands, "tune", "cableway.bench.tune", "Measure configurations of kernels on this machine's GPU.")
 _elsewhere(bench, "kernels", "cableway.bench.kernels", "Time every kernel beside what the machine can copy.")
 _elsewhere(bench, "offline", "cableway.bench.offline", "Time the engine without HTTP.")
 _elsewhere(bench, "serve", "cableway.bench.serve", "Load any OpenAI server and time its answers.")

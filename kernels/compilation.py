@@ -86,6 +86,7 @@ def in_background(compile_it: Callable[..., Any], *args: Any) -> None:
 def mark(purpose: str) -> Path:
     """A file in Triton's cache, to be made when all that `purpose` takes has been compiled by these kernels."""
     digest = hashlib.sha256(f"{purpose} {triton.__version__} {gpu_capability()}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.[pc][yu]")):
+    folder = Path(__file__).parent
+    for source in sorted([*folder.glob("*.[pc][yu]"), *folder.glob("tunings/*.json")]):
         digest.update(source.read_bytes())
     return Path(triton.knobs.cache.dir) / f"cableway-{digest.hexdigest()[:32]}"

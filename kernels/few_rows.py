@@ -14,6 +14,8 @@ Bound: bytes of the matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
+from cableway.kernels.tuning import OF_BYTES, Tunable
 
 
 def ref(
@@ -134,15 +137,33 @@ def pays(num_tokens: int, matrix: Tensor) -> bool:
     return is_small and num_tokens <= _MOST_TOKENS
 
 
-def tuning(num_in: int, itemsize: int) -> Tuning:
+class Key(NamedTuple):
+    """What the best tuning depends on."""
+
+    num_out: int
+    num_in: int
+    gated: bool
+    item_bytes: int
+
+
+def _rule(key: Key) -> Tuning:
     """Where a program can hold its rows whole it does; otherwise they go through shared memory.
 
     PERF, H200, us for 4 / 16 tokens, and the library's: 4096 x 1024 4.5 / 5.0 (5.3 / 5.4), 1024 x 2048 3.4 / 3.8
     (9.9 / 6.0), 1024 x 3072 6.5 / 6.4 (7.6 / 7.8), 2 x 3072 x 1024 gated 5.7 / 6.0 (7.8 / 7.9 with its gate).
     """
-    if itemsize > 2:
+    if key.item_bytes > 2:
         return _LONG._replace(block_in=64)
-    return _WIDE if num_in <= 1024 else _WIDER if num_in <= 2048 else _LONG
+    return _WIDE if key.num_in <= 1024 else _WIDER if key.num_in <= 2048 else _LONG
+
+
+def _candidates(key: Key) -> Iterator[Tuning]:
+    for wide in (_WIDE, _WIDER):
+        if wide.block_in * wide.parts >= key.num_in:
+            yield from (wide, wide._replace(block_out=32))
+    for block_out, num_stages in product((16, 32), (3, 4)):
+        yield _LONG._replace(block_out=block_out, num_stages=num_stages)
+        yield _LONG._replace(block_out=block_out, num_stages=num_stages, parts=8, num_warps=8)
 
 
 def launch(
@@ -150,7 +171,7 @@ def launch(
     out: Tensor | None = None, invariant: bool = False, tuned: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
-    t = tuned or (INVARIANT if invariant else tuning(num_in, x.element_size()))
+    t = tuned or (INVARIANT if invariant else tuning(Key(num_out, num_in, gated, x.element_size())))
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if out is None else out
     _few_rows[(triton.cdiv(num_out, t.block_out), triton.cdiv(num_tokens, t.block_tokens))](
         x, weight, bias, y, x.stride(0), num_tokens,
@@ -171,6 +192,13 @@ def make(
     bias = torch.randn(rows, device=device).to(dtype)
     out = torch.empty(num_tokens, num_out, device=device) if to_float32 else None
     return call(x, weight, bias if biased else None, gated=gated, out=out, invariant=invariant)
+
+
+def _make(key: Key, device: str):
+    return make(_MOST_TOKENS, key.num_out, key.num_in, OF_BYTES[key.item_bytes], gated=key.gated, device=device)
+
+
+tuning = Tunable("few_rows", Key, Tuning, rule=_rule, candidates=_candidates, make=_make, launch=launch)
 
 
 @kernel(

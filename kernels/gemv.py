@@ -18,6 +18,8 @@ Bound: bytes of the matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, are_contiguous, call, check, grid, kernel, nbytes
+from cableway.kernels.tuning import OF_BYTES, Tunable
 
 MOST_IN = 1 << 15
 """Numbers in a row that a program can hold."""
@@ -94,31 +97,31 @@ class Tuning(NamedTuple):
     num_warps: int
 
 
+class Key(NamedTuple):
+    """What the best tuning depends on."""
+
+    num_out: int
+    num_in: int
+    gated: bool
+    item_bytes: int
+
+
 _BYTES_A_THREAD = 64
 """Of the matrix; more where a row is longer, up to 256, which are a quarter of a thread's registers."""
 
-_MEASURED = {
-    (4096, 1024, False): Tuning(4, 1),
-    (1024, 2048, False): Tuning(2, 4),
-    (3072, 1024, True): Tuning(4, 2),
-    (1024, 3072, False): Tuning(4, 8),
-    (151_936, 1024, False): Tuning(4, 2),
-    (6144, 4096, False): Tuning(4, 4),
-    (4096, 4096, False): Tuning(4, 8),
-    (14_336, 4096, True): Tuning(4, 8),
-    (4096, 14_336, False): Tuning(2, 8),
-    (128_256, 4096, False): Tuning(4, 4),
-}
-"""On an H200, in a step of a whole model: (num_out, num_in, gated) of matrices of 16 bits."""
 
-
-def tuning(num_out: int, num_in: int, gated: bool, itemsize: int) -> Tuning:
-    """As measured; else as what was best there: as many programs as fill the GPU while each thread has some loads."""
-    if itemsize == 2 and (measured := _MEASURED.get((num_out, num_in, gated))):
-        return measured
-    row_bytes = triton.next_power_of_2(num_in) * itemsize
+def _rule(key: Key) -> Tuning:
+    """What was best on an H200: as many programs as fill it while each thread has some loads."""
+    row_bytes = triton.next_power_of_2(key.num_in) * key.item_bytes
     num_warps = min(max(row_bytes // 2048, 4), 16)
     return Tuning(max(32 * num_warps * _BYTES_A_THREAD // row_bytes, 1), num_warps)
+
+
+def _candidates(key: Key) -> Iterator[Tuning]:
+    row_bytes = triton.next_power_of_2(key.num_in) * key.item_bytes
+    for rows, num_warps in product((1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        if 32 <= rows * row_bytes // (32 * num_warps) <= 256:
+            yield Tuning(rows, num_warps)
 
 
 def launch(
@@ -127,7 +130,7 @@ def launch(
     out: Tensor | None = None, tuned: Tuning | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     num_in, num_out = x.shape[1], weight.shape[0] // (1 + gated)
-    rows, num_warps = tuned or tuning(num_out, num_in, gated, x.element_size())
+    rows, num_warps = tuned or tuning(Key(num_out, num_in, gated, x.element_size()))
     y = torch.empty(1, num_out, dtype=x.dtype, device=x.device) if out is None else out
     h = None if residual is None else torch.empty_like(residual)
     _gemv[(triton.cdiv(num_out, rows),)](
@@ -152,6 +155,13 @@ def make(
         residual, norm = torch.randn(2, num_in, device=device)
         options |= {"residual": residual[None], "norm": norm, "eps": 1e-5, "offset": 1.0}
     return call(x, weight, bias if biased else None, **options)
+
+
+def _make(key: Key, device: str):
+    return make(key.num_out, key.num_in, OF_BYTES[key.item_bytes], gated=key.gated, device=device)
+
+
+tuning = Tunable("gemv", Key, Tuning, rule=_rule, candidates=_candidates, make=_make, launch=launch)
 
 
 @kernel(

@@ -12,14 +12,17 @@ Bound: bytes for few rows (the matrices of groups that have any), FLOPs for many
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.registry import FLOATS, are_contiguous, call, check, grid, kernel, nbytes
+from cableway.kernels.registry import FLOATS, Call, are_contiguous, call, check, grid, kernel, nbytes
+from cableway.kernels.tuning import OF_BYTES, Tunable
 
 
 def ref(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -61,16 +64,49 @@ def _grouped_linear(
         tl.store(y_ptr + place, sums.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def launch(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+class Tuning(NamedTuple):
+    """Shape of a program's tile."""
+
+    out: int = 64
+    block_in: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+class Key(NamedTuple):
+    """What the best tuning depends on."""
+
+    num_groups: int
+    num_out: int
+    num_in: int
+    item_bytes: int
+    rows: int  # of a tile: about as many as a group has
+
+
+_FEWEST_ROWS, _MOST_ROWS = 16, 64
+
+
+def _rule(key: Key) -> Tuning:
+    return Tuning(block_in=32 if key.item_bytes == 4 else 64)
+
+
+def _candidates(key: Key) -> Iterator[Tuning]:
+    for out, block_in, num_warps, num_stages in product((64, 128), (64, 128), (4, 8), (3, 4)):
+        if block_in * key.item_bytes <= 256 and out * block_in >= 1024 * num_warps:
+            yield Tuning(out, block_in, num_warps, num_stages)
+
+
+def launch(x: Tensor, w: Tensor, offsets: Tensor, *, tuned: Tuning | None = None) -> Tensor:
     check(x.stride(1) == 1 and are_contiguous(w, offsets), "x is strided within its rows, or w or offsets are")
     (num_rows, num_in), (num_groups, num_out, _) = x.shape, w.shape
     y = torch.empty(num_rows, num_out, dtype=x.dtype, device=x.device)
-    rows = min(max(triton.next_power_of_2(num_rows // num_groups), 16), 64)
+    rows = min(max(triton.next_power_of_2(num_rows // num_groups), _FEWEST_ROWS), _MOST_ROWS)
+    t = tuned or tuning(Key(num_groups, num_out, num_in, x.element_size(), rows))
     num_tiles = min(triton.cdiv(num_rows, rows) + num_groups, num_rows)
-    _grouped_linear[(triton.cdiv(num_out, 64), num_tiles)](
+    _grouped_linear[(triton.cdiv(num_out, t.out), num_tiles)](
         x, w, offsets, y, num_groups, num_out, num_in, x.stride(0),
-        GROUPS=triton.next_power_of_2(num_groups), ROWS=rows, OUT=64, IN=32 if x.dtype == torch.float32 else 64,
-        num_warps=4, num_stages=3,
+        GROUPS=triton.next_power_of_2(num_groups), ROWS=rows, OUT=t.out, IN=t.block_in,
+        num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
     return y
 
@@ -80,6 +116,16 @@ def make(sizes: tuple[int, ...], num_out: int, num_in: int, dtype: torch.dtype, 
     x = torch.randn(sum(sizes), num_in, device=device).to(dtype)
     w = torch.randn(len(sizes), num_out, num_in, device=device).mul(num_in**-0.5).to(dtype)
     return call(x, w, torch.tensor((0, *sizes), device=device).cumsum(0).int())
+
+
+def _make(key: Key, device: str) -> Call:
+    """As many rows as make tiles full, or, where tiles are smallest, one for an eighth of the groups."""
+    some = max(key.num_groups // 8, 1)
+    sizes = (1,) * some + (0,) * (key.num_groups - some) if key.rows == _FEWEST_ROWS else (key.rows,) * key.num_groups
+    return make(sizes, key.num_out, key.num_in, OF_BYTES[key.item_bytes], device=device)
+
+
+tuning = Tunable("grouped_linear", Key, Tuning, rule=_rule, candidates=_candidates, make=_make, launch=launch)
 
 
 @kernel(

@@ -31,12 +31,13 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.runtime.errors import OutOfResources
 
     jit = triton.jit
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
-    triton = tl = gdc_launch_dependents = gdc_wait = None
+    triton = tl = gdc_launch_dependents = gdc_wait = OutOfResources = None
 
     class Absent:
         """A kernel that cannot be launched."""

@@ -19,7 +19,9 @@ all slower.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache as memoized
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,8 @@ from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, m
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, as_factor, block_size_of, scales_at
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
-from cableway.kernels.registry import FLOATS, are_contiguous, check, grid, kernel
+from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid, kernel
+from cableway.kernels.tuning import OF_BYTES, Tunable
 
 
 class Tuning(NamedTuple):
@@ -50,8 +53,34 @@ FEW = Tuning(
     tile_bytes=1 << 15, most_tile_keys=128, num_warps=8, num_stages=1, shares_a_processor=1, least_stretch_keys=512,
     early=True,
 )  # fmt: skip
-_MOST_FEW, _MOST_SOME = 16, 96
+_MOST_FEW, _MOST_SOME, _MANY = 16, 96, 256
 """Few sequences leave most of the GPU idle: what counts is how long the last program takes."""
+
+
+class Key(NamedTuple):
+    """What the best tuning depends on."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    item_bytes: int
+    kv_item_bytes: int
+    most_seqs: int  # _MOST_FEW, _MOST_SOME, or _MANY for all beyond
+
+
+def _rule(key: Key) -> Tuning:
+    return {_MOST_FEW: FEW, _MOST_SOME: SOME, _MANY: MANY}[key.most_seqs]
+
+
+def _candidates(key: Key) -> Iterator[Tuning]:
+    whole = _rule(key)._replace(tile_bytes=1 << 16)
+    if key.most_seqs == _MOST_FEW:
+        for keys, num_warps in product((64, 128, 256), (4, 8)):
+            yield whole._replace(most_tile_keys=keys, num_warps=num_warps)
+    else:
+        for keys, num_warps, num_stages in product((32, 64, 128), (1, 2, 4), (2, 3)):
+            if 16 * num_warps <= keys <= 64 * num_warps:
+                yield whole._replace(most_tile_keys=keys, num_warps=num_warps, num_stages=num_stages)
 
 
 @jit
@@ -275,26 +304,23 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES) -> Tensor:
-    num_seqs = len(plan.seq_lens)
-    tuning = FEW if num_seqs <= _MOST_FEW else SOME if num_seqs <= _MOST_SOME else MANY
-    return launch_tuned(q, cache, plan, scores, scales, tuning)
-
-
-def launch_tuned(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales, tuning: Tuning
-) -> Tensor:
+def launch(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES, *,
+    tuned: Tuning | None = None,
+) -> Tensor:  # fmt: skip
     (_, num_heads, head_dim), (_, _, rows_a_block, num_kv_heads, _) = q.shape, cache.shape
     check(are_contiguous(plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
+    most_seqs = next((most for most in (_MOST_FEW, _MOST_SOME) if len(plan.seq_lens) <= most), _MANY)
+    chosen = tuned or tuning(Key(num_heads, num_kv_heads, head_dim, q.element_size(), cache.element_size(), most_seqs))
     group = num_heads // num_kv_heads
     block_dim = max(triton.next_power_of_2(head_dim), 16)
     block_group = triton.next_power_of_2(group)
-    tile = min(max(tuning.tile_bytes // (block_dim * q.element_size()), 16), tuning.most_tile_keys)
-    num_shares = max(tuning.shares_a_processor * num_processors(q.device) // num_kv_heads, 1)
+    tile = min(max(chosen.tile_bytes // (block_dim * q.element_size()), 16), chosen.most_tile_keys)
+    num_shares = max(chosen.shares_a_processor * num_processors(q.device) // num_kv_heads, 1)
     slopes, sinks = scores.slopes, scores.sinks
     num_works = len(plan._decode_works)
     work, arrivals = plan.decode_work(
-        num_shares=num_shares, tile=tile, least_tiles=-(-tuning.least_stretch_keys // tile),
+        num_shares=num_shares, tile=tile, least_tiles=-(-chosen.least_stretch_keys // tile),
         num_kv_heads=num_kv_heads, window=scores.window,
     )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -310,12 +336,22 @@ def launch_tuned(
         ROWS_A_BLOCK=rows_a_block, HAS_CAP=scores.soft_cap > 0,
         HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
-        BLOCK_PARTS=max(512 * tuning.num_warps // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
-        EARLY=tuning.early,
-        num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        BLOCK_PARTS=max(512 * chosen.num_warps // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
+        EARLY=chosen.early,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         IS_FIRST=len(plan._decode_works) > num_works, **overlapping(),
     )  # fmt: skip
     return out
+
+
+def _make(key: Key, device: str) -> Call:
+    """As many sequences, of some hundred tokens."""
+    spans = _spans(*(700,) * (4 if key.most_seqs == _MOST_FEW else key.most_seqs))
+    kept_as = torch.int8 if key.kv_item_bytes == 1 else None
+    return make(spans, key[:3], OF_BYTES[key.item_bytes], kept_as=kept_as, device=device)
+
+
+tuning = Tunable("paged_decode", Key, Tuning, rule=_rule, candidates=_candidates, make=_make, launch=launch)
 
 
 def _spans(*lengths: int) -> tuple[tuple[int, int], ...]:

@@ -8,16 +8,19 @@ Bound: FLOPs, 4 * head_dim a head and visible key.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from cableway.kernels.attention_plan import AttentionPlan, Scores, make
 from cableway.kernels.kv_cache import NO_SCALES, KVScales, as_factor, block_size_of, scales_at
 from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.online_softmax import add_scores
-
-if TYPE_CHECKING:
-    from cableway.kernels.attention_plan import AttentionPlan, Scores
+from cableway.kernels.registry import Call, call
+from cableway.kernels.tuning import OF_BYTES, Tunable
 
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride"))  # which vary between steps
@@ -88,18 +91,49 @@ def _paged_prefill(
         tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(q.dtype), mask=inside)
 
 
+class Tuning(NamedTuple):
+    """Shape of a program's tile."""
+
+    rows: int  # query heads of one KV head, of some tokens
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class Key(NamedTuple):
+    """What the best tuning depends on."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    item_bytes: int
+    kv_item_bytes: int
+
+
+def _rule(key: Key) -> Tuning:
+    """Two stages of keys and values fit the 99 KiB of a block on smaller GPUs: heads of 128 in float32, of 256 else."""
+    block_dim = max(triton.next_power_of_2(key.head_dim), 16)
+    return Tuning(64, min(max((1 << 14) // (block_dim * key.item_bytes), 16), 64), 4, 2)
+
+
+def _candidates(key: Key) -> Iterator[Tuning]:
+    for rows, keys, num_warps, num_stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3)):
+        if 512 * num_warps <= rows * keys <= 1024 * num_warps:
+            yield Tuning(rows, keys, num_warps, num_stages)
+
+
 def launch(
-    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: Scores, scales: KVScales = NO_SCALES
-) -> None:
+    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: Scores, scales: KVScales = NO_SCALES, *,
+    tuned: Tuning | None = None,
+) -> None:  # fmt: skip
     """Write `out` [T, H, D] for all sequences of an invariant plan, else for those that paged_decode leaves."""
     (num_tokens, num_heads, head_dim), (_, _, rows_a_block, num_kv_heads, _) = q.shape, cache.shape
+    key = Key(num_heads, num_kv_heads, head_dim, q.element_size(), cache.element_size())
+    t = _rule(key)._replace(rows=16) if plan.invariant else tuned or tuning(key)
     group = num_heads // num_kv_heads
     block_group = triton.next_power_of_2(group)
-    tile = max((16 if plan.invariant else 64) // block_group, 1)
+    tile = max(t.rows // block_group, 1)
     block_group = max(block_group, 16 // tile)  # tl.dot wants 16 rows
-    block_dim = max(triton.next_power_of_2(head_dim), 16)
-    # Two stages of keys and values fit the 99 KiB of a block on smaller GPUs: heads of 128 in float32, of 256 else.
-    block_keys = min(max((1 << 14) // (block_dim * q.element_size()), 16), 64)
     work = plan.prefill_work(num_tokens=num_tokens, tile=tile, skips_singles=not plan.invariant)
     slopes, sinks = scores.slopes, scores.sinks
     _paged_prefill[(num_kv_heads, len(work))](
@@ -109,6 +143,16 @@ def launch(
         q.stride(0), cache.stride(0), plan.block_table.stride(0), block_size_of(cache), rows_a_block, num_kv_heads,
         GROUP=group, HEAD_DIM=head_dim, HAS_CAP=scores.soft_cap > 0, HAS_WINDOW=scores.window > 0,
         HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
-        TILE=tile, BLOCK_GROUP=block_group, BLOCK_DIM=block_dim, BLOCK_KEYS=block_keys,
-        num_warps=4, num_stages=2,
+        TILE=tile, BLOCK_GROUP=block_group, BLOCK_DIM=max(triton.next_power_of_2(head_dim), 16), BLOCK_KEYS=t.keys,
+        num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
+
+
+def _make(key: Key, device: str) -> Call:
+    """Two prompts of a thousand tokens."""
+    kept_as = torch.int8 if key.kv_item_bytes == 1 else None
+    made = make(((1024, 1024),) * 2, key[:3], OF_BYTES[key.item_bytes], kept_as=kept_as, device=device)
+    return call(*made.args, torch.empty_like(made.args[0]), **made.kwargs)
+
+
+tuning = Tunable("paged_prefill", Key, Tuning, rule=_rule, candidates=_candidates, make=_make, launch=launch)

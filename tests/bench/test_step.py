@@ -21,10 +21,14 @@ SHAPE = Shape(body_params=1000, head_params=500, num_layers=2, num_heads=4, num_
 
 def test_a_step_of_few_rows_is_bound_by_bytes_and_a_prompt_by_products():
     rates = Rates(copy_bytes_s=100.0, matmul_flop_s=1e6)
-    one = step_floor_s(SHAPE, rates, rows=1, length=10, item_bytes=2)
+    one = step_floor_s(SHAPE, rates, rows=1, length=10, item_bytes=2, kv_item_bytes=2)
     assert one == (1500 + 10 * 2 * 2 * 8) * 2 / 100
-    assert step_floor_s(SHAPE, rates, rows=2, length=10, item_bytes=2) == one + 10 * 2 * 2 * 8 * 2 / 100
-    prompt = step_floor_s(SHAPE, rates, rows=0, length=10, item_bytes=2)
+    assert (
+        step_floor_s(SHAPE, rates, rows=2, length=10, item_bytes=2, kv_item_bytes=2) == one + 10 * 2 * 2 * 8 * 2 / 100
+    )
+    in_8_bits = step_floor_s(SHAPE, rates, rows=2, length=10, item_bytes=2, kv_item_bytes=1)
+    assert in_8_bits == one
+    prompt = step_floor_s(SHAPE, rates, rows=0, length=10, item_bytes=2, kv_item_bytes=2)
     assert prompt == pytest.approx((10 * 2 * 1000 + 2 * 10 * 10 * 2 * 4 * 8 + 2 * 500) / 1e6)
 
 

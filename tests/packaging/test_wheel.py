@@ -57,6 +57,13 @@ def test_wheel_holds_every_module_of_every_folder(source: Path, wheel: Path) -> 
     assert there | {"cableway/__init__.py", "cableway/__main__.py"} == {
         name for name in modules(wheel) if name.endswith(".py")
     }
+    data = {
+        f"cableway/{path.relative_to(source)}"
+        for ending in ("cu", "json")
+        for path in (source / "kernels").rglob(f"*.{ending}")
+    }
+    assert len(data) > 1
+    assert data <= modules(wheel)
     assert wheel.name.endswith("py3-none-any.whl")
     assert wheel.stat().st_size < 1 << 20
 

@@ -9,7 +9,7 @@ import torch
 from cableway.ipc import modelfiles
 from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Sampling
-from cableway.kernels import compilation
+from cableway.kernels import compilation, tuning
 from cableway.kernels.block_copy import block_copy
 from cableway.kernels.cuda import CudaKernel
 from cableway.workers.rehearsal import rehearse
@@ -90,6 +90,18 @@ def test_every_family_can_be_outlined(
         model, dtype="bfloat16", max_num_seqs=3, max_num_batched_tokens=64, batch_invariant=invariant
     )
     assert "_sample" in rehearsed(config, monkeypatch)
+
+
+def test_an_outline_asks_for_the_tunings_of_its_shapes(checkpoint: Path, absent_gpu, monkeypatch: pytest.MonkeyPatch):
+    tunables = tuning.tunables()
+    for tunable in tunables.values():
+        monkeypatch.setattr(tunable, "_chosen", {})
+    rehearsed(worker_config(checkpoint, dtype="float16", kv_cache_dtype="int8", max_num_seqs=20), monkeypatch)
+    asked = {name: set(tunable.asked) for name, tunable in tunables.items()}
+    assert asked["gemv"] >= {(128, 64, False, 2), (64, 64, False, 2), (96, 64, True, 2), (64, 96, False, 2)}
+    assert asked["few_rows"] == asked["gemv"]
+    assert asked["paged_decode"] == {(4, 2, 16, 2, 1, 16), (4, 2, 16, 2, 1, 96)}
+    assert asked["paged_prefill"] == {(4, 2, 16, 2, 1)}
 
 
 def test_a_gguf_file_can_be_outlined(absent_gpu, monkeypatch: pytest.MonkeyPatch):
