@@ -28,7 +28,6 @@ from cableway.kernels.lang import jit, tl
 from cableway.kernels.registry import FLOATS, check
 
 F8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-DTYPES = (*FLOATS, *F8, torch.int8)
 _INT8_MAX = 127
 _SCALE_BYTES = 4
 

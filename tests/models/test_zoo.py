@@ -89,6 +89,19 @@ def test_logits_are_those_of_transformers(folders: Any, name: str, index: int) -
     close(logits_of(load(folder, max_model_len=NUM_TOKENS), ids_of(expected)), expected, name)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_and_values_can_be_kept_in_8_bits(folders: Any, name: str) -> None:
+    """But those of latents; and whatever else a family keeps stays as it is."""
+    folder, expected = folders(name, 0)
+    model, ids = load(folder, max_model_len=NUM_TOKENS), ids_of(expected)
+    if any(group.kind == "latent" for group in model.state_groups()):
+        with pytest.raises(ModelError, match="latents"):
+            logits_of(model, ids, dtype=torch.int8)
+    else:
+        expected, actual = expected.log_softmax(-1), logits_of(model, ids, dtype=torch.int8).log_softmax(-1)
+        assert (expected.exp() * (expected - actual)).sum(-1).mean() < 0.02
+
+
 @pytest.mark.parametrize("name", WITHIN)
 def test_the_text_of_models_of_more_is_that_of_its_family(folders: Any, name: str) -> None:
     folder, expected = folders(name, 0)
