@@ -91,7 +91,7 @@ def test_logits_are_those_of_transformers(folders: Any, name: str, index: int) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_keys_and_values_can_be_kept_in_8_bits(folders: Any, name: str) -> None:
-    """But those of latents; and whatever else a family keeps stays as it is."""
+    """But those of latents; and whatever else a family keeps stays as it is. The median, as experts may change."""
     folder, expected = folders(name, 0)
     model, ids = load(folder, max_model_len=NUM_TOKENS), ids_of(expected)
     if any(group.kind == "latent" for group in model.state_groups()):
@@ -99,7 +99,7 @@ def test_keys_and_values_can_be_kept_in_8_bits(folders: Any, name: str) -> None:
             logits_of(model, ids, dtype=torch.int8)
     else:
         expected, actual = expected.log_softmax(-1), logits_of(model, ids, dtype=torch.int8).log_softmax(-1)
-        assert (expected.exp() * (expected - actual)).sum(-1).mean() < 0.02
+        assert (expected.exp() * (expected - actual)).sum(-1).median() < 5e-3
 
 
 @pytest.mark.parametrize("name", WITHIN)
