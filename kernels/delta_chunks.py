@@ -146,30 +146,34 @@ def _delta_outputs(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    """What part of one head gives for the tokens of one chunk."""
-    item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """What the heads of one key head give for the tokens of one chunk."""
+    item, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence, chunk = tl.load(work_ptr + item * 2), tl.load(work_ptr + item * 2 + 1)
     if sequence >= 0:
         start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
         row, n = tl.arange(0, ROWS), tl.arange(0, BLOCK_KEY)
-        dim = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-        n_inside, dim_inside = n < KEY_DIM, dim < HEAD_DIM
+        n_inside = n < KEY_DIM
         position = chunk * CHUNK + row
         is_new = (row < CHUNK) & (position >= before) & (position < length)
         token = start + position - before
-        of_head = token * NUM_HEADS + head
-        q = rows_of(q_ptr + head // GROUP * KEY_DIM, token, is_new, q_stride, n, n_inside)
-        k = rows_of(k_ptr + head // GROUP * KEY_DIM, token, is_new, k_stride, n, n_inside)
-        e = rows_of(e_ptr, of_head, is_new, HEAD_DIM, dim, dim_inside)
-        decay = tl.cumsum(tl.load(g_ptr + of_head, mask=is_new, other=0.0), 0)
-        chunk_place = ((item * NUM_HEADS + head) * KEY_DIM + n)[:, None] * HEAD_DIM + dim[None, :]
-        h = tl.load(chunk_states_ptr + chunk_place, mask=n_inside[:, None] & dim_inside[None, :], other=0.0)
-        apart = tl.where(row[:, None] >= row[None, :], decay[:, None] - decay[None, :], float("-inf"))
-        weights = tl.dot(q, tl.trans(k), input_precision="ieee") * tl.exp(apart)
-        y = tl.dot(q, h, input_precision="ieee") * tl.exp(decay)[:, None]
-        y += tl.dot(weights.to(e.dtype), e, input_precision="ieee")
-        out_place = of_head[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(y_ptr + out_place, y.to(e.dtype), mask=is_new[:, None] & dim_inside[None, :])
+        q = rows_of(q_ptr + k_head * KEY_DIM, token, is_new, q_stride, n, n_inside)
+        k = rows_of(k_ptr + k_head * KEY_DIM, token, is_new, k_stride, n, n_inside)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        PARTS: tl.constexpr = (HEAD_DIM + BLOCK_DIM - 1) // BLOCK_DIM
+        for part in range(GROUP * PARTS):
+            head = k_head * GROUP + part // PARTS
+            dim = part % PARTS * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+            dim_inside, of_head = dim < HEAD_DIM, token * NUM_HEADS + head
+            e = rows_of(e_ptr, of_head, is_new, HEAD_DIM, dim, dim_inside)
+            chunk_place = ((item * NUM_HEADS + head) * KEY_DIM + n)[:, None] * HEAD_DIM + dim[None, :]
+            h = tl.load(chunk_states_ptr + chunk_place, mask=n_inside[:, None] & dim_inside[None, :], other=0.0)
+            decay = tl.cumsum(tl.load(g_ptr + of_head, mask=is_new, other=0.0), 0)
+            apart = tl.where(row[:, None] >= row[None, :], decay[:, None] - decay[None, :], float("-inf"))
+            weights = (products * tl.exp(apart)).to(e.dtype)
+            y = tl.dot(q, h, input_precision="ieee") * tl.exp(decay)[:, None]
+            y = tl.dot(weights, e, y, input_precision="ieee")
+            out_place = of_head[:, None] * HEAD_DIM + dim[None, :]
+            tl.store(y_ptr + out_place, y.to(e.dtype), mask=is_new[:, None] & dim_inside[None, :])
 
 
 def fits(k: Tensor, plan: RecurrentPlan) -> bool:
@@ -203,7 +207,7 @@ def launch(
         plan.block_table.stride(0), plan.block_size, plan.most_singly, **sizes, BLOCK_DIM=block_dim,
         num_warps=4, num_stages=2,
     )  # fmt: skip
-    block_dim = min(most_dim, 64)
-    _delta_outputs[(len(work), num_heads, triton.cdiv(head_dim, block_dim))](
-        q, k, g, u, y, chunk_states, *starts, work, q.stride(0), k.stride(0), **sizes, BLOCK_DIM=block_dim, num_warps=4,
+    _delta_outputs[(len(work), num_k_heads)](
+        q, k, g, u, y, chunk_states, *starts, work, q.stride(0), k.stride(0), **sizes, BLOCK_DIM=min(most_dim, 64),
+        num_warps=4, num_stages=2,
     )  # fmt: skip

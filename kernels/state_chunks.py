@@ -15,6 +15,7 @@ Bound: bytes; x, b and c twice, y, and the states before chunks twice.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 64
 _BLOCK_DIM = _BLOCK_STATE = 64
+_HEADS = 4
+"""Of a group, at most, that share the products of its c and b in one program."""
 
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most_singly"))  # which vary between steps
@@ -79,10 +82,10 @@ def _chunk_outputs(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, y_ptr, chunk_states_ptr, query_start_ptr, seq_lens_ptr, work_ptr,
     x_stride, b_stride, c_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """What part of one head gives for the tokens of one chunk."""
-    item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """What part of HEADS heads of a group gives for the tokens of one chunk."""
+    item, first_head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     sequence, chunk = tl.load(work_ptr + item * 2), tl.load(work_ptr + item * 2 + 1)
     if sequence >= 0:
         start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
@@ -92,25 +95,25 @@ def _chunk_outputs(
         position = chunk * CHUNK + row
         is_new = (row < CHUNK) & (position >= before) & (position < length)
         token = start + position - before
-        dt = tl.load(dt_ptr + token * NUM_HEADS + head, mask=is_new, other=0.0)
-        x = rows_of(x_ptr + head * HEAD_DIM, token, is_new, x_stride, dim, dim_inside)
-        b = rows_of(b_ptr + head // GROUP * STATE, token, is_new, b_stride, n, n_inside)
-        c = rows_of(c_ptr + head // GROUP * STATE, token, is_new, c_stride, n, n_inside)
-        decay = tl.cumsum(dt * tl.load(a_ptr + head), 0)
-        weights = tl.dot(c, tl.trans(b), input_precision="ieee")
-        # What comes later is left out before exp: it could overflow.
-        apart = tl.where(row[:, None] >= row[None, :], decay[:, None] - decay[None, :], float("-inf"))
-        weights = weights * tl.exp(apart) * dt[None, :]
-        place = (head * HEAD_DIM + dim)[:, None] * STATE + n[None, :]
-        h = tl.load(
-            chunk_states_ptr + item * (NUM_HEADS * HEAD_DIM * STATE) + place,
-            mask=dim_inside[:, None] & n_inside[None, :], other=0.0,
-        )  # fmt: skip
-        y = tl.dot(c, tl.trans(h), input_precision="ieee") * tl.exp(decay)[:, None]
-        y += tl.dot(weights.to(x.dtype), x, input_precision="ieee")
-        y += tl.load(d_ptr + head) * x
-        out_place = (token[:, None] * NUM_HEADS + head) * HEAD_DIM + dim[None, :]
-        tl.store(y_ptr + out_place, y.to(x.dtype), mask=is_new[:, None] & dim_inside[None, :])
+        b = rows_of(b_ptr + first_head // GROUP * STATE, token, is_new, b_stride, n, n_inside)
+        c = rows_of(c_ptr + first_head // GROUP * STATE, token, is_new, c_stride, n, n_inside)
+        products = tl.dot(c, tl.trans(b), input_precision="ieee")
+        for head in range(first_head, first_head + HEADS):
+            x = rows_of(x_ptr + head * HEAD_DIM, token, is_new, x_stride, dim, dim_inside)
+            place = (head * HEAD_DIM + dim)[:, None] * STATE + n[None, :]
+            h = tl.load(
+                chunk_states_ptr + item * (NUM_HEADS * HEAD_DIM * STATE) + place,
+                mask=dim_inside[:, None] & n_inside[None, :], other=0.0,
+            )  # fmt: skip
+            dt = tl.load(dt_ptr + token * NUM_HEADS + head, mask=is_new, other=0.0)
+            decay = tl.cumsum(dt * tl.load(a_ptr + head), 0)
+            # What comes later is left out before exp: it could overflow.
+            apart = tl.where(row[:, None] >= row[None, :], decay[:, None] - decay[None, :], float("-inf"))
+            weights = (products * tl.exp(apart) * dt[None, :]).to(x.dtype)
+            y = tl.dot(c, tl.trans(h), input_precision="ieee") * tl.exp(decay)[:, None]
+            y = tl.dot(weights, x, y, input_precision="ieee") + tl.load(d_ptr + head) * x
+            out_place = (token[:, None] * NUM_HEADS + head) * HEAD_DIM + dim[None, :]
+            tl.store(y_ptr + out_place, y.to(x.dtype), mask=is_new[:, None] & dim_inside[None, :])
 
 
 def launch(
@@ -134,7 +137,8 @@ def launch(
         x.stride(0), b.stride(0), states.stride(0), plan.block_table.stride(0), plan.block_size, plan.most_singly,
         **sizes, BLOCK_STATE=block_part, num_warps=4, num_stages=3,
     )  # fmt: skip
-    _chunk_outputs[(len(work), num_heads, num_parts)](
+    heads = math.gcd(num_heads // num_groups, _HEADS)
+    _chunk_outputs[(len(work), num_heads // heads, num_parts)](
         x, dt, a, b, c, d, y, chunk_states, plan.query_start, plan.seq_lens, work, x.stride(0), b.stride(0),
-        c.stride(0), **sizes, BLOCK_STATE=block_state, num_warps=4,
+        c.stride(0), **sizes, BLOCK_STATE=block_state, HEADS=heads, num_warps=4, num_stages=2,
     )  # fmt: skip
