@@ -75,12 +75,13 @@ def _rule(key: Key) -> Tuning:
 def _candidates(key: Key) -> Iterator[Tuning]:
     whole = _rule(key)._replace(tile_bytes=1 << 16)
     if key.most_seqs == _MOST_FEW:
-        for keys, num_warps in product((64, 128, 256), (4, 8)):
-            yield whole._replace(most_tile_keys=keys, num_warps=num_warps)
+        for keys, num_warps, stretch in product((64, 128, 256), (4, 8), (256, 512)):
+            yield whole._replace(most_tile_keys=keys, num_warps=num_warps, least_stretch_keys=stretch)
     else:
         for keys, num_warps, num_stages in product((32, 64, 128), (1, 2, 4), (2, 3)):
             if 16 * num_warps <= keys <= 64 * num_warps:
                 yield whole._replace(most_tile_keys=keys, num_warps=num_warps, num_stages=num_stages)
+        yield whole._replace(shares_a_processor=4)
 
 
 @jit

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan, Scores
+from cableway.kernels.kv_cache import cache_of
 from tests.kernels import laws
 
 ATTENTION = laws.named("paged_attention")
@@ -27,12 +28,14 @@ def attend(q: Tensor, cache: Tensor, table: Tensor, spans: list[tuple[int, int, 
     return list(laws.form(ATTENTION)(step, cache, plan, Scores(0.25, window)).split(lengths.tolist()))
 
 
-@pytest.mark.parametrize("window", [0, 9, 32])
+@pytest.mark.parametrize(
+    ("window", "kept_as"), [(0, None), (9, None), (32, None), (9, torch.int8), (0, torch.float8_e4m3fn)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=laws.slow_where_interpreted)])
-def test_chunks_and_neighbours_do_not_show(dtype: torch.dtype, window: int, device: str):
+def test_chunks_and_neighbours_do_not_show(dtype: torch.dtype, window: int, kept_as: torch.dtype | None, device: str):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(3, LENGTH, 3, 32, generator=generator).to(dtype).to(device)
-    cache = torch.randn(2, 15, 16, 1, 32, generator=generator).to(dtype).to(device)
+    cache = cache_of(torch.randn(2, 15, 16, 1, 32, generator=generator), kept_as or dtype).to(device)
     table = torch.randperm(15, generator=generator).view(3, 5).int().to(device)
     (whole,) = attend(q, cache, table, [(1, 0, LENGTH)], window)
     for cut in CUTS[:2] if laws.INTERPRETED else CUTS:
