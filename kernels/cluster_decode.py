@@ -8,7 +8,7 @@ Bound: latency.
 
 PERF (H200, a step of one token of a model of 28 layers with 8 KV heads of 128, ms at 128, 300 and 3,500 keys): 0.533,
 0.549, 0.755; with paged_decode.py 0.550, 0.648, 0.855. Two sequences and 3,500 keys 1.37, there 1.27: enough programs
-are at work then. With 128 threads 0.552, 0.594, 1.128; with tiles on their way through shared memory 0.573, 0.606, 0.955.
+are at work then. With 128 threads 0.552, 0.594, 1.128; with tiles on their way in shared memory 0.573, 0.606, 0.955.
 """
 
 from __future__ import annotations

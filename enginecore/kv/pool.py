@@ -14,7 +14,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.references = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
-        # Oldest first. PERF: a plain dict walks over all that were taken from its front to find the next, 80 us a block.
+        # Oldest first. PERF: a plain dict walks over all that were taken from its front to find the next, 80 us each.
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._key: list[bytes | None] = [None] * num_blocks
         self._block: dict[bytes, int] = {}
