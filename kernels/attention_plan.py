@@ -2,7 +2,8 @@
 
     a = softmax(cap(scale * q · kᵀ) + mask) v,   cap(z) = soft_cap * tanh(z / soft_cap) where soft_cap > 0
 
-With `slopes` (ALiBi) the mask falls by slopes[h] for each position that a key lies back; with `sinks` the softmax has
+With `slopes` (ALiBi) the mask falls by slopes[h] for each position that a key lies back; with `biases` it is
+biases[h, min(d, R)] for a key that lies d positions back; with `sinks` the softmax has
 one score more, sinks[h], that nothing is read for.
 
 The i-th of the n new tokens of a sequence of length L (n included) has position p = L - n + i and sees the keys at
@@ -13,7 +14,7 @@ The new tokens' own keys and values are already in the cache: kv_write runs firs
 q            [num_tokens, num_heads, head_dim]  bf16|f16|f32; heads contiguous, tokens may be strided
 cache        [2, num_blocks, block_rows, num_kv_heads, head_dim]  dtype of q, or of 8 bits; see kv_cache.py
 plan         an AttentionPlan: which tokens and which blocks each sequence has
-scores       a Scores: scale, window, soft_cap, slopes, sinks and chunk
+scores       a Scores: scale, window, soft_cap, slopes, sinks, chunk and biases
 scales       of keys and of values, where the cache is f8
 returns      [num_tokens, num_heads, head_dim]  contiguous
 """
@@ -42,6 +43,7 @@ class Scores:
     slopes: Tensor | None = None  # [num_heads] f32
     sinks: Tensor | None = None  # [num_heads] f32
     chunk: int = 0  # positions are cut into chunks of so many, and a token sees its own chunk; 0 = they are not
+    biases: Tensor | None = None  # [num_heads, R + 1] f32, contiguous; not beside slopes
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,10 @@ def num_bytes(made: Call) -> int:
 
 def check_fits(q: Tensor, cache: Tensor, scores: Scores) -> None:
     """Raise ValueError where q, the cache, or slopes and sinks are not what the contract says."""
+    if scores.biases is not None:
+        check(scores.biases.dim() == 2 and scores.biases.shape[0] == q.shape[1], "biases are not [H, R + 1]")
+        check(scores.biases.dtype == torch.float32 and scores.biases.is_contiguous(), "biases are strided, or not f32")
+        check(scores.slopes is None and scores.biases.shape[1] > 1, "biases beside slopes, or of nothing")
     for x in (scores.slopes, scores.sinks):
         check(x is None or (x.shape == q.shape[1:2] and x.dtype == torch.float32), "slopes or sinks are not [H] f32")
     check(q.dim() == 3 and q.stride()[1:] == (q.shape[2], 1), "q is not [T, H, D] with contiguous heads")
@@ -161,6 +167,8 @@ def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: K
         distance = torch.arange(length - end + start, length)[:, None] - torch.arange(length)
         if scores.slopes is not None:
             z = z - scores.slopes[:, None, None] * distance.to(q.device)
+        if scores.biases is not None:
+            z = z + scores.biases[:, distance.clamp(0, scores.biases.shape[1] - 1).to(q.device)]
         unseen = (distance < 0) | (distance >= (scores.window or length))
         if scores.chunk:
             unseen |= distance > (torch.arange(length - end + start, length) % scores.chunk)[:, None]
@@ -182,6 +190,7 @@ def make(
     invariant: bool = False,
     slopes: bool = False,
     sinks: bool = False,
+    reach: int = 0,
     kept_as: torch.dtype | None = None,
     scales: KVScales = NO_SCALES,
     device: str = "cpu",
@@ -217,5 +226,6 @@ def make(
         torch.rand(num_heads, device=device) if slopes else None,
         torch.randn(num_heads, device=device) * 2 if sinks else None,
         chunk,
+        torch.randn(num_heads, reach + 1, device=device) if reach else None,
     )
     return call(q, cache, plan, scores=scores, scales=scales)

@@ -36,7 +36,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales
         out = paged_decode.launch(q, cache, plan, scores, scales)
         if are_singles:
             return out
-    if hopper_prefill.fits(q, cache, plan):
+    if hopper_prefill.fits(q, cache, plan) and scores.biases is None:
         hopper_prefill.launch(q, cache, plan, out, scores)
     else:
         paged_prefill.launch(q, cache, plan, out, scores, scales)
@@ -69,6 +69,7 @@ BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
         *grid(spans=(MIXED,), heads=((6, 2, 32),), dtype=FLOATS, window=(9,), slopes=(False, True), sinks=(True,)),
         *grid(spans=(MIXED, DECODE), heads=((6, 2, 32),), dtype=FLOATS, chunk=(32,), invariant=(False, True)),
         *grid(spans=(MIXED,), heads=((4, 4, 16),), dtype=FLOATS, slopes=(True,), soft_cap=(2.0,), invariant=(True,)),
+        *grid(spans=(MIXED,), heads=((6, 2, 32),), dtype=FLOATS, reach=(10, 60), invariant=(False, True)),
         *grid(
             spans=(MIXED,),
             heads=((6, 2, 48),),

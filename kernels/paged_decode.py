@@ -108,7 +108,7 @@ def _load_tile(
 @jit
 def _add_tile(
     q, tile, key_inside, distance, slope, top, mass, sums, scale, soft_cap,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SCALES: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, REACH: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """Take one more tile of keys into a softmax."""
     k, v, k_scale, v_scale = tile
@@ -119,6 +119,8 @@ def _add_tile(
         scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
     if HAS_SLOPES:
         scores -= slope[:, None] * distance.to(tl.float32)[None, :]
+    if REACH:
+        scores += tl.load(slope[:, None] + tl.minimum(tl.maximum(distance, 0), REACH)[None, :])
     scores = tl.where(key_inside[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp(scores - new_top[:, None])
@@ -135,11 +137,12 @@ def _attend(
     q, tile, keys_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, newest, slope, top, mass,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS_A_BLOCK: tl.constexpr,
     HAS_CAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
-    HAS_TILE: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SCALES: tl.constexpr,
+    HAS_TILE: tl.constexpr, HAS_SLOPES: tl.constexpr, REACH: tl.constexpr, HAS_SCALES: tl.constexpr,
 ):  # fmt: skip
     """Softmax over a stretch of keys: top score [rows], mass [rows] and weighted sums [rows, dim], all f32.
 
-    It begins from `top` and `mass`. Scores fall by `slope` [rows] with a key's distance from the key `newest`.
+    It begins from `top` and `mass`. Scores fall by `slope` [rows] with a key's distance from the key `newest`;
+    where REACH is not 0 they have what `slope` points to, the first of REACH + 1 numbers for distances.
 
     HAS_TILE: the first tile is given, and each is loaded while the one before it is added up; otherwise tiles go
     through shared memory, several at a time.
@@ -166,7 +169,8 @@ def _attend(
         after = to_load + TILE
         block = tl.load(table_ptr + after // BLOCK_SIZE, mask=after < end_key, other=0)
         top, mass, sums = _add_tile(
-            q, this, key_inside, distance, slope, top, mass, sums, scale, soft_cap, HAS_CAP, HAS_SLOPES, HAS_SCALES,
+            q, this, key_inside, distance, slope, top, mass, sums, scale, soft_cap,
+            HAS_CAP, HAS_SLOPES, REACH, HAS_SCALES,
         )  # fmt: skip
         key = next_key
     return top, mass, sums
@@ -210,7 +214,8 @@ def _paged_decode(
     q_ptr, cache_ptr, out_ptr, table_ptr, work_ptr, arrivals_ptr, tops_ptr, masses_ptr, sums_ptr,
     seq_lens_ptr, slopes_ptr, sinks_ptr, scale, soft_cap, value_scale, q_stride, value_offset, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS_A_BLOCK: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
+    ROWS_A_BLOCK: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, REACH: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr, EARLY: tl.constexpr,
     IS_FIRST: tl.constexpr, PDL: tl.constexpr,
@@ -267,8 +272,11 @@ def _paged_decode(
             tile = k, v, k_scale, v_scale
         top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
         mass, slope, last_key = tl.zeros((BLOCK_ROWS,), tl.float32), top, 0
-        if HAS_SLOPES:
+        if REACH:
+            slope = slopes_ptr + (first_head + tl.minimum(head, GROUP - 1)) * (REACH + 1)
+        elif HAS_SLOPES:
             slope = tl.load(slopes_ptr + first_head + head, mask=head < GROUP, other=0.0)
+        if REACH or HAS_SLOPES:
             last_key = tl.load(seq_lens_ptr + sequence) - 1
         if HAS_SINKS and item == first_item:  # a score that one part has seen before all keys
             top = tl.load(sinks_ptr + first_head + head, mask=head < GROUP, other=0.0)
@@ -276,7 +284,8 @@ def _paged_decode(
         top, mass, sums = _attend(
             q, tile, cache_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, last_key,
             slope, top, mass,
-            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE, EARLY, HAS_SLOPES,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE, EARLY,
+            HAS_SLOPES, REACH,
             HAS_SCALES,
         )  # fmt: skip
         out_ptr += (sequence * NUM_KV_HEADS * GROUP + first_head) * HEAD_DIM
@@ -318,7 +327,7 @@ def launch(
     block_group = triton.next_power_of_2(group)
     tile = min(max(chosen.tile_bytes // (block_dim * q.element_size()), 16), chosen.most_tile_keys)
     num_shares = max(chosen.shares_a_processor * num_processors(q.device) // num_kv_heads, 1)
-    slopes, sinks = scores.slopes, scores.sinks
+    slopes, sinks = scores.slopes if scores.biases is None else scores.biases, scores.sinks
     num_works = len(plan._decode_works)
     work, arrivals = plan.decode_work(
         num_shares=num_shares, tile=tile, least_tiles=-(-chosen.least_stretch_keys // tile),
@@ -335,7 +344,8 @@ def launch(
         plan.block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size_of(cache),
         ROWS_A_BLOCK=rows_a_block, HAS_CAP=scores.soft_cap > 0,
-        HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
+        HAS_SLOPES=scores.slopes is not None, REACH=0 if scores.biases is None else scores.biases.shape[1] - 1,
+        HAS_SINKS=sinks is not None,
         BLOCK_ROWS=max(block_group, 16), BLOCK_DIM=block_dim, TILE=tile,
         BLOCK_PARTS=max(512 * chosen.num_warps // (block_group * block_dim), 1), BLOCK_GROUP=block_group,
         EARLY=chosen.early,
@@ -374,6 +384,7 @@ UNEVEN = _spans(255, 3, 700, 256, 257, 1, 512)
         *grid(spans=(UNEVEN,), heads=((6, 2, 112),), dtype=FLOATS, window=(0, 300), soft_cap=(2.0,)),
         *grid(spans=(LONG, UNEVEN), heads=((6, 2, 32),), dtype=FLOATS, slopes=(False, True), sinks=(True,)),
         *grid(spans=(UNEVEN,), heads=((3, 3, 48),), dtype=FLOATS, window=(300,), slopes=(True,), soft_cap=(2.0,)),
+        *grid(spans=(UNEVEN,), heads=((6, 2, 32), (3, 3, 64)), dtype=FLOATS, reach=(9, 300)),
         *grid(spans=(UNEVEN,), heads=((16, 1, 96), (3, 3, 256), (20, 1, 192)), dtype=FLOATS, block_size=(64, 24)),
         *grid(
             spans=(MANY_SHORT, UNEVEN),

@@ -28,7 +28,7 @@ def _paged_prefill(
     q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, slopes_ptr, sinks_ptr, scale,
     soft_cap, window, value_scale, q_stride, value_offset, table_stride, block_size, rows_a_block, num_kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, REACH: tl.constexpr, HAS_SINKS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One item of the work, TILE query tokens of one sequence, for the query heads of one KV head."""
@@ -80,6 +80,10 @@ def _paged_prefill(
                 scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)
             if HAS_SLOPES:
                 scores += slope * (key[None, :] - position[:, None]).to(tl.float32)
+            if REACH:
+                back = tl.minimum(tl.maximum(position[:, None] - key[None, :], 0), REACH)
+                head_biases = ((kv_head * GROUP + tl.minimum(head, GROUP - 1)) * (REACH + 1))[:, None]
+                scores += tl.load(slopes_ptr + head_biases + back)
             seen = key_inside[None, :] & (key[None, :] <= position[:, None])
             if HAS_WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - window)
@@ -135,14 +139,15 @@ def launch(
     tile = max(t.rows // block_group, 1)
     block_group = max(block_group, 16 // tile)  # tl.dot wants 16 rows
     work = plan.prefill_work(num_tokens=num_tokens, tile=tile, skips_singles=not plan.invariant)
-    slopes, sinks = scores.slopes, scores.sinks
+    slopes, sinks = scores.slopes if scores.biases is None else scores.biases, scores.sinks
     _paged_prefill[(num_kv_heads, len(work))](
         q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work,
         q if slopes is None else slopes, q if sinks is None else sinks,
         scores.scale * scales.key, scores.soft_cap, scores.window, scales.value,
         q.stride(0), cache.stride(0), plan.block_table.stride(0), block_size_of(cache), rows_a_block, num_kv_heads,
         GROUP=group, HEAD_DIM=head_dim, HAS_CAP=scores.soft_cap > 0, HAS_WINDOW=scores.window > 0,
-        HAS_SLOPES=slopes is not None, HAS_SINKS=sinks is not None,
+        HAS_SLOPES=scores.slopes is not None, REACH=0 if scores.biases is None else scores.biases.shape[1] - 1,
+        HAS_SINKS=sinks is not None,
         TILE=tile, BLOCK_GROUP=block_group, BLOCK_DIM=max(triton.next_power_of_2(head_dim), 16), BLOCK_KEYS=t.keys,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

@@ -146,7 +146,7 @@ def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales
     (_, _, _, num_kv_heads, head_dim), block_size = cache.shape, block_size_of(cache)
     host = plan.on_host(block_size, scores.window, q.dtype)
     heads = Heads(num_kv_heads, q.shape[1] // num_kv_heads, head_dim)
-    slopes, sinks = scores.slopes, scores.sinks
+    slopes, sinks = scores.slopes if scores.biases is None else scores.biases, scores.sinks
     out = torch.empty(q.shape, dtype=q.dtype)
     for start, end in host.nobodies:
         out[start:end] = 0
@@ -156,7 +156,8 @@ def attend(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales
             loops.attend, len(host.singles) * num_kv_heads, operations, q.data_ptr(), q.stride(0), out.data_ptr(),
             loops.KINDS[q.dtype], plan.block_table.data_ptr(), plan.block_table.stride(0), host.singles.data_ptr(),
             host.most_keys, heads.group, scores.window,
-            0 if slopes is None else slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+            0 if slopes is None else slopes.data_ptr(), 0 if scores.biases is None else scores.biases.shape[1] - 1,
+            0 if sinks is None else sinks.data_ptr(),
             *loops.integers_of(cache), scores.scale, scores.soft_cap,
         )  # fmt: skip
     if host.chunks:
@@ -176,7 +177,8 @@ def _attend_chunk(
 ) -> None:
     """Attention of one sequence's new tokens, q and out [T, H, D]."""
     # Whether torch's own attention computes the same.
-    is_plain = not (invariant or scores.soft_cap or scores.slopes is not None or scores.sinks is not None)
+    is_shaped = any(x is not None for x in (scores.slopes, scores.sinks, scores.biases))
+    is_plain = not (invariant or scores.soft_cap or is_shaped)
     k, v = _gather(keys, chunk.blocks, heads, q.dtype), _gather(values, chunk.blocks, heads, q.dtype)
     k[chunk.num_keys :] = 0
     v[chunk.num_keys :] = 0
@@ -199,6 +201,9 @@ def _attend_chunk(
             z = _products(rows, k_tile.transpose(1, 2), scores).view(num_kv_heads, num_rows, group, -1)
             if scores.slopes is not None:
                 z += (_by_head(scores.slopes, heads) * _distances(tile, chunk)).to(z.dtype)
+            if scores.biases is not None:
+                back = (-_distances(tile, chunk)).clamp(0, scores.biases.shape[1] - 1)[:, 0]
+                z += scores.biases[:, back].unflatten(0, (num_kv_heads, group)).transpose(1, 2).to(z.dtype)
             z[..., -tile.mask.shape[-1] :] += tile.mask
             sinks = None if scores.sinks is None else _by_head(scores.sinks, heads)
             y = torch.bmm(_weights(z, sinks).flatten(1, 2), v_tile)

@@ -248,19 +248,20 @@ def activate(begin, end, arguments):
         write(y, row * size, size, dtype, h)
 
 
-@loop(19, 2)
+@loop(20, 2)
 def attend(begin, end, arguments):
     """Attention of sequences that bring one token each; see paged_attention.py.
 
-    `slopes` and `sinks` are 0 or addresses of a number a head. `singles` [n, 3] i64 are (row of the block table, token,
+    `slopes` and `sinks` are 0 or addresses of a number a head; with `reach` slopes are `reach` + 1 numbers a head, for
+    the distances of keys. `singles` [n, 3] i64 are (row of the block table, token,
     length), `max_keys` the most keys that one of them sees. A row is a sequence and a KV head, counted sequence by
     sequence.
     """
     (
-        q, q_token, y, kind, table, table_stride, singles, max_keys, group, window, slopes, sinks,
-    ) = integers(arguments, 12)  # fmt: skip
-    cache = integers(arguments + 96, NUM_INTEGERS)
-    scale, soft_cap = floats(arguments + 152, 2)
+        q, q_token, y, kind, table, table_stride, singles, max_keys, group, window, slopes, reach, sinks,
+    ) = integers(arguments, 13)  # fmt: skip
+    cache = integers(arguments + 104, NUM_INTEGERS)
+    scale, soft_cap = floats(arguments + 160, 2)
     num_kv_heads, head_dim, block_size = cache[3], cache[4], cache[5]
     single, block, slope, sink = i64_at(singles), i32_at(table), f32_at(slopes), f32_at(sinks)
     query, mixed = np.empty((group, head_dim), np.float32), np.empty((group, head_dim), np.float32)
@@ -289,7 +290,10 @@ def attend(begin, end, arguments):
             if soft_cap > 0:
                 for i in range(length - first):
                     weights[g, i] = soft_cap * np.tanh(weights[g, i] / soft_cap)
-            if slopes:
+            if reach:
+                for i in range(length - first):
+                    weights[g, i] += slope[head * (reach + 1) + min(length - 1 - first - i, reach)]
+            elif slopes:
                 for i in range(length - first):
                     weights[g, i] += slope[head] * float32(first + i - length + 1)
             _softmax(weights[g], length - first, sink[head] if sinks else -np.inf)

@@ -174,6 +174,19 @@ def test_layers_that_predict_further_tokens_are_skipped(tmp_path: Path) -> None:
     assert torch.equal(logits_of(load(folder), prompt()), before)
 
 
+def test_later_t5_has_a_head_of_its_own(tmp_path: Path) -> None:
+    """Which transformers ties again when it makes a model anew."""
+    folder = save(oracle("T5ForConditionalGeneration", ZOO["T5ForConditionalGeneration"][0]), tmp_path)
+    before = logits_of(load(folder), prompt())
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": 3 * tensors["shared.weight"]}, folder / "model.safetensors")
+    assert torch.equal(logits_of(load(folder), prompt()), before)
+    config = json.loads((folder / "config.json").read_text())
+    del config["scale_decoder_outputs"]
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    torch.testing.assert_close(logits_of(load(folder), prompt()), 3 * 64**0.5 * before)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_outline_goes_through_every_kind_of_step(folders: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: each kernel of a step has a form there, and nothing waits for the device."""

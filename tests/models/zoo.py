@@ -153,6 +153,19 @@ TWO_SIDES = {
     "d_model": 64,
 }
 
+T5 = {
+    "d_model": 64,
+    "d_kv": 20,
+    "d_ff": 96,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "relative_attention_num_buckets": 10,
+    "relative_attention_max_distance": 20,
+    "head_dim": None,
+    "layer_norm_epsilon": 0.02,
+}
+
 ZOO: dict[str, list[Fields]] = {
     "LlamaForCausalLM": [
         {"rope_parameters": LLAMA3},
@@ -424,6 +437,11 @@ ZOO: dict[str, list[Fields]] = {
     ],
     "BartForConditionalGeneration": [TWO_SIDES, {**TWO_SIDES, "scale_embedding": True, "activation_function": "relu"}],
     "MBartForConditionalGeneration": [{**TWO_SIDES, "scale_embedding": True}, TWO_SIDES],
+    "T5ForConditionalGeneration": [
+        {**T5, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 12},
+        {**T5, "tie_word_embeddings": False, "num_decoder_layers": None},
+        {**T5, "relative_attention_max_distance": 12, "num_heads": 6},
+    ],
     "BambaForCausalLM": [
         {**HYBRID, "attn_layer_indices": [1], "rope_parameters": HALF},
         {**HYBRID, "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
@@ -526,6 +544,7 @@ IGNORED = {
     *("chunk_size_feed_forward", "is_encoder_decoder", "LABEL_0", "LABEL_1", "output_attentions", "return_dict"),
     *("output_hidden_states", "encoder_layerdrop", "decoder_layerdrop", "LABEL_2"),
     *("decoder_start_token_id", "forced_eos_token_id"),  # which a frontend reads
+    *("dropout_rate", "initializer_factor"),
 }
 """Keys of a config that say nothing of what an inference computes."""
 
@@ -571,6 +590,7 @@ UNUSED: dict[str, set[str]] = {
         *("attention_hidden_size", "kv_channels", "mamba_headdim", "num_query_groups"),  # derived of others
         *("use_conv_bias", "use_mem_eff_path"),
     },
+    "T5ForConditionalGeneration": {"is_gated_act"},
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},
 }

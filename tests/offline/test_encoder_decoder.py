@@ -1,5 +1,6 @@
 """Encoder-decoders through the whole engine and through HTTP: the prompt is what the encoder takes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ PROMPTS = [SHARED, [1, 2, 3], [*SHARED, 8], SHARED[:30], SHARED, [250, 3]]
 
 def checkpoint(name: str, folder: Path) -> Any:
     """A tiny model of that architecture, saved with a tokenizer; its decoder begins with `BEGIN`."""
-    starts = {"decoder_start_token_id": BEGIN[0], "forced_bos_token_id": BEGIN[1], "eos_token_id": 257}
-    fields = {**ZOO[name][0], "vocab_size": 300, "pad_token_id": 1, "forced_eos_token_id": None, **starts}
-    model = oracle(name, fields)
+    starts = {"decoder_start_token_id": BEGIN[0], "eos_token_id": 257}
+    model = oracle(name, {**ZOO[name][0], "vocab_size": 300, "pad_token_id": 1, "forced_eos_token_id": None, **starts})
     save(model, folder)
     write_tokenizer(folder)
+    (folder / "generation_config.json").write_text(json.dumps({**starts, "forced_bos_token_id": BEGIN[1]}))
     return model
 
 
@@ -38,7 +39,7 @@ def regret(model: Any, source: list[int], output: list[int]) -> float:
     return float((logits.max(-1).values - chosen).max())
 
 
-@pytest.mark.parametrize("name", ["BartForConditionalGeneration"])
+@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "T5ForConditionalGeneration"])
 def test_greedy_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     """With choices that share a source, sources found again, and too few blocks for all at once."""
     model = checkpoint(name, tmp_path)

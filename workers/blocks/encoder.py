@@ -1,6 +1,8 @@
 """Encoder-decoders: an encoder sees the whole of a source at once, and a decoder attends to what it made of that."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from cableway.workers.batch import Source, StateSpec
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.block import Block, Mixer
 from cableway.workers.blocks.layers import Norm, add
-from cableway.workers.blocks.linear import Linear
+from cableway.workers.blocks.linear import Linear, Table
 from cableway.workers.blocks.step import Step
+from cableway.workers.formats.base import Place
 from cableway.workers.parallel import Axis, Mesh
 
 
@@ -52,11 +55,56 @@ class Encoder(Block):
         return add(x, residual, self.norm_out)
 
 
+class RelativeBias(Block):
+    """What each head has learned for a distance, by buckets: one for each small distance, then ever wider ones.
+
+    Args:
+        most: distances from here on are all in the last bucket.
+        both_ways: half of the buckets are for keys behind a token.
+    """
+
+    def __init__(self, num_heads: int, num_buckets: int, most: int, *, both_ways: bool):
+        self.table = Table({"": Axis("heads", num_heads)}, num_buckets)
+        self.num_buckets, self.most, self.both_ways = num_buckets, most, both_ways
+
+    def prepare(self, place: Place) -> None:
+        if self.both_ways:  # from `most` before a token to `most` behind it
+            half = self.num_buckets // 2
+            near = self._buckets(half)
+            buckets = torch.cat((near[1:].flip(0), near[:1], near[1:] + half))
+        else:  # back from a token
+            buckets = self._buckets(self.num_buckets)
+        self.by_distance = self.table.weight[:, buckets.to(place.device)].contiguous()
+
+    def _buckets(self, num: int) -> Tensor:
+        """Of the distances 0 … most."""
+        distance, exact = torch.arange(self.most + 1), num // 2
+        wider = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.most / exact) * (num - exact)
+        return torch.where(distance < exact, distance, (exact + wider.long()).clamp(max=num - 1))
+
+
+class BiasedAttention(Attention):
+    """Causal attention whose scores have what `relative` has learned."""
+
+    def __init__(self, *sizes: Any, relative: RelativeBias, **options: Any):
+        super().__init__(*sizes, **options)
+        self.relative = relative
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        self.scores = replace(self.scores, biases=self.relative.by_distance)
+
+
 class EncoderAttention(Attention):
     """Attention within a source, in both directions."""
 
+    def __init__(self, *sizes: Any, relative: RelativeBias | None = None, **options: Any):
+        super().__init__(*sizes, **options)
+        self.relative = relative
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Sequences) -> Tensor:
-        return whole_attention(q, k, v, step, None, scale=self.scores.scale)
+        bias = self.relative and self.relative.by_distance
+        return whole_attention(q, k, v, step, bias, scale=self.scores.scale)
 
 
 class CrossAttention(Mixer):

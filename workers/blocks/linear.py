@@ -161,3 +161,15 @@ class Vector(Slot):
         if stored := parts[""].get("weight"):
             piece = stored.piece(place.mesh.span(self.parts[""]))
             self.weight = piece.decode(torch.float32).to(place.device, copy=True)
+
+
+class Table(Slot):
+    """Rows of numbers along one or several axes, cut like them; in float32."""
+
+    def __init__(self, parts: Mapping[str, Axis], *dims: int):
+        self.parts, self.leaves = parts, {"weight": dims}
+        self.weight: Tensor
+
+    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+        pieces = [parts[part]["weight"].piece(place.mesh.span(axis)) for part, axis in self.parts.items()]
+        self.weight = torch.cat([piece.decode(torch.float32) for piece in pieces]).to(place.device)

@@ -14,23 +14,11 @@ from cableway.kernels.gated_norm import gated_norm
 from cableway.kernels.state_scan import state_scan
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Mixer, Slot
-from cableway.workers.blocks.linear import HeadLinear, Linear, Vector
+from cableway.workers.blocks.linear import HeadLinear, Linear, Table, Vector
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis, Mesh
-
-
-class Table(Slot):
-    """Rows of numbers along one or several axes, cut like them; in float32."""
-
-    def __init__(self, parts: Mapping[str, Axis], *dims: int):
-        self.parts, self.leaves = parts, {"weight": dims}
-        self.weight: Tensor
-
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
-        pieces = [parts[part]["weight"].piece(place.mesh.span(axis)) for part, axis in self.parts.items()]
-        self.weight = torch.cat([piece.decode(torch.float32) for piece in pieces]).to(place.device)
 
 
 class CausalConv(Slot):

@@ -1,0 +1,99 @@
+"""T5 and Flan-T5: an encoder, and a decoder that attends to it. No positions: scores have what heads have learned of
+distances, in the first layer, for all; and they are not scaled."""
+
+from typing import Any
+
+from cableway.workers.blocks.block import shared
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.encoder import BiasedAttention, CrossAttention, Encoder, EncoderAttention, RelativeBias
+from cableway.workers.blocks.layers import CrossLayer, Layer
+from cableway.workers.blocks.mlp import MLP, PlainMLP
+from cableway.workers.blocks.norm import RMSNorm, Scale
+from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.names import Names, Target, names, transposed
+from cableway.workers.models.registry import arch
+
+_NORMS = {"encoder": ("norm_in", "norm_mlp"), "decoder": ("norm_in", "norm_cross", "norm_mlp")}
+_STACK = {
+    "SelfAttention.q": "mix.qkv.q",
+    "SelfAttention.k": "mix.qkv.k",
+    "SelfAttention.v": "mix.qkv.v",
+    "SelfAttention.o": "mix.out",
+    "SelfAttention.relative_attention_bias": Target("mix.relative.table", layout=transposed),
+    "EncDecAttention.q": "cross.q",
+    "EncDecAttention.k": "cross.kv.k",
+    "EncDecAttention.v": "cross.kv.v",
+    "EncDecAttention.o": "cross.out",
+    "DenseReluDense.wi": "mlp.up",
+    "DenseReluDense.wi_0": "mlp.gate_up.gate",
+    "DenseReluDense.wi_1": "mlp.gate_up.up",
+    "DenseReluDense.wo": "mlp.down",
+}
+
+
+class T5Config(DecoderConfig, frozen=True, kw_only=True):
+    encoder_layers: Size
+    relative_attention_num_buckets: Size = 32
+    relative_attention_max_distance: Size = 128
+    is_gated: bool
+    scale_decoder_outputs: bool
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        kind, _, act = config.get("feed_forward_proj", "relu").rpartition("-")
+        tied = config.get("tie_word_embeddings", True)
+        config |= {
+            "num_attention_heads": config["num_heads"],
+            "head_dim": config["d_kv"],
+            "intermediate_size": config["d_ff"],
+            "encoder_layers": config["num_layers"],
+            "num_hidden_layers": config.get("num_decoder_layers") or config["num_layers"],
+            "is_gated": kind == "gated",
+            "hidden_act": "gelu_new" if (kind, act) == ("gated", "gelu") else act,
+            "tie_word_embeddings": tied,
+            "scale_decoder_outputs": config.get("scale_decoder_outputs", tied),
+        }
+
+
+def _names(c: T5Config) -> Names:
+    around = {
+        "shared": "embed",
+        "encoder.final_layer_norm": "encoder.norm_out",
+        "decoder.final_layer_norm": "norm_out",
+        "lm_head": "head",
+    }
+    scheme = names(around, ignored=("encoder.embed_tokens", "decoder.embed_tokens"))
+    unused = ("EncDecAttention.relative_attention_bias",)  # which the first release of all has
+    for stack, to, num_layers in (("encoder", "encoder.", c.encoder_layers), ("decoder", "", c.num_hidden_layers)):
+        norms = {
+            f"{stack}.block.{i}.layer.{n}.layer_norm": f"{to}layers.{i}.{norm}"
+            for i in range(num_layers)
+            for n, norm in enumerate(_NORMS[stack])
+        }
+        of_layer = {"prefix": f"{stack}.block.{{}}.layer.{{}}.", "to": f"{to}layers.{{}}."}
+        scheme |= names(_STACK, ignored=unused, **of_layer) | names(norms)
+    return scheme
+
+
+@arch("T5ForConditionalGeneration", config=T5Config, hf=_names)
+def t5(c: T5Config) -> Decoder:
+    norm, mlp = RMSNorm(c.hidden_size, c.norm_eps), (MLP if c.is_gated else PlainMLP).of(c)
+    buckets = (c.num_attention_heads, c.relative_attention_num_buckets, c.relative_attention_max_distance)
+    before, around = (shared(RelativeBias(*buckets, both_ways=both_ways)) for both_ways in (False, True))
+    options = {"rope": None, "scale": 1.0}
+    encoder_layer = Layer(norm_in=norm, mix=EncoderAttention.of(c, relative=around, **options), norm_mlp=norm, mlp=mlp)
+    decoder_layer = CrossLayer(
+        norm_in=norm,
+        mix=BiasedAttention.of(c, relative=before, **options),
+        norm_cross=norm,
+        cross=CrossAttention(c.hidden_size, c.num_attention_heads, c.head_dim, scale=1.0),
+        norm_mlp=norm,
+        mlp=mlp,
+    )
+    return Decoder(
+        c,
+        [decoder_layer] * c.num_hidden_layers,
+        norm_out=norm,
+        on_logits=Scale(c.hidden_size**-0.5) if c.scale_decoder_outputs else None,
+        encoder=Encoder([encoder_layer] * c.encoder_layers, norm_out=norm),
+    )
