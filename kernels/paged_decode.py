@@ -285,8 +285,7 @@ def _paged_decode(
             q, tile, cache_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, last_key,
             slope, top, mass,
             NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, HAS_CAP, BLOCK_ROWS, BLOCK_DIM, TILE, EARLY,
-            HAS_SLOPES, REACH,
-            HAS_SCALES,
+            HAS_SLOPES, REACH, HAS_SCALES,
         )  # fmt: skip
         out_ptr += (sequence * NUM_KV_HEADS * GROUP + first_head) * HEAD_DIM
         if num_parts == 1:
