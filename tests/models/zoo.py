@@ -93,6 +93,7 @@ LATENT = {
     "num_key_value_heads": 4,
     "head_dim": None,
 }
+INDEX = {"index_topk": 7, "index_n_heads": 10, "index_head_dim": 18}
 DEEPSEEK = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -368,6 +369,10 @@ ZOO: dict[str, list[Fields]] = {
         {**LATENT, **DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False},
     ],
     "Glm4MoeLiteForCausalLM": [{**LATENT, **DEEPSEEK, "mlp_layer_types": ["dense", "sparse", "sparse"]}],
+    "DeepseekV32ForCausalLM": [
+        {**LATENT, **DEEPSEEK, **INDEX, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
+        {**LATENT, **DEEPSEEK, **INDEX, "index_topk": 200, "attention_bias": True},
+    ],
     "DeepseekV2ForCausalLM": [
         {**LATENT, **DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
         {**LATENT, **DEEPSEEK, "topk_method": "greedy", "q_lora_rank": None, "norm_topk_prob": False},

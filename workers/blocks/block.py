@@ -54,8 +54,7 @@ class Block:
         for _, child in self.children():
             if isinstance(child, Mixer):
                 yield child
-            else:
-                yield from child.mixers()
+            yield from child.mixers()
 
     def prepare(self, place: Place) -> None:
         """Called once all weights are loaded."""

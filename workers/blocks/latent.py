@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cableway.kernels.attention_plan import AttentionPlan
 from cableway.kernels.latent_attention import latent_attention
 from cableway.kernels.latent_write import latent_write
 from cableway.kernels.rope import rope as rotate
@@ -91,15 +92,21 @@ class LatentAttention(Mixer):
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E], and this layer's cache takes the latents of the T tokens."""
         rank, nope, rope = self.sizes.latent, self.sizes.nope, self.sizes.rope
-        q = self.q(x if self.q_down is None else self.q_norm(self.q_down(x)))
-        q = q.unflatten(1, (-1, nope + rope))
+        narrow = x if self.q_down is None else self.q_norm(self.q_down(x))
+        q = self.q(narrow).unflatten(1, (-1, nope + rope))
         kept = self.kv_down(x)
         latent = self.kv_norm(kept[:, :rank])
         kept[:, :rank] = latent if self.kv_scale == 1 else latent.mul_(self.kv_scale)
         rotate(q[..., nope:], kept[:, None, rank:], step.angles(self.rope))
         absorbed = self.kv_up.through(q[..., :nope], self.kv_up.make_keys)
-        cache, plan, slots = step.state(self.number)
+        cache, _, slots = step.state(self.number)
         latent_write(kept, cache, slots)
+        cache, plan = self.seen(x, narrow, step)
         whole = torch.cat((absorbed, q[..., nope:]), -1)
         y = latent_attention(whole, cache, plan, scale=self.scale, rank=rank)
         return self.out(self.kv_up.through(y, self.kv_up.make_values).flatten(1))
+
+    def seen(self, x: Tensor, narrow: Tensor, step: Step) -> tuple[Tensor, AttentionPlan]:
+        """The latents that tokens see, for x and what queries are made from."""
+        cache, plan, _ = step.state(self.number)
+        return cache, plan

@@ -1,5 +1,5 @@
-"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), GLM 4.7 Flash, MiniCPM 3, and
-LongCat, whose layers are two with a mixture of experts that bridges both."""
+"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), V3.2, where an index chooses what
+a token sees, GLM 4.7 Flash, MiniCPM 3, and LongCat, whose layers are two with a mixture of experts that bridges both."""
 
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.moe import Groups, IdentityMoE, Router
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.blocks.rope import yarn_length
+from cableway.workers.blocks.sparse import Index, SparseLatentAttention
 from cableway.workers.models.config import Count, DecoderConfig, Factor, Never, Size
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.moe import (
@@ -112,6 +113,14 @@ class DeepseekV3Config(DeepseekMoEConfig, frozen=True, kw_only=True):
         config["head_dim"] = config["qk_rope_head_dim"]
 
 
+class DeepseekV32Config(DeepseekV3Config, frozen=True, kw_only=True):
+    q_lora_rank: Size
+    norm_topk_prob: bool = True
+    index_topk: Size = 2048
+    index_head_dim: Size = 128
+    index_n_heads: Size = 64
+
+
 class MiniCPM3Config(DecoderConfig, frozen=True, kw_only=True):
     q_lora_rank: Size | None = None
     kv_lora_rank: Size
@@ -142,12 +151,14 @@ class LongcatConfig(DeepseekV3Config, frozen=True, kw_only=True):
         config["moe_intermediate_size"] = config["expert_ffn_hidden_size"]
 
 
-def latent_attention(c: Any, q_scale: float = 1.0, kv_scale: float = 1.0) -> LatentAttention:
+def latent_attention(
+    c: Any, q_scale: float = 1.0, kv_scale: float = 1.0, kind: type[LatentAttention] = LatentAttention, **options: Any
+) -> LatentAttention:
     nope_dim, rope_dim, rope = c.qk_nope_head_dim, c.qk_rope_head_dim, c.rope_parameters
     scale = q_scale * (nope_dim + rope_dim) ** -0.5
     if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
         scale *= yarn_length(rope["factor"], rope["mscale_all_dim"]) ** 2
-    return LatentAttention(
+    return kind(
         c.hidden_size,
         c.num_attention_heads,
         LatentSizes(c.kv_lora_rank, c.q_lora_rank or 0, nope_dim, rope_dim, c.v_head_dim),
@@ -155,6 +166,7 @@ def latent_attention(c: Any, q_scale: float = 1.0, kv_scale: float = 1.0) -> Lat
         scale=scale,
         bias=c.attention_bias,
         kv_scale=kv_scale,
+        **options,
     )
 
 
@@ -168,6 +180,21 @@ def latent_attention(c: Any, q_scale: float = 1.0, kv_scale: float = 1.0) -> Lat
 def deepseek_v3(c: DeepseekV3Config) -> Decoder:
     mixes = [latent_attention(c)] * c.num_hidden_layers
     return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+
+
+def _v32_names(c: DeepseekV32Config) -> Names:
+    return _names(DEEPSEEK_MOE, c) | names(
+        {"wq_b": "q", "wk": "k", "k_norm": "k_norm", "weights_proj": "weights"},
+        prefix="model.layers.{}.self_attn.indexer.",
+        to="layers.{}.mix.index.",
+    )
+
+
+@arch("DeepseekV32ForCausalLM", config=DeepseekV32Config, hf=_v32_names)
+def deepseek_v32(c: DeepseekV32Config) -> Decoder:
+    sizes = (c.q_lora_rank, c.index_n_heads, c.index_head_dim, c.index_topk)
+    mix = latent_attention(c, kind=SparseLatentAttention, index=Index(c.hidden_size, *sizes, rope=c.rope()))
+    return on_frame(c, [mix] * c.num_hidden_layers, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
 
 
 @arch("DeepseekV2ForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE), gguf=_gguf)

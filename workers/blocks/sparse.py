@@ -1,0 +1,84 @@
+"""Sparse attention: an index with narrow keys of its own chooses the tokens that each token sees.
+
+Key: T tokens, H heads of the index, of D numbers, K chosen tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from cableway.kernels.attention_plan import AttentionPlan
+from cableway.kernels.index_scores import TokenPlan, index_scores
+from cableway.kernels.latent_write import latent_write
+from cableway.kernels.rope import rope as rotate
+from cableway.workers.batch import StateSpec
+from cableway.workers.blocks.block import Mixer
+from cableway.workers.blocks.latent import LatentAttention
+from cableway.workers.blocks.linear import Linear
+from cableway.workers.blocks.norm import LayerNorm
+from cableway.workers.blocks.rope import Rope
+from cableway.workers.blocks.step import Step
+from cableway.workers.parallel import Axis, Mesh
+
+_MOST_SCORES = 1 << 26
+"""That are looked at together: 256 MiB."""
+
+
+class Index(Mixer):
+    """The tokens of its sequence that a token should see: the `top_k` with the highest scores, all where there are fewer.
+
+    Each head scores a key by what is positive of their product, and counts by a weight that the token gives it. Every
+    rank makes the same choice.
+    """
+
+    def __init__(self, hidden_size: int, q_latent: int, num_heads: int, head_dim: int, top_k: int, *, rope: Rope):
+        embed = Axis("embed", hidden_size)
+        self.q = Linear(Axis("index", num_heads, head_dim), Axis("latent", q_latent))
+        self.k = Linear(Axis("index", 1, head_dim), embed)
+        self.k_norm = LayerNorm(head_dim, 1e-6)
+        self.weights = Linear(Axis("index", num_heads), embed)
+        self.num_heads, self.head_dim, self.top_k, self.rope = num_heads, head_dim, top_k, rope
+
+    def state(self, mesh: Mesh) -> StateSpec:
+        return StateSpec("latent", (self.number,), 1, self.head_dim, num_planes=1)
+
+    def ropes(self) -> list[Rope]:
+        return [self.rope]
+
+    def __call__(self, x: Tensor, narrow: Tensor, step: Step) -> tuple[Tensor, TokenPlan] | None:
+        """x [T, E] and what queries are made from [T, R] -> chosen positions [T, K] i64, best first, and which keys there
+        are; None where all of them are chosen. This index's cache takes the keys of the T tokens."""
+        q = self.q(narrow).unflatten(1, (self.num_heads, self.head_dim))
+        k = self.k_norm(self.k(x))
+        rotate(q, k[:, None], step.angles(self.rope))
+        cache, tokens, slots = step.tokens(self.number)
+        latent_write(k, cache, slots)
+        if tokens.max_keys <= self.top_k:
+            return None
+        weights = self.weights(x).float().mul_((self.num_heads * self.head_dim) ** -0.5)
+        most = max(_MOST_SCORES // tokens.max_keys, 1)
+        chosen = [
+            index_scores(q[i : i + most], weights[i : i + most], cache, tokens.part(i, i + most))
+            .topk(self.top_k)
+            .indices
+            for i in range(0, len(x), most)
+        ]
+        return torch.cat(chosen), tokens
+
+
+class SparseLatentAttention(LatentAttention):
+    """Attention over the latents that an index chooses: pages of one token each."""
+
+    def __init__(self, *sizes: int, index: Index, **options: object):
+        super().__init__(*sizes, **options)
+        self.index = index
+
+    def seen(self, x: Tensor, narrow: Tensor, step: Step) -> tuple[Tensor, AttentionPlan]:
+        cache, plan, _ = step.state(self.number)
+        found = self.index(x, narrow, step)
+        if found is None:
+            return cache, plan
+        (chosen, tokens), (_, num_blocks, size, _, width) = found, cache.shape
+        blocks = plan.block_table[tokens.sequence[:, None], chosen // size].long()
+        slots = blocks.mul_(size).add_(chosen % size).int()
+        counts = tokens.lengths.clamp(max=self.index.top_k)
+        return cache.view(1, num_blocks * size, 1, 1, width), step.one_by_one(counts, slots, self.index.top_k)
