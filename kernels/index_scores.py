@@ -31,9 +31,10 @@ class TokenPlan:
     block_table: Tensor  # [num_seqs, max_blocks] i32, rows may be strided
     max_keys: int  # that any of them sees
 
-    def part(self, start: int, end: int) -> TokenPlan:
-        """Tokens start:end alone."""
-        return TokenPlan(self.sequence[start:end], self.lengths[start:end], self.block_table, self.max_keys)
+    def split(self, num: int) -> list[TokenPlan]:
+        """`num` tokens each time."""
+        parts = zip(self.sequence.split(num), self.lengths.split(num), strict=True)
+        return [TokenPlan(*part, self.block_table, self.max_keys) for part in parts]
 
 
 def ref(q: Tensor, w: Tensor, cache: Tensor, tokens: TokenPlan) -> Tensor:

@@ -24,7 +24,7 @@ _MOST_SCORES = 1 << 26
 
 
 class Index(Mixer):
-    """The tokens of its sequence that a token should see: the `top_k` with the highest scores, all where there are fewer.
+    """The tokens of its sequence that a token is to see: the `top_k` with the highest scores, or all of fewer.
 
     Each head scores a key by what is positive of their product, and counts by a weight that the token gives it. Every
     rank makes the same choice.
@@ -45,8 +45,8 @@ class Index(Mixer):
         return [self.rope]
 
     def __call__(self, x: Tensor, narrow: Tensor, step: Step) -> tuple[Tensor, TokenPlan] | None:
-        """x [T, E] and what queries are made from [T, R] -> chosen positions [T, K] i64, best first, and which keys there
-        are; None where all of them are chosen. This index's cache takes the keys of the T tokens."""
+        """x [T, E] and what queries are made from [T, R] -> chosen positions [T, K] i64, best first, and whose they are;
+        None where all are chosen. This index's cache takes the keys of the T tokens."""
         q = self.q(narrow).unflatten(1, (self.num_heads, self.head_dim))
         k = self.k_norm(self.k(x))
         rotate(q, k[:, None], step.angles(self.rope))
@@ -56,12 +56,8 @@ class Index(Mixer):
             return None
         weights = self.weights(x).float().mul_((self.num_heads * self.head_dim) ** -0.5)
         most = max(_MOST_SCORES // tokens.max_keys, 1)
-        chosen = [
-            index_scores(q[i : i + most], weights[i : i + most], cache, tokens.part(i, i + most))
-            .topk(self.top_k)
-            .indices
-            for i in range(0, len(x), most)
-        ]
+        parts = zip(q.split(most), weights.split(most), tokens.split(most), strict=True)
+        chosen = [index_scores(q, weights, cache, tokens).topk(self.top_k).indices for q, weights, tokens in parts]
         return torch.cat(chosen), tokens
 
 

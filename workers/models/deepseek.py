@@ -1,5 +1,5 @@
-"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), V3.2, where an index chooses what
-a token sees, GLM 4.7 Flash, MiniCPM 3, and LongCat, whose layers are two with a mixture of experts that bridges both."""
+"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), V3.2, whose index chooses what a
+token sees, GLM 4.7 Flash, MiniCPM 3, and LongCat, whose layers are two with a mixture of experts that bridges both."""
 
 from functools import partial
 from typing import Any
