@@ -4,13 +4,15 @@
 
 q, k    [num_tokens, num_k_heads, key_dim]                      bf16|f16|f32   tokens may be strided
 v       [num_tokens, num_heads, head_dim]                       dtype of q     tokens may be strided
-g, beta [num_tokens, num_heads]                                 f32, contiguous; g <= 0
+g       [num_tokens, num_heads]                                 f32, contiguous; g <= 0
+        or [num_tokens, num_heads, key_dim]: each number of a key decays by itself
+beta    [num_tokens, num_heads]                                 f32, contiguous
 states  [num_rows, num_heads * head_dim * key_dim]              f32  rows may be strided
 plan    a RecurrentPlan: see recurrence.py
 y       [num_tokens, num_heads, head_dim]                       dtype of q, contiguous
 
 Head i reads q and k of head i // (num_heads / num_k_heads). Sequences that bring many tokens are computed chunk by
-chunk (delta_chunks.py).
+chunk (delta_chunks.py) where heads decay as one.
 Bound: bytes for few tokens (the states); for many see there.
 """
 
@@ -48,7 +50,7 @@ def ref(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor
         for position in range(before, length):
             t = start + position - before
             q_t, k_t = (x[t].repeat_interleave(group, 0)[:, None] for x in (q, k))
-            h = g[t].exp()[:, None, None] * h
+            h = g[t].exp().view(num_heads, 1, -1) * h
             error = beta[t][:, None] * (v[t] - (h * k_t).sum(-1))
             h = h + error[..., None] * k_t
             y[t] = (h * q_t).sum(-1)
@@ -62,7 +64,7 @@ def _delta_scan(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
     q_stride, k_stride, v_stride, state_stride, table_stride, block_size, most,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
+    DECAYS_BY_KEY: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
     """Some numbers of one head's values, of one sequence that brings no more than `most` tokens, one after another."""
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -81,7 +83,10 @@ def _delta_scan(
             k = tl.load(k_ptr + token * k_stride + key, mask=n_inside, other=0.0).to(tl.float32)
             v = tl.load(v_ptr + token * v_stride + head * HEAD_DIM + dim, mask=dim_inside, other=0.0).to(tl.float32)
             of_head = token * NUM_HEADS + head
-            h *= tl.exp(tl.load(g_ptr + of_head))
+            if DECAYS_BY_KEY:
+                h *= tl.exp(tl.load(g_ptr + of_head * KEY_DIM + n, mask=n_inside, other=0.0))[None, :]
+            else:
+                h *= tl.exp(tl.load(g_ptr + of_head))
             error = tl.load(beta_ptr + of_head) * (v - tl.sum(h * k[None, :], 1))
             h += error[:, None] * k[None, :]
             y = tl.sum(h * q[None, :], 1).to(y_ptr.dtype.element_ty)
@@ -92,7 +97,7 @@ def _delta_scan(
 def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
     (_, num_heads, head_dim), (_, num_k_heads, key_dim) = v.shape, k.shape
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    in_chunks = delta_chunks.fits(k, plan)
+    in_chunks = g.dim() == 2 and delta_chunks.fits(k, plan)
     if in_chunks:
         delta_chunks.launch(q, k, v, g, beta, states, plan, y)
     block_dim = min(triton.next_power_of_2(head_dim), 32)
@@ -101,17 +106,17 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Ten
         v.stride(0), states.stride(0), plan.block_table.stride(0), plan.block_size,
         plan.most_singly if in_chunks else plan.max_query_len,
         NUM_HEADS=num_heads, GROUP=num_heads // num_k_heads, HEAD_DIM=head_dim, KEY_DIM=key_dim,
-        BLOCK_DIM=block_dim, BLOCK_KEY=triton.next_power_of_2(key_dim), num_warps=4,
+        DECAYS_BY_KEY=g.dim() == 3, BLOCK_DIM=block_dim, BLOCK_KEY=triton.next_power_of_2(key_dim), num_warps=4,
     )  # fmt: skip
     return y
 
 
 def make(
     spans, heads: tuple[int, int, int], key_dim: int, dtype: torch.dtype = torch.float32, block_size: int = 8,
-    device: str = "cpu",
+    by_key: bool = False, device: str = "cpu",
 ) -> Call:  # fmt: skip
     """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_k_heads, head_dim. Keys are much alike,
-    as those of real prompts are; v is a view of a convolution.
+    as those of real prompts are; v is a view of a convolution. `by_key`: each number of a key decays by itself.
     """
     num_heads, num_k_heads, head_dim = heads
     plan, num_rows = make_plan(spans, block_size, device)
@@ -123,7 +128,7 @@ def make(
         q.div(key_dim**0.5).to(dtype),
         k.to(dtype),
         v.unflatten(1, (num_heads, head_dim)),
-        -torch.rand(num_tokens, num_heads, device=device),
+        -torch.rand(num_tokens, num_heads, *((key_dim,) if by_key else ()), device=device),
         torch.rand(num_tokens, num_heads, device=device),
         torch.randn(num_rows, state_len + 3, device=device)[:, :state_len],
         plan,
@@ -136,6 +141,7 @@ def make(
     make=make,
     cases=[
         *grid(spans=(MIXED,), heads=((6, 2, 20), (3, 3, 40)), key_dim=(16, 10), dtype=FLOATS),
+        *grid(spans=(MIXED, LONG), heads=((3, 3, 20),), key_dim=(24,), dtype=FLOATS, block_size=(16,), by_key=(True,)),
         *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), dtype=FLOATS, block_size=(16, 64, 24)),
         *grid(spans=(LONG,), heads=((2, 1, 96),), key_dim=(80,), block_size=(32,)),
         *grid(spans=(LONG,), heads=((1, 1, 16),), key_dim=(136,), block_size=(32,)),
@@ -155,7 +161,8 @@ def make(
 def delta_scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
     """y [T, H, P], and the states that follow are left; ValueError when shapes or dtypes do not fit."""
     check(v.dim() == 3 and q.dim() == 3 and q.shape == k.shape and q.shape[0] == v.shape[0], "q, k or v")
-    check(v.shape[1] % k.shape[1] == 0 and g.shape == beta.shape == v.shape[:2], "heads, or g or beta")
+    check(v.shape[1] % k.shape[1] == 0 and beta.shape == v.shape[:2], "heads, or beta")
+    check(g.shape in (beta.shape, (*beta.shape, k.shape[2])), "g is neither of heads nor of their keys")
     check(q.dtype == k.dtype == v.dtype and v.dtype in FLOATS, "q, k and v are not of one dtype")
     check(g.dtype == beta.dtype == torch.float32 and are_contiguous(g, beta), "g or beta")
     check(all(are_dense_in_tokens(x) for x in (q, k, v)), "q, k or v is strided within its tokens")
@@ -168,6 +175,6 @@ def delta_scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states:
     scans.run(
         scans.correct, plan.num_seqs * num_heads, 6 * head_dim * key_dim * (num_tokens // plan.num_seqs + 1),
         *scans.places(states, plan), q.data_ptr(), k.data_ptr(), v.data_ptr(), g.data_ptr(), beta.data_ptr(),
-        y.data_ptr(), num_heads, num_k_heads, head_dim, key_dim,
+        y.data_ptr(), num_heads, num_k_heads, head_dim, key_dim, g.dim() == 3,
     )  # fmt: skip
     return y.to(dtype)

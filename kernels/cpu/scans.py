@@ -136,13 +136,13 @@ def scan(begin, end, arguments):
                 _keep(plan, sequence, position, offset, h)
 
 
-@loop(17)
+@loop(18)
 def correct(begin, end, arguments):
     """Gated delta rule of a head of a sequence, which is a row; see delta_scan.py."""
     plan = integers(arguments, 7)
-    q, k, v, g, beta, y, num_heads, num_k_heads, head_dim, size = integers(arguments + 56, 10)
+    q, k, v, g, beta, y, num_heads, num_k_heads, head_dim, size, by_key = integers(arguments + 56, 11)
     q_at, k_at, v_at, g_at, beta_at = f32_at(q), f32_at(k), f32_at(v), f32_at(g), f32_at(beta)
-    into, h = f32_at(y), np.empty((head_dim, size), np.float32)
+    into, h, decay = f32_at(y), np.empty((head_dim, size), np.float32), np.empty(size, np.float32)
     for item in range(begin, end):
         sequence, head = item // num_heads, item % num_heads
         k_head, offset = head // (num_heads // num_k_heads), head * head_dim * size
@@ -151,12 +151,15 @@ def correct(begin, end, arguments):
         for position in range(before, length):
             token = start + position - before
             first = (token * num_k_heads + k_head) * size
-            decay, part = exp(g_at[token * num_heads + head]), beta_at[token * num_heads + head]
+            of_head = token * num_heads + head
+            part = beta_at[of_head]
+            for n in range(size):
+                decay[n] = exp(g_at[of_head * size + n if by_key else of_head])
             for p in range(head_dim):
-                place = (token * num_heads + head) * head_dim + p
+                place = of_head * head_dim + p
                 found, total = float32(0), float32(0)
                 for n in range(size):
-                    h[p, n] *= decay
+                    h[p, n] *= decay[n]
                     found += h[p, n] * k_at[first + n]
                 error = part * (v_at[place] - found)
                 for n in range(size):

@@ -93,6 +93,19 @@ LATENT = {
     "num_key_value_heads": 4,
     "head_dim": None,
 }
+KIMI = {
+    **LATENT,
+    "q_lora_rank": None,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "linear_head_dim": 20,
+    "linear_num_heads": 4,
+    "linear_conv_kernel_dim": 3,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "routed_scaling_factor": 1.7,
+}
 INDEX = {"index_topk": 7, "index_n_heads": 10, "index_head_dim": 18}
 DEEPSEEK = {
     "n_routed_experts": 8,
@@ -506,6 +519,10 @@ ZOO: dict[str, list[Fields]] = {
         {**DELTA, "rope_parameters": {**HALF, "mrope_interleaved": True, "mrope_section": [2, 1, 1]}},
     ],
     "Qwen3_5MoeForCausalLM": [{**QWEN35, **FEW, **SPARSE}],
+    "KimiLinearForCausalLM": [
+        {**KIMI, "num_expert_group": 4, "topk_group": 2, "num_shared_experts": 2},
+        {**KIMI, "moe_renormalize": False, "q_lora_rank": 28},
+    ],
     "OlmoHybridForCausalLM": [  # transformers saves convolutions right where those of q, k and v are equally wide
         {**DELTA, "linear_value_head_dim": 10, "linear_key_head_dim": 20},
         {
@@ -549,7 +566,7 @@ IGNORED = {
     *("chunk_size_feed_forward", "is_encoder_decoder", "LABEL_0", "LABEL_1", "output_attentions", "return_dict"),
     *("output_hidden_states", "encoder_layerdrop", "decoder_layerdrop", "LABEL_2"),
     *("decoder_start_token_id", "forced_eos_token_id"),  # which a frontend reads
-    *("dropout_rate", "initializer_factor"),
+    *("dropout_rate", "initializer_factor", "model_max_length"),
 }
 """Keys of a config that say nothing of what an inference computes."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from cableway.kernels.delta_scan import delta_scan
 from cableway.kernels.gated_norm import gated_norm
 from cableway.kernels.rms_norm import rms_norm
+from cableway.workers.blocks.adapted import Adapter
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mamba import CausalConv, Recurrent
 from cableway.workers.blocks.norm import RMSNorm
@@ -50,8 +51,7 @@ class GatedDeltaNet(Recurrent):
         self._conv_sizes = (keys, keys, values)
         self._conv_len = self.conv.state_len(place.mesh)
         self._a = -self.a_log.weight.exp()
-        # Keys have length 1, and queries 1 / sqrt(key_dim): an RMS norm with these for weights.
-        self._lengths = [torch.full((self.key_dim,), self.key_dim**power, device=place.device) for power in (-1, -0.5)]
+        self._lengths = _lengths(self.key_dim, place)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
@@ -67,3 +67,47 @@ class GatedDeltaNet(Recurrent):
         v, beta = v.unflatten(1, (-1, self.head_dim)), b.sigmoid().mul_(self.most).contiguous()
         y = delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan)
         return self.out(gated_norm(y, z, self.norm.weight[None], eps=self.norm.eps, gates_first=False))
+
+
+class KeyedDeltaNet(Recurrent):
+    """Kimi Linear: each number of a key decays by itself, and a norm of heads counts by a sigmoid of a gate."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, width: int, *, norm_eps: float):
+        embed, self.heads = Axis("embed", hidden_size), Axis("heads", num_heads, head_dim)
+        convolved = {"q": self.heads, "k": self.heads, "v": self.heads}
+        self.project = Linear(convolved, embed)
+        self.conv = CausalConv(convolved, width, bias=False, silu=True)
+        self.beta = Linear(Axis("heads", num_heads), embed)
+        self.decay, self.gate = Adapter(self.heads, embed, head_dim), Adapter(self.heads, embed, head_dim)
+        self.a_log, self.dt_bias = Vector(Axis("heads", num_heads)), Vector(self.heads)
+        self.norm = RMSNorm(head_dim, norm_eps)
+        self.out = Linear(embed, self.heads)
+        self.head_dim = head_dim
+
+    def state_len(self, mesh: Mesh) -> int:
+        return self.conv.state_len(mesh) + mesh.span(self.heads).size * self.head_dim
+
+    def prepare(self, place: Place) -> None:
+        super().prepare(place)
+        self._conv_len = self.conv.state_len(place.mesh)
+        self._a = -self.a_log.weight.exp()[:, None]
+        self._lengths = _lengths(self.head_dim, place)
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x [T, E] -> [T, E]"""
+        states, plan = step.recurrent(self.number)
+        beta = self.beta(x).float().sigmoid_()
+        g = F.softplus(self.decay(x).float() + self.dt_bias.weight).unflatten(1, (-1, self.head_dim)).mul_(self._a)
+        gate = self.gate(x)
+        heads = self.conv(self.project(x), states[:, : self._conv_len], step, self.number)
+        q, k, v = heads.unflatten(1, (3, -1, self.head_dim)).unbind(1)
+        q, k = (
+            rms_norm(part, length, eps=1e-6 / self.head_dim) for part, length in zip((q, k), self._lengths, strict=True)
+        )
+        y = self.norm(delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan))
+        return self.out(y.flatten(1).mul_(gate.sigmoid()))
+
+
+def _lengths(key_dim: int, place: Place) -> list[Tensor]:
+    """Weights of RMS norms of queries, whose length is 1 / sqrt(key_dim) then, and of keys, whose length is 1."""
+    return [torch.full((key_dim,), key_dim**power, device=place.device) for power in (-1, -0.5)]

@@ -69,7 +69,7 @@ class LatentAttention(Mixer):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, sizes: LatentSizes, *, rope: Rope, scale: float, bias: bool = False,
+        self, hidden_size: int, num_heads: int, sizes: LatentSizes, *, rope: Rope | None, scale: float, bias: bool = False,
         kv_scale: float = 1.0,
     ):  # fmt: skip
         embed, heads = Axis("embed", hidden_size), Axis("heads", num_heads, sizes.nope + sizes.rope)
@@ -87,7 +87,7 @@ class LatentAttention(Mixer):
         return StateSpec("latent", (self.number,), 1, self.sizes.latent + self.sizes.rope, num_planes=1)
 
     def ropes(self) -> list[Rope]:
-        return [self.rope]
+        return [] if self.rope is None else [self.rope]
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E], and this layer's cache takes the latents of the T tokens."""
@@ -97,7 +97,8 @@ class LatentAttention(Mixer):
         kept = self.kv_down(x)
         latent = self.kv_norm(kept[:, :rank])
         kept[:, :rank] = latent if self.kv_scale == 1 else latent.mul_(self.kv_scale)
-        rotate(q[..., nope:], kept[:, None, rank:], step.angles(self.rope))
+        if self.rope is not None:
+            rotate(q[..., nope:], kept[:, None, rank:], step.angles(self.rope))
         absorbed = self.kv_up.through(q[..., :nope], self.kv_up.make_keys)
         cache, _, slots = step.state(self.number)
         latent_write(kept, cache, slots)

@@ -45,8 +45,8 @@ class Index(Mixer):
         return [self.rope]
 
     def __call__(self, x: Tensor, narrow: Tensor, step: Step) -> tuple[Tensor, TokenPlan] | None:
-        """x [T, E] and what queries are made from [T, R] -> chosen positions [T, K] i64, best first, and whose they are;
-        None where all are chosen. This index's cache takes the keys of the T tokens."""
+        """x [T, E] and what queries are made from [T, R] -> chosen positions [T, K] i64, best first, and whose; None
+        where all are chosen. This index's cache takes the keys of the T tokens."""
         q = self.q(narrow).unflatten(1, (self.num_heads, self.head_dim))
         k = self.k_norm(self.k(x))
         rotate(q, k[:, None], step.angles(self.rope))

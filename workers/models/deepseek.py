@@ -1,5 +1,5 @@
-"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), V3.2, whose index chooses what a
-token sees, GLM 4.7 Flash, MiniCPM 3, and LongCat, whose layers are two with a mixture of experts that bridges both."""
+"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), V3.2, which chooses what tokens
+see, GLM 4.7 Flash, MiniCPM 3, and LongCat, whose layers are two with a mixture of experts that bridges both."""
 
 from functools import partial
 from typing import Any
@@ -162,11 +162,10 @@ def latent_attention(
         c.hidden_size,
         c.num_attention_heads,
         LatentSizes(c.kv_lora_rank, c.q_lora_rank or 0, nope_dim, rope_dim, c.v_head_dim),
-        rope=c.rope(),
         scale=scale,
         bias=c.attention_bias,
         kv_scale=kv_scale,
-        **options,
+        **{"rope": c.rope(), **options},
     )
 
 

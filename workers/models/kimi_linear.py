@@ -1,0 +1,95 @@
+"""Kimi Linear: a delta rule whose states decay by each number of a key, and in every fourth layer latent attention that
+knows no positions; the experts of DeepSeek V3, under Mixtral's names."""
+
+from typing import Any
+
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.delta import KeyedDeltaNet
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.models.config import Size
+from cableway.workers.models.deepseek import DeepseekV3Config, latent_attention, latent_names
+from cableway.workers.models.moe import LAYER, MIXTRAL, SHARED, on_frame, sigmoid_mixture, some_sparse
+from cableway.workers.models.names import GATED_MLP, Target, flat, names
+from cableway.workers.models.registry import arch
+
+KIMI_LINEAR = (
+    MIXTRAL
+    | GATED_MLP
+    | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", 0)
+    | names(
+        {
+            "block_sparse_moe.gate.e_score_correction_bias": "mlp.router.correction",
+            **{f"block_sparse_moe.{name}": f"mlp.{slot}" for name, slot in SHARED.items()},  # of dense layers
+            **{f"block_sparse_moe.shared_experts.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+        },
+        **LAYER,
+    )
+)
+_DELTA = {
+    "q_proj": "project.q",
+    "k_proj": "project.k",
+    "v_proj": "project.v",
+    "q_conv1d": "conv.q",
+    "k_conv1d": "conv.k",
+    "v_conv1d": "conv.v",
+    "A_log": Target("a_log", layout=flat),
+    "dt_bias": "dt_bias",
+    "b_proj": "beta",
+    "f_a_proj": "decay.down",
+    "f_b_proj": "decay.up",
+    "g_a_proj": "gate.down",
+    "g_b_proj": "gate.up",
+    "o_norm": "norm",
+    "o_proj": "out",
+}
+
+
+class KimiLinearConfig(DeepseekV3Config, frozen=True, kw_only=True):
+    norm_eps: float = 1e-5
+    norm_topk_prob: bool = True
+    layer_types: list[str]
+    mlp_layer_types: list[str]
+    linear_num_heads: Size = 32
+    linear_head_dim: Size = 128
+    linear_conv_kernel_dim: Size = 4
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        DeepseekV3Config.derive(config)
+        of_heads, num_layers = config.get("linear_attn_config") or {}, config["num_hidden_layers"]
+        published = {
+            "linear_num_heads": of_heads.get("num_heads"),
+            "linear_head_dim": of_heads.get("head_dim"),
+            "linear_conv_kernel_dim": of_heads.get("short_conv_kernel_size"),
+            "num_experts_per_tok": config.get("num_experts_per_token"),
+            "norm_topk_prob": config.get("moe_renormalize"),
+            "n_group": config.get("num_expert_group"),
+        }
+        config |= {name: value for name, value in published.items() if value is not None}
+        full = of_heads.get("full_attn_layers", range(5, num_layers + 1, 4))  # counted from 1
+        kinds = ["full_attention" if i + 1 in full else "linear_attention" for i in range(num_layers)]
+        config["layer_types"] = config.get("layer_types") or kinds
+        num_dense = config.get("first_k_dense_replace", 1)
+        sparse = ["dense" if i < num_dense else "sparse" for i in range(num_layers)]
+        config["mlp_layer_types"] = config.get("mlp_layer_types") or sparse
+
+    def is_sparse(self, layer: int) -> bool:
+        return self.mlp_layer_types[layer] == "sparse"
+
+
+def _names(c: KimiLinearConfig) -> Any:
+    scheme = KIMI_LINEAR
+    for i, kind in enumerate(c.layer_types):
+        if kind == "linear_attention":
+            scheme |= names(_DELTA, prefix=f"model.layers.{i}.self_attn.", to=f"layers.{i}.mix.")
+    return scheme
+
+
+@arch("KimiLinearForCausalLM", config=KimiLinearConfig, hf=_names)
+def kimi_linear(c: KimiLinearConfig) -> Decoder:
+    sizes = (c.linear_num_heads, c.linear_head_dim, c.linear_conv_kernel_dim)
+    kinds = {
+        "full_attention": latent_attention(c, rope=None),
+        "linear_attention": KeyedDeltaNet(c.hidden_size, *sizes, norm_eps=c.norm_eps),
+    }
+    return on_frame(c, c.by_layer(c.layer_types, kinds), some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
