@@ -69,8 +69,8 @@ class LatentAttention(Mixer):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, sizes: LatentSizes, *, rope: Rope | None, scale: float, bias: bool = False,
-        kv_scale: float = 1.0,
+        self, hidden_size: int, num_heads: int, sizes: LatentSizes, *, rope: Rope | None, scale: float,
+        bias: bool = False, kv_scale: float = 1.0,
     ):  # fmt: skip
         embed, heads = Axis("embed", hidden_size), Axis("heads", num_heads, sizes.nope + sizes.rope)
         q_latent, latent = Axis("latent", sizes.q_latent), Axis("latent", sizes.latent)
