@@ -191,3 +191,34 @@ def decay(begin, end, arguments):
                 into[place + i] = h[0, i]
             if _is_kept(plan, position, length):
                 _keep(plan, sequence, position, first, h)
+
+
+@loop(14)
+def fade(begin, end, arguments):
+    """Fading means of some channels of a sequence, a row of so many; see wkv_scan.py."""
+    plan, (k, v, w, u, y, channels, part_len) = integers(arguments, 7), integers(arguments + 56, 7)
+    k_at, v_at, w_at, u_at, into = f32_at(k), f32_at(v), f32_at(w), f32_at(u), f32_at(y)
+    states = np.empty((3, 1, part_len), np.float32)
+    num_parts = (channels + part_len - 1) // part_len
+    for item in range(begin, end):
+        sequence, first = item // num_parts, item % num_parts * part_len
+        h = states[:, :, : min(part_len, channels - first)]
+        start, before, length = _span(plan, sequence)
+        for plane in range(3):
+            _resume(plan, sequence, before, plane * channels + first, h[plane])
+        if before <= 0:
+            h[2] = -1e38
+        for position in range(before, length):
+            place = (start + position - before) * channels + first
+            for i in range(h.shape[2]):
+                n, m, p, key, value = h[0, 0, i], h[1, 0, i], h[2, 0, i], k_at[place + i], v_at[place + i]
+                now, later = u_at[first + i] + key, p + w_at[first + i]
+                top = max(p, now)
+                kept, taken = exp(p - top), exp(now - top)
+                into[place + i] = (kept * n + taken * value) / (kept * m + taken)
+                top = max(later, key)
+                kept, taken = exp(later - top), exp(key - top)
+                h[0, 0, i], h[1, 0, i], h[2, 0, i] = kept * n + taken * value, kept * m + taken, top
+            if _is_kept(plan, position, length):
+                for plane in range(3):
+                    _keep(plan, sequence, position, plane * channels + first, h[plane])

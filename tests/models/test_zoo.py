@@ -198,7 +198,7 @@ def test_an_outline_goes_through_every_kind_of_step(folders: Any, name: str, mon
     config = worker_config(folders(name, 0)[0], max_model_len=64, max_num_seqs=3, max_num_batched_tokens=64)
     with torch.inference_mode(), compilation.ahead():
         rehearse(config)
-    assert launched & {"_paged_decode", "_latent_attention", "_state_scan", "_channel_scan"}
+    assert launched & {"_paged_decode", "_latent_attention", "_state_scan", "_channel_scan", "_wkv_scan"}
 
 
 def numbers(config: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

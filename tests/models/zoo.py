@@ -523,6 +523,7 @@ ZOO: dict[str, list[Fields]] = {
         {**KIMI, "num_expert_group": 4, "topk_group": 2, "num_shared_experts": 2},
         {**KIMI, "moe_renormalize": False, "q_lora_rank": 28},
     ],
+    "RwkvForCausalLM": [{"intermediate_size": 80}, {"intermediate_size": None, "tie_word_embeddings": True}],
     "OlmoHybridForCausalLM": [  # transformers saves convolutions right where those of q, k and v are equally wide
         {**DELTA, "linear_value_head_dim": 10, "linear_key_head_dim": 20},
         {
@@ -613,6 +614,7 @@ UNUSED: dict[str, set[str]] = {
         *("use_conv_bias", "use_mem_eff_path"),
     },
     "T5ForConditionalGeneration": {"is_gated_act"},
+    "RwkvForCausalLM": {"context_length", "rescale_every"},  # halves numbers, for float16's sake
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},
 }

@@ -16,7 +16,17 @@ PROMPTS = [[*PREFIX, 5, 17], [1, 2, 3], [*PREFIX, 8], [*PREFIX[:30], 9], PREFIX]
 
 
 @pytest.mark.parametrize(
-    "name", ["JambaForCausalLM", "Mamba2ForCausalLM", "Lfm2ForCausalLM", "DeepseekV32ForCausalLM", "Gemma2ForCausalLM"]
+    "name",
+    [
+        "JambaForCausalLM",
+        "Mamba2ForCausalLM",
+        "Lfm2ForCausalLM",
+        "DeepseekV32ForCausalLM",
+        "Gemma2ForCausalLM",
+        "KimiLinearForCausalLM",
+        "RwkvForCausalLM",
+        "Zamba2ForCausalLM",
+    ],
 )
 def test_greedy_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     fields = {**ZOO[name][0], "vocab_size": 300, "max_position_embeddings": 256}
