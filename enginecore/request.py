@@ -91,7 +91,7 @@ class Request:
         self.order = order  # (priority, arrival): lower is served first
         self.arrived_s = now_s
         self.queue_s = -1.0  # until first admitted
-        self.num_cached = -1  # prompt tokens found in the cache at first admission
+        self.num_cached = -1  # tokens of prompt or source found in the cache at first admission
         self.source = generate.source
         self.chain = PrefixChain(generate.cache_salt, generate.source)
         self.stop_ids = _ids(self.sampling.eos_token_ids) | _ids(self.sampling.stop_token_ids)

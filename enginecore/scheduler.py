@@ -327,15 +327,18 @@ class Scheduler:
         request.move(State.RUNNING)
         request.row = self._free_rows.pop()
         if match.leader is None:
-            self.num_prefix_queries += len(request.tokens)
-            self.num_prefix_hits += match.num_tokens
+            num_encoded = request.source_len if request.source_is_new else 0
+            self.num_prefix_queries += len(request.tokens) + request.source_len
+            self.num_prefix_hits += match.num_tokens + request.source_len - num_encoded
             if request.family:
                 request.family.leader = request
         if request.queue_s < 0:
             request.queue_s = now_s - request.arrived_s
             # What a fork shares was just computed, but for what its leader had found in the cache.
-            num_found = match.leader.num_cached if match.leader else match.num_tokens
-            request.num_cached = min(num_found, request.num_prompt)
+            # Where an encoder takes what the client calls the prompt, that is counted.
+            num_own = 0 if request.source_is_new else request.source_len or match.num_tokens
+            num_found = match.leader.num_cached if match.leader else num_own
+            request.num_cached = min(num_found, request.source_len or request.num_prompt)
         bisect.insort(self.running, request, key=lambda other: other.order)
         step.new.append(new_row(request))
         if request.source_is_new:

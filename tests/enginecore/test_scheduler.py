@@ -2,7 +2,7 @@
 
 import pytest
 from fake_worker import EOS, next_token, undisturbed
-from harness import FRONTEND, Harness, generate
+from harness import FRONTEND, PAGED, Harness, generate
 
 from cableway.enginecore.request import IllegalTransition, State
 from cableway.enginecore.scheduler import BadResult
@@ -327,6 +327,28 @@ class TestPrefixCache:
         assert got(harness, 1).finish.num_cached_tokens == 8
         assert harness.scheduler.num_prefix_hits == 8
         assert harness.scheduler.num_prefix_queries == 20
+
+    def test_sources_are_counted(self):
+        harness = Harness(groups=(PAGED, StateGroup("encoder", 1)))
+        for key, source in enumerate(([7] * 9, [7] * 9, [8] * 5)):
+            harness.submit(generate([1], [key], source=source))
+            harness.run()
+        harness.check_outputs()
+        assert [got(harness, key).finish.num_cached_tokens for key in range(3)] == [0, 9, 0]
+        assert harness.worker.num_encoded == 14
+        assert (harness.scheduler.num_prefix_queries, harness.scheduler.num_prefix_hits) == (26, 9)
+
+    def test_a_source_waits_for_a_step_with_room_for_all_of_it(self):
+        harness = Harness(groups=(PAGED, StateGroup("encoder", 1)), budget=16)
+        for key, length in enumerate((9, 9, 15)):
+            harness.submit(generate([1], [key], source=[key] * length))
+        harness.submit(generate([1], [3], source=[3] * 16))
+        assert got(harness, 3).failed.code == "context_length_exceeded"
+        del harness.received[FRONTEND, 3]
+        harness.run()
+        harness.check_outputs()
+        assert [len(plan.new) for plan in harness.history[:4]] == [1, 1, 0, 0]
+        assert max(len(new.source) // 4 for plan in harness.history for new in plan.new) == 15
 
     def test_prompt_logprobs_hold_every_token_of_the_prompt(self):
         harness = Harness(budget=4, depth=1)

@@ -170,7 +170,8 @@ async def test_tokens_that_are_missing_are_asked_for_again(client: EngineClient,
 
 
 async def test_a_new_core_gets_what_lives_with_what_was_delivered(client: EngineClient, core: Core) -> None:
-    job = client.submit(PROMPT, Sampling(max_tokens=9, seed=3), n=3, priority=2, cache_salt="s", request_id="r")
+    options = {"n": 3, "priority": 2, "cache_salt": "s", "request_id": "r", "source_ids": [5, 6]}
+    job = client.submit(PROMPT, Sampling(max_tokens=9, seed=3), **options)
     first = await core.next(Generate)
     one, two, three = (choice.key for choice in first.choices)
     core.tokens(one, 0, [10])
@@ -186,7 +187,8 @@ async def test_a_new_core_gets_what_lives_with_what_was_delivered(client: Engine
     again = await core.next(Generate)
     outputs = [(choice.index, unpack_ints(choice.output).tolist()) for choice in again.choices]
     assert outputs == [(0, [10]), (1, [20, 21])]
-    fields = ("request_id", "prompt", "sampling", "priority", "cache_salt")
+    fields = ("request_id", "prompt", "sampling", "priority", "cache_salt", "source")
+    assert unpack_ints(again.source).tolist() == [5, 6]
     assert [getattr(again, name) for name in fields] == [getattr(first, name) for name in fields]
     one, two = (choice.key for choice in again.choices)
     core.tokens(one, 1, [666], epoch=1)

@@ -48,6 +48,8 @@ def test_greedy_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     with LLM(tmp_path, **options, max_num_batched_tokens=40) as llm:
         results = [*llm.generate(prompts, params, use_tqdm=False), *llm.generate(prompts, params, use_tqdm=False)]
+        (again,) = llm.generate(prompts[-1], params, use_tqdm=False)
+        assert again.num_cached_tokens == len(PROMPTS[-1])
         with pytest.raises(ValueError, match="takes the prompt"):
             llm.generate(prompts, SamplingParams(prompt_logprobs=1), use_tqdm=False)
     for result in results:
