@@ -28,7 +28,8 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales
     plan = _as_it_is_seen(q, cache, plan, scores)
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     are_singles = plan.max_query_len == 1 and len(q) == len(plan.seq_lens)
-    if are_singles and cluster_decode.fits(q, cache, plan):
+    is_common = scores.biases is None  # which kernels in CUDA C++ do not know
+    if are_singles and is_common and cluster_decode.fits(q, cache, plan):
         return cluster_decode.launch(q, cache, plan, scores)
     if plan.invariant or not plan.may_have_singles:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -36,7 +37,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales
         out = paged_decode.launch(q, cache, plan, scores, scales)
         if are_singles:
             return out
-    if hopper_prefill.fits(q, cache, plan) and scores.biases is None:
+    if is_common and hopper_prefill.fits(q, cache, plan):
         hopper_prefill.launch(q, cache, plan, out, scores)
     else:
         paged_prefill.launch(q, cache, plan, out, scores, scales)
