@@ -1,6 +1,7 @@
 """Kernels in CUDA C++, compiled when they are first needed for the GPU at hand: where Triton cannot reach.
 
-Compiler and driver are called through NVIDIA's bindings, which CUDA builds of torch bring along.
+cupy compiles them. What it cannot launch, programs in clusters that overlap with the kernel before, NVIDIA's bindings of
+the driver can, which CUDA builds of torch bring along.
 """
 
 from __future__ import annotations
@@ -60,11 +61,9 @@ class CudaKernel:
 
     def cubin(self, constants: Constants) -> bytes:
         """Machine code, compiled or as it was compiled before. Raises RuntimeError with what the compiler says."""
-        from cuda.bindings import nvrtc
-
-        source = self._path.read_bytes()
+        source = self._path.read_text()
         options = [f"-arch=sm_{gpu_capability()}a", "-std=c++17", *(f"-D{name}={value}" for name, value in constants)]
-        key = repr((source, options, _checked(nvrtc.nvrtcVersion()))).encode()
+        key = repr((source, options)).encode()
         kept = Path(triton.knobs.cache.dir) / f"cableway-{self.name}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -74,19 +73,19 @@ class CudaKernel:
         return kept.read_bytes()
 
 
-def _compiled(source: bytes, name: str, options: list[str]) -> bytes:
-    from cuda.bindings import nvrtc
-
-    program = _checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []))
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{name} does not compile: {log.decode()}")
-    cubin = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
-    return bytes(cubin)
+def _compiled(source: str, name: str, options: list[str]) -> bytes:
+    try:
+        from cupy.cuda import nvrtc
+    except ModuleNotFoundError:
+        raise RuntimeError(f"{name} has to be compiled by cupy: pip install 'cableway[cuda13]', or [cuda12]") from None
+    program = nvrtc.createProgram(source, name, [], [])
+    try:
+        nvrtc.compileProgram(program, options)
+        return nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError:
+        raise RuntimeError(f"{name} does not compile: {nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def _attributes(cluster: int, overlaps: bool) -> Iterator[Any]:

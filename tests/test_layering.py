@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "frontend": {"frontend", "ipc"},
     "workers": {"workers", "kernels", "ipc"},
 }
-HEAVY = {"torch", "triton", "cupy"}
+HEAVY = {"torch", "triton", "cupy", "cuda"}
 NEVER = {"pickle", "transformers"}
 MAY_IMPORT_HEAVY = {"workers", "kernels"}
 
