@@ -1,7 +1,7 @@
 """Kernels in CUDA C++, compiled when they are first needed for the GPU at hand: where Triton cannot reach.
 
-cupy compiles them. What it cannot launch, programs in clusters that overlap with the kernel before, NVIDIA's bindings of
-the driver can, which CUDA builds of torch bring along.
+cupy compiles them. What it cannot launch, programs in clusters that overlap with the kernel before, NVIDIA's bindings
+of the driver can, which CUDA builds of torch bring along.
 """
 
 from __future__ import annotations
