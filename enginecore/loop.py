@@ -1,6 +1,5 @@
 """The loop of the engine core: messages in, plan, submit, commit, messages out. All I/O of the core is here."""
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from cableway.enginecore.limits import SHUTTING_DOWN, Limits
 from cableway.enginecore.peers import Frontends, NotWelcome, Workers, check
 from cableway.enginecore.scheduler import BadResult, Scheduler
 from cableway.ipc import config
-from cableway.ipc.endpoint import Arrival, Endpoint, PeerDown, Undecodable
+from cableway.ipc.endpoint import Arrival, Endpoint, PeerDown, Undecodable, inputs, wait
 from cableway.ipc.lifeline import Lifeline
 from cableway.ipc.messages import (
     PROTOCOL_VERSION,
@@ -70,6 +69,7 @@ class EngineCore:
         self._wants_sleep = False  # as frontends said last; workers that sleep say so to a core that has not heard
         self._num_compilations = 0
         self._asked_status: list[bytes] = []  # frontends to answer at the end of the turn
+        self._check_leases_at_s = 0.0
         self._drain_until_s: float | None = None
         self._to_frontends = Endpoint(
             config.frontends_address(settings.runtime_dir, settings.engine), ToCore, bind=True
@@ -78,9 +78,7 @@ class EngineCore:
             config.workers_address(settings.runtime_dir, settings.engine), FromWorker, bind=True
         )
         self._wake_read, self._wake_write = os.pipe()  # open to the end of the process: it may be drained twice
-        self._poller = zmq.Poller()
-        for source in [*self._to_frontends.sockets, *self._to_workers.sockets, self._wake_read]:
-            self._poller.register(source, zmq.POLLIN)
+        self._inputs = inputs([*self._to_frontends.sockets, *self._to_workers.sockets, self._wake_read])
 
     def run(self) -> None:
         """Serve until drained."""
@@ -96,8 +94,10 @@ class EngineCore:
         for arrival in self._to_frontends.receive():
             self._from_frontend(arrival)
         self._lapse()
-        self._fall_asleep()
-        self._submit_steps()
+        if self._wants_sleep:
+            self._fall_asleep()
+        else:
+            self._submit_steps()
         self._send_to_frontends()
 
     def drain(self, deadline_s: float) -> None:
@@ -113,24 +113,22 @@ class EngineCore:
         if self._drain_until_s is not None:
             timeout_s = min(timeout_s, max(self._drain_until_s - self._clock(), 0.0))
         self._lifeline.idle()
-        ready = dict(self._poller.poll(math.ceil(timeout_s * 1000)))
+        ready = wait(self._inputs, timeout_s)
         self._lifeline.beat()
-        if self._wake_read in ready:
+        if (self._wake_read, zmq.POLLIN) in ready:
             os.read(self._wake_read, 64)
             self._scheduler.refuses_new = True
             self._log.info("draining", num_requests=self._scheduler.num_live)
 
     def _fall_asleep(self) -> None:
         """When no step is in flight any more: what runs goes back to the queue, where nothing is held against it."""
-        if self._wants_sleep and self._scheduler.kv is not None and not self._scheduler.num_in_flight:
+        if self._scheduler.kv is not None and not self._scheduler.num_in_flight:
             self._log.info("falling_asleep", num_requeued=len(self._scheduler.running))
             self._scheduler.stop()
             self._workers.begin_anew()
             self._tell_workers(Sleep())
 
     def _submit_steps(self) -> None:
-        if self._wants_sleep:
-            return
         while self._scheduler.num_in_flight <= self._depth and (plan := self._scheduler.plan(self._clock())):
             if self._scheduler.num_in_flight == 1:
                 self._progress_s = self._clock()
@@ -223,7 +221,11 @@ class EngineCore:
             self._tell_workers(Wake())
 
     def _lapse(self) -> None:
-        for peer in self._frontends.lapse(self._clock()):
+        now_s = self._clock()
+        if now_s < self._check_leases_at_s:
+            return
+        self._check_leases_at_s = now_s + _LEASE_CHECK_S
+        for peer in self._frontends.lapse(now_s):
             self._log.warning("frontend_lapsed", peer=_name(peer))
             self._scheduler.drop(peer)
 
@@ -255,6 +257,8 @@ class EngineCore:
         peer, message = arrival.peer, arrival.message
         rank = self._workers.rank(peer)
         match message:
+            case StepResult() if rank == 0:
+                self._take_result(peer, message)
             case Hello():
                 self._worker_joins(peer, message)
             case PeerDown():
@@ -268,8 +272,6 @@ class EngineCore:
                 self._worker_ready(peer, rank, message)
             case Compiled(num):
                 self._num_compilations += num
-            case StepResult() if rank == 0:
-                self._take_result(peer, message)
             case Undecodable():
                 self._refuse(self._to_workers, peer, _describe(message))
                 self._worker_lost(peer, rank)

@@ -1,5 +1,7 @@
 """Who is connected to the core: frontends, each with a lease, and the workers, of which all ranks are needed."""
 
+from collections.abc import Collection
+
 from cableway.enginecore.kv.groups import group_of
 from cableway.enginecore.scheduler import Memory
 from cableway.ipc.messages import PROTOCOL_VERSION, Hello, Ready
@@ -68,14 +70,15 @@ class Workers:
     def __init__(self, num_workers: int):
         self._num_workers = num_workers
         self._peers: dict[int, bytes] = {}
+        self._ranks: dict[bytes, int] = {}
         self._ready: dict[int, Ready] = {}
         self._sleeping: set[int] = set()
         self._heard: set[int] = set()
 
     @property
-    def peers(self) -> list[bytes]:
-        """Identities, by rank."""
-        return [self._peers[rank] for rank in sorted(self._peers)]
+    def peers(self) -> Collection[bytes]:
+        """Identities of those that are here."""
+        return self._ranks
 
     @property
     def all_ready(self) -> bool:
@@ -89,17 +92,18 @@ class Workers:
         return self._peers.get(rank)
 
     def rank(self, peer: bytes) -> int | None:
-        return next((rank for rank, known in self._peers.items() if known == peer), None)
+        return self._ranks.get(peer)
 
     def join(self, peer: bytes, rank: int) -> None:
         """A worker said Hello; NotWelcome when there is no such rank."""
         if not 0 <= rank < self._num_workers:
             raise NotWelcome(f"rank {rank} of {self._num_workers} workers")
         self._peers[rank] = peer
+        self._ranks[peer] = rank
         self._forget(rank)
 
     def leave(self, peer: bytes) -> None:
-        rank = self.rank(peer)
+        rank = self._ranks.pop(peer, None)
         if rank is not None:
             del self._peers[rank]
             self._forget(rank)

@@ -39,10 +39,10 @@ class Family:
 
 
 class Request:
-    """Counts: 0 <= num_computed <= num_planned <= len(tokens) + num_pending.
+    """Counts: 0 <= num_computed <= num_planned <= len(tokens) + tokens that steps in flight draw.
 
     `num_computed` tokens have their state in the cache for certain (their steps are committed); `num_planned` will have
-    once the steps in flight are done; `num_pending` tokens are drawn by steps in flight, and not known here yet.
+    once the steps in flight are done.
     """
 
     __slots__ = (
@@ -51,16 +51,15 @@ class Request:
         "arrived_s",
         "chain",
         "compute_limit",
+        "decodes_until",
         "family",
         "frontend",
         "index",
         "key",
-        "last_step",
         "max_len",
         "next_border",
         "num_cached",
         "num_computed",
-        "num_pending",
         "num_planned",
         "num_prompt",
         "num_slots",
@@ -116,9 +115,9 @@ class Request:
         """Forget everything that is on the workers: the tokens so far are to be computed again."""
         if self.standing.deaths:
             self.standing = self.standing.after(self.num_computed)
-        self.num_computed = self.num_planned = self.num_pending = 0
+        self.num_computed = self.num_planned = 0
+        self.decodes_until = 0  # so far it is planned token by token: it has the blocks, and is not at its limit
         self.row = -1
-        self.last_step = -1  # last step this request was planned into
         self.tables: list[list[int]] = []  # a state group: block ids; owned by kv/
         self.num_slots = 0  # tokens that the blocks can hold
         self.next_border = 0  # number of computed tokens at which kv/ wants to be told
@@ -141,8 +140,13 @@ class Request:
 
     @property
     def num_left(self) -> int:
-        """Known tokens not planned yet."""
+        """Known tokens not planned yet; none or less where the next one is being drawn."""
         return len(self.tokens) - self.num_planned
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a step that it is in has not been committed."""
+        return self.num_planned > self.num_computed
 
     @property
     def reads_prefix_cache(self) -> bool:

@@ -6,6 +6,7 @@ message, `commit` takes a step's result; any number of steps may be in flight be
 
 import bisect
 import itertools
+import operator
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -36,6 +37,9 @@ class BadResult(Exception):
     """A worker's result does not fit the step that it claims to be of."""
 
 
+_order = operator.attrgetter("order")
+
+
 class Scheduler:
     """Requests run in the order of (priority, arrival), and that order decides who is preempted.
 
@@ -62,7 +66,6 @@ class Scheduler:
         self._live: dict[bytes, dict[int, Request]] = {}  # frontend -> key -> request
         self._outboxes: dict[bytes, Outbox] = {}
         self._in_flight: deque[Step] = deque()
-        self._committed = -1  # number of the last committed step
         self._draining: list[Request] = []  # preempted or finished, but in a step in flight
         self._free_rows: list[int] = []
         self._freed_rows: list[int] = []  # to be told to the workers
@@ -110,7 +113,6 @@ class Scheduler:
         for key in keys:
             if request := live.get(key):
                 self._leave(request)
-        self._prune()
 
     def drop(self, frontend: bytes) -> None:
         """The frontend is gone, and all that it asked for."""
@@ -122,7 +124,6 @@ class Scheduler:
         for live in list(self._live.values()):
             for request in list(live.values()):
                 self._fail(request, why)
-        self._prune()
 
     def take_messages(self) -> list[tuple[bytes, Tokens | Failed | IfLost]]:
         """What is to be sent, and to which frontend."""
@@ -199,7 +200,7 @@ class Scheduler:
         set_aside = step.budget // 2 if long else 0
         step.budget -= set_aside
         self._plan_chunks(step, [request for request in behind if request not in long])
-        if num_preemptions == self.num_preemptions:
+        if self.waiting.num_requests and num_preemptions == self.num_preemptions:
             self._admit(step, self.kv, sum(map(self.kv.num_owed, behind)), now_s)
         step.budget += set_aside
         self._plan_chunks(step, long)
@@ -238,21 +239,39 @@ class Scheduler:
         others = [request for request in self.running if request is not suspect]
         self.running = [request for request in self.running if request is suspect]
         for request in others:
-            request.move(State.PREEMPTED)
-            self.num_preemptions += 1
-            self._vacate(request)
+            self._preempt(request)
+
+    def _preempt(self, request: Request) -> None:
+        """Send it back to the queue; it is no longer among those that run."""
+        request.move(State.PREEMPTED)
+        self.num_preemptions += 1
+        self._vacate(request)
 
     def _plan_decodes(self, step: Step) -> list[Request]:
-        """Add the requests that have one token to compute; returns those that have more."""
+        """Begin the step with the requests that have one token to compute and draw the next; returns those that have
+        more to compute, or nothing to draw.
+
+        PERF: 0.2 µs a row, most of which only have their `num_planned` counted up.
+        """
         behind = []
-        for request in self.running.copy():
+        rows, budget = step.requests, step.budget
+        for request in self.running:  # whom `_reserve` preempts is always the last of these
             planned = request.num_planned
-            if planned >= request.compute_limit or request.state is not State.RUNNING:
-                continue  # its last token is being drawn, or it was preempted a moment ago
-            if len(request.tokens) + request.num_pending - planned > 1:
-                behind.append(request)
-            elif step.budget and (planned < request.num_slots or self._reserve(step, request, planned + 1)):
-                step.add(request, 1)
+            if planned >= request.decodes_until:
+                if planned >= request.compute_limit:
+                    continue  # its last token is being drawn
+                if request.num_left > 1 or request.only_scores:
+                    behind.append(request)
+                    continue
+                if planned >= request.num_slots and not self._reserve(step, request, planned + 1):
+                    continue
+                request.decodes_until = min(request.num_slots, request.compute_limit)
+            request.num_planned = planned + 1
+            rows.append(request)
+            budget -= 1
+            if not budget:
+                break
+        step.count_decodes()
         return behind
 
     def _plan_chunks(self, step: Step, behind: list[Request]) -> None:
@@ -269,10 +288,7 @@ class Scheduler:
             victim = self.running[-1]
             if self._draining or victim is request:
                 return False  # whoever drains gives its blocks back soon
-            self.running.pop()
-            victim.move(State.PREEMPTED)
-            self.num_preemptions += 1
-            self._vacate(victim)
+            self._preempt(self.running.pop())
         step.grow(grown)
         return True
 
@@ -339,7 +355,7 @@ class Scheduler:
             num_own = 0 if request.source_is_new else request.source_len or match.num_tokens
             num_found = match.leader.num_cached if match.leader else num_own
             request.num_cached = min(num_found, request.source_len or request.num_prompt)
-        bisect.insort(self.running, request, key=lambda other: other.order)
+        bisect.insort(self.running, request, key=_order)
         step.new.append(new_row(request))
         if request.source_is_new:
             step.budget -= request.source_len
@@ -364,14 +380,13 @@ class Scheduler:
         if len(result.token_ids) != 4 * sum(step.samples):
             raise BadResult(f"{len(result.token_ids)} bytes of token ids for {sum(step.samples)} rows")
         self._in_flight.popleft()
-        self._committed = step.number
         if result.logprobs or result.failed:
             self._take_extras(step, result)
-        self._take_tokens(step, unpack_ints(result.token_ids))
-        draining, self._draining = self._draining, []
-        for request in draining:
-            self._vacate(request)
-        self._prune()
+        self._take_tokens(step, unpack_ints(result.token_ids).tolist())
+        if self._draining:
+            draining, self._draining = self._draining, []
+            for request in draining:
+                self._vacate(request)
         self.trials.judge()
         return True
 
@@ -387,22 +402,20 @@ class Scheduler:
             if request := by_row.get(failed.key):
                 self._fail(request, Refusal(failed.status, failed.code, failed.text))
 
-    def _take_tokens(self, step: Step, drawn: "memoryview[int]") -> None:
+    def _take_tokens(self, step: Step, drawn: list[int]) -> None:
+        """PERF: 0.4 µs a row."""
         kv, token_ids = self.kv, iter(drawn)
         assert kv is not None
         for request, count, samples in zip(step.requests, step.counts, step.samples, strict=True):
             token_id = next(token_ids) if samples else -1
+            request.num_computed = computed = request.num_computed + count
             if request.state is State.FINISHED:
                 continue
-            request.num_computed += count
-            if request.num_computed >= request.next_border:
+            if computed >= request.next_border:
                 kv.commit(request)
             if samples:
-                tokens, outbox = request.tokens, request.outbox
-                outbox.keys.append(request.key)
-                outbox.first_index.append(len(tokens) - request.num_prompt)
-                outbox.token_ids.append(token_id)
-                request.num_pending -= 1
+                tokens = request.tokens
+                request.outbox.drawn += request.key, len(tokens) - request.num_prompt, token_id
                 tokens.append(token_id)
                 if token_id in request.stop_ids or len(tokens) >= request.max_len:
                     self._finish_if_ended(request)
@@ -422,26 +435,23 @@ class Scheduler:
         self._leave(request)
 
     def _leave(self, request: Request) -> None:
-        """The request has ended. Whoever calls this calls `_prune` afterwards."""
+        """The request has ended."""
         del self._live[request.frontend][request.key]
         state = request.state
         request.move(State.FINISHED)
         if state is State.WAITING:
             self._queue_of(request).forget(request)
         elif state is State.RUNNING:
+            del self.running[bisect.bisect_left(self.running, request.order, key=_order)]
             self._vacate(request)
 
     def _queue_of(self, request: Request) -> WaitingQueue:
         return self.trials.waiting if request.standing.is_suspect else self.waiting
 
-    def _prune(self) -> None:
-        if any(request.state is not State.RUNNING for request in self.running):
-            self.running = [request for request in self.running if request.state is State.RUNNING]
-
     def _vacate(self, request: Request) -> None:
         """Take row and blocks back, now or when the last step in flight that uses them is committed."""
         assert self.kv is not None
-        if request.last_step > self._committed:
+        if request.is_in_flight:
             self._draining.append(request)
             return
         self.kv.release(request)

@@ -21,13 +21,16 @@ class Step:
     def add(self, request: Request, count: int) -> None:
         """Compute `count` more tokens of `request`, and draw one when that is all it has."""
         request.num_planned = planned = request.num_planned + count
-        samples = planned == len(request.tokens) + request.num_pending and planned < request.max_len
-        request.num_pending += samples
-        request.last_step = self.number
         self.requests.append(request)
         self.counts.append(count)
-        self.samples.append(samples)
+        self.samples.append(planned >= len(request.tokens) and planned < request.max_len)
         self.budget -= count
+
+    def count_decodes(self) -> None:
+        """All `requests` so far compute one token and draw one; their `num_planned` says so already."""
+        num = len(self.requests)
+        self.counts, self.samples = [1] * num, [True] * num
+        self.budget -= num
 
     def grow(self, grown: list[list[int]]) -> None:
         """The row added next got these blocks."""

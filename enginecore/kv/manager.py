@@ -45,7 +45,8 @@ class KVManager:
         self._publishes = prefix_cache
         # One key names a prefix; a group's own suffix tells apart the blocks that hold its layers' state.
         self._suffixes = [bytes([index]) if index else b"" for index in range(len(groups))]
-        self._watches_borders = prefix_cache or not all(group.keeps_all for _, group in self._by_token)
+        self._forgetful = [(position, group) for position, group in self._by_token if not group.keeps_all]
+        self._watches_borders = prefix_cache or bool(self._forgetful)
 
     @property
     def num_available(self) -> int:
@@ -173,7 +174,7 @@ class KVManager:
                 key = request.chain.key(index, request.tokens, size)
                 for position, _ in self._by_token:
                     self.pool.publish(request.tables[position][index], key + self._suffixes[position])
-        for position, group in self._by_token:
+        for position, group in self._forgetful:
             table, until = request.tables[position], self._num_windowed(group, request.num_computed)
             for index in range(request.num_windowed[position], until):
                 self.pool.release(table[index])

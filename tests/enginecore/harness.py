@@ -206,10 +206,11 @@ class Harness:
         owners = [*scheduler.running, *scheduler._draining]
         assert scheduler.running == sorted(scheduler.running, key=lambda request: request.order)
         for request in owners:
-            known = len(request.tokens) + request.num_pending
-            assert 0 <= request.num_computed <= request.num_planned <= known
+            steps = [step for step in scheduler._in_flight if request in step.requests]
+            num_pending = sum(step.samples[step.requests.index(request)] for step in steps)
+            assert 0 <= request.num_computed <= request.num_planned <= len(request.tokens) + num_pending
             assert request.num_planned <= request.num_slots
-            assert request.num_pending <= self.depth + 1
+            assert request.is_in_flight == bool(steps)
         for request in scheduler.waiting:
             assert request.state is State.WAITING
             assert not request.tables
