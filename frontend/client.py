@@ -73,7 +73,7 @@ class EngineClient:
         """Connect. Returns at once: a core may come up later, and requests wait for it."""
         self.failed = asyncio.get_running_loop().create_future()
         for link in self._links.values():
-            link.start(self._guard(link.on_arrival))
+            link.start(self._guard(link.on_arrivals))
         self._tick()
 
     def submit(
@@ -181,15 +181,16 @@ class _Link:
         self._last_epoch: int | None = None
         self._away_since_s = time.monotonic()
         self._live: dict[int, LiveChoice] = {}
+        self._due: list[Job] = []  # jobs that have mail of which their readers have not been told
         self._keys = itertools.count(1)
 
     @property
     def num_live(self) -> int:
         return len(self._live)
 
-    def start(self, on_arrival: Any) -> None:
+    def start(self, on_arrivals: Any) -> None:
         endpoint = Endpoint(self._address, receives=messages.ToFrontend, own_identity=identity("frontend", self._rank))
-        self._endpoint = AsyncEndpoint(endpoint, on_arrival)
+        self._endpoint = AsyncEndpoint(endpoint, on_arrivals)
 
     def close(self) -> None:
         if self._endpoint is not None:
@@ -209,7 +210,7 @@ class _Link:
         request.num_live = len(choices)
         for choice in choices:
             self._take_key(choice)
-            choice.job.opened(choice.index, partial(self._abort, choice))
+            choice.job.opened(choice.index, partial(self._abort, choice), self._due)
         if self._epoch is not None:
             self._generate(request, choices)
 
@@ -259,8 +260,21 @@ class _Link:
             self._send(Abort(ints(self._live)))
         for choice in list(self._live.values()):
             self._end(choice).error = error
+        self._tell_readers()
 
-    def on_arrival(self, arrival: Arrival) -> None:
+    def on_arrivals(self, arrivals: list[Arrival]) -> None:
+        """Take in what came, then tell those whom it is for: who is late finds several steps' tokens in one update."""
+        for arrival in arrivals:
+            self._on_arrival(arrival)
+        self._tell_readers()
+
+    def _tell_readers(self) -> None:
+        due = self._due.copy()
+        self._due.clear()
+        for job in due:
+            job.tell()
+
+    def _on_arrival(self, arrival: Arrival) -> None:
         match arrival.message:
             case Tokens() as tokens:
                 if tokens.epoch == self._epoch:
@@ -301,15 +315,14 @@ class _Link:
     def _on_tokens(self, tokens: Tokens) -> None:
         position = 0
         token_ids = unpack_ints(tokens.token_ids).tolist()
-        for key, first_index, num in zip(
-            unpack_ints(tokens.keys), unpack_ints(tokens.first_index), unpack_ints(tokens.num_tokens), strict=True
-        ):
+        columns = (unpack_ints(column).tolist() for column in (tokens.keys, tokens.first_index, tokens.num_tokens))
+        for key, first_index, num in zip(*columns, strict=True):
             choice = self._live.get(key)  # None: aborted while these tokens were under way
             if choice is not None:
                 expected = len(choice.output)
                 if first_index == expected:
                     new_ids = token_ids[position : position + num]
-                    choice.output.extend(new_ids)
+                    choice.output.fromlist(new_ids)
                     choice.job.deliver(choice.index, new_ids)
                 elif first_index > expected:
                     self._log.error("tokens_missing", engine=self._engine, expected=expected, first_index=first_index)
@@ -329,10 +342,12 @@ class _Link:
             new = unknown_part(logprobs, 1 + choice.request.num_prompt_logprobs)
             if new is not None:
                 choice.request.num_prompt_logprobs += new.num
-                choice.job.update(choice.index).prompt_logprobs.append(new)
+                update = choice.job.update(choice.index)
+                update.prompt_logprobs = [*update.prompt_logprobs, new]
         elif (new := unknown_part(logprobs, choice.num_logprobs)) is not None:
             choice.num_logprobs += new.num
-            choice.job.update(choice.index).logprobs.append(new)
+            update = choice.job.update(choice.index)
+            update.logprobs = [*update.logprobs, new]
 
     def _on_finish(self, finish: Finish) -> None:
         choice = self._live.get(finish.key)

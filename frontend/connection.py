@@ -53,10 +53,11 @@ class Connection(web.RequestHandler):
         "_header_timeout_s",
         "_header_timer",
         "_in_request",
-        "_is_full",
+        "_is_one_too_many",
         "_open_connections",
         "_unread_timeout_s",
         "_unread_timer",
+        "is_unread",
         "on_writable",
     )
 
@@ -71,20 +72,22 @@ class Connection(web.RequestHandler):
         **aiohttp_options: Any,
     ):
         super().__init__(server, **aiohttp_options)
-        self._is_full = len(server.connections) >= max_connections
+        self._is_one_too_many = len(server.connections) >= max_connections
         self._open_connections = open_connections
         self._header_timeout_s = header_timeout_s
         self._unread_timeout_s = unread_timeout_s
         self._header_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
         self._in_request = False
+        self.is_unread = False
+        """Whether the send buffer is full, because the client does not read."""
         self.on_writable: Callable[[], None] | None = None
         """Called when a full send buffer has emptied."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._open_connections.enter()
-        if self._is_full:
+        if self._is_one_too_many:
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -110,6 +113,7 @@ class Connection(web.RequestHandler):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.is_unread = True
         if self.transport is not None:
             loop = asyncio.get_running_loop()
             self._unread_timer = loop.call_later(self._unread_timeout_s, self.transport.abort)
@@ -117,6 +121,7 @@ class Connection(web.RequestHandler):
     def resume_writing(self) -> None:
         self._unread_timer = _cancelled(self._unread_timer)
         super().resume_writing()
+        self.is_unread = False
         if self.on_writable is not None:
             self.on_writable()
 

@@ -1,7 +1,7 @@
 """A job: the choices of one client request, and the mailbox their tokens come into."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -17,9 +17,9 @@ class Update(msgspec.Struct):
     """
 
     index: int
-    token_ids: list[int] = []
-    logprobs: list[Logprobs] = []
-    prompt_logprobs: list[Logprobs] = []
+    token_ids: list[int]
+    logprobs: Sequence[Logprobs] = ()
+    prompt_logprobs: Sequence[Logprobs] = ()
     finish: Finish | None = None
     error: RequestError | None = None
 
@@ -31,9 +31,12 @@ class Job:
     iteration ends when every choice has ended. Call `abort()` when you stop reading before that.
     """
 
+    __slots__ = ("_due", "_mail", "_on_mail", "_open", "_waiter")
+
     def __init__(self) -> None:
         self._mail: dict[int, Update] = {}
         self._open: dict[int, Callable[[], None]] = {}
+        self._due: list[Job] = []
         self._on_mail: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -60,7 +63,7 @@ class Job:
         return mail
 
     def notify(self, on_mail: Callable[[], None] | None) -> None:
-        """Call `on_mail()` from the event loop, in place of iteration, when an empty mailbox gets something."""
+        """Call `on_mail()`, in place of iteration, when an empty mailbox got something."""
         self._on_mail = on_mail
 
     def abort(self, index: int | None = None) -> None:
@@ -72,40 +75,46 @@ class Job:
         if not self._open:
             self._wake()
 
+    def _wake(self) -> None:
+        """Have an iteration go on."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
     # The side of the engine's client -----------------------------------------------------------------------------
 
-    def opened(self, index: int, abort: Callable[[], None]) -> None:
-        """Choice `index` has begun; `abort` stops it in the engine."""
+    def opened(self, index: int, abort: Callable[[], None], due: "list[Job]") -> None:
+        """Choice `index` has begun; `abort` stops it in the engine.
+
+        Whenever the mailbox has been empty and gets something, the job is put on the list `due`, whose owner calls
+        `tell` when everything that came at once has been delivered: one turn of the loop serves all readers.
+        """
         assert index not in self._open, f"choice {index} submitted twice"
         self._open[index] = abort
+        self._due = due
 
     def deliver(self, index: int, token_ids: list[int]) -> None:
         """New tokens of choice `index`; the list is the job's from now on."""
-        update = self._mail.get(index)
-        if update is not None:
-            update.token_ids += token_ids
+        mail = self._mail
+        if not mail:
+            self._due.append(self)
+        update = mail.get(index)
+        if update is None:
+            mail[index] = Update(index, token_ids)
         else:
-            self._put(Update(index, token_ids))
+            update.token_ids += token_ids
 
     def update(self, index: int) -> Update:
-        """The update being filled for choice `index`; wakes the reader."""
-        update = self._mail.get(index)
-        if update is None:
-            update = Update(index)
-            self._put(update)
-        return update
+        """The update being filled for choice `index`."""
+        self.deliver(index, [])
+        return self._mail[index]
 
     def closed(self, index: int) -> None:
         """Nothing more comes for choice `index`."""
         self._open.pop(index, None)
 
-    def _put(self, update: Update) -> None:
-        if not self._mail:
-            self._wake()
-        self._mail[update.index] = update
-
-    def _wake(self) -> None:
+    def tell(self) -> None:
+        """Tell the reader that there is mail."""
         if self._on_mail is not None:
-            asyncio.get_running_loop().call_soon(self._on_mail)
-        elif self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._on_mail()
+        else:
+            self._wake()

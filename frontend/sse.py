@@ -26,6 +26,8 @@ class ChunkTemplate:
         has_usage: whether the stream ends with its usage, which all other chunks then have as null.
     """
 
+    __slots__ = ("_after_text", "_before_text", "_heads", "_opening", "_tail")
+
     def __init__(self, envelope: dict[str, Any], *, before_text: bytes, after_text: bytes, has_usage: bool):
         self._opening = b"data: " + encode(envelope)[:-1]
         self._tail = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"

@@ -27,9 +27,9 @@ class Delta(msgspec.Struct):
     """
 
     index: int
-    text: str = ""
-    token_ids: list[int] = []
-    logprobs: list[tuple[int, TokenLogprob]] = []
+    text: str
+    token_ids: list[int]
+    logprobs: Sequence[tuple[int, TokenLogprob]] = ()
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -63,28 +63,43 @@ class ChoiceText:
     taken one by one.
     """
 
+    __slots__ = (
+        "_detokenizer",
+        "_held",
+        "_is_plain",
+        "_num_chars_made",
+        "_num_chars_sent",
+        "_options",
+        "_stops",
+        "index",
+        "num_tokens",
+    )
+
     def __init__(self, index: int, tokenizer: Tokenizer, prompt_ids: Sequence[int], options: TextOptions):
         self.index = index
         self.num_tokens = 0
         self._options = options
         self._detokenizer = Detokenizer(tokenizer, prompt_ids[-16:], options.skip_special_tokens)
         self._stops = StopStrings(options.stops, options.include_stop) if options.stops else None
+        self._is_plain = not (options.stops or options.logprobs or options.discard)
         self._num_chars_made = 0
         self._num_chars_sent = 0
         self._held: list[tuple[int, TokenLogprob]] = []
 
     def feed(self, update: Update) -> Delta:
         """The delta that `update` makes; its text may be empty."""
-        delta = Delta(self.index)
-        finish = update.finish
+        token_ids, finish = update.token_ids, update.finish
+        if finish is None and self._is_plain:
+            self.num_tokens += len(token_ids)
+            return Delta(self.index, self._detokenizer.feed(token_ids), token_ids)
+        delta = Delta(self.index, "", [])
         if self._options.discard:
             delta.finish_reason = "length" if finish is not None else None
             return delta
-        token_ids = update.token_ids
         visible = token_ids
         if finish is not None and finish.reason == "stop" and not self._options.include_stop:
             visible = token_ids[:-1]  # the token that ended it is no part of the text
-        if self._stops is None and not self._options.logprobs:
+        if self._is_plain:
             delta.text = self._detokenizer.feed(visible)
             self.num_tokens += len(token_ids)
             delta.token_ids = token_ids
@@ -139,5 +154,5 @@ class ChoiceText:
         num = 0
         while num < len(self._held) and (all_made or self._held[num][0] < self._num_chars_sent):
             num += 1
-        delta.logprobs.extend(self._held[:num])
+        delta.logprobs = [*delta.logprobs, *self._held[:num]]
         del self._held[:num]

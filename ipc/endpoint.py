@@ -178,15 +178,15 @@ class Endpoint:
 
 
 class AsyncEndpoint:
-    """An `Endpoint` driven by the running asyncio loop: `on_arrival` is called for each message, in order.
+    """An `Endpoint` driven by the running asyncio loop: `on_arrivals` is called with all that has come, in order.
 
     A callback and not an awaitable: one step's tokens for hundreds of streams come in one message, and a task switch
     for each would cost more than handling it.
     """
 
-    def __init__(self, endpoint: Endpoint, on_arrival: Callable[[Arrival], None]):
+    def __init__(self, endpoint: Endpoint, on_arrivals: Callable[[list[Arrival]], None]):
         self._endpoint = endpoint
-        self._on_arrival = on_arrival
+        self._on_arrivals = on_arrivals
         self._loop = asyncio.get_running_loop()
         self._descriptors = [socket.getsockopt(zmq.FD) for socket in endpoint.sockets]
         for descriptor in self._descriptors:
@@ -207,5 +207,5 @@ class AsyncEndpoint:
 
     def _drain(self) -> None:
         # Once is enough: nothing was left when `receive` returned, and what a handler sends makes for another look.
-        for arrival in self._endpoint.receive() if self._descriptors else ():
-            self._on_arrival(arrival)
+        if self._descriptors and (arrivals := self._endpoint.receive()):
+            self._on_arrivals(arrivals)

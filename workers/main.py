@@ -4,7 +4,6 @@ When the core dies the worker keeps its weights and waits; a Welcome with anothe
 life counts any more. Broken model files end the process with one clear line; any other error ends it loudly.
 """
 
-import math
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ import zmq
 
 from cableway.ipc import log, messages
 from cableway.ipc.config import Config, WorkerConfig, workers_address
-from cableway.ipc.endpoint import Endpoint, PeerDown, PeerUp, Undecodable, identity
+from cableway.ipc.endpoint import Endpoint, PeerDown, PeerUp, Undecodable, identity, inputs, wait
 from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED
 from cableway.ipc.lifeline import Lifeline, child_arguments
 from cableway.ipc.messages import (
@@ -37,7 +36,7 @@ from cableway.ipc.messages import (
 from cableway.ipc.modelfiles import ModelError
 
 _LEAST_SHARE = 0.25
-_QUIET_MS = 200
+_QUIET_S = 0.2
 """Without messages for so long, a worker does what would make somebody wait: far more than between the steps of one."""
 
 
@@ -86,12 +85,9 @@ class Worker:
 
     def run(self) -> int:
         """Serve until told to stop; the exit code."""
-        poller = zmq.Poller()
-        for source in (*self._endpoint.sockets, self._wake_up):
-            poller.register(source, zmq.POLLIN)
+        sources = inputs([*self._endpoint.sockets, self._wake_up])
         while self._exit_code is None:
-            woken = self._wait(poller)
-            if any(source == self._wake_up for source, _ in woken):
+            if (self._wake_up, zmq.POLLIN) in self._wait(sources):
                 os.read(self._wake_up, 1)
             for arrival in self._endpoint.receive():
                 self._handle(arrival.message)
@@ -101,21 +97,21 @@ class Worker:
                 self._exit_code = self._exit_code or EXIT_STOPPED
         return self._exit_code
 
-    def _wait(self, poller: zmq.Poller) -> list[tuple[Any, int]]:
+    def _wait(self, sources: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
         """Wait for messages. While the device computes, only look: the next step is begun before it ends.
 
         When none have come for a while there is time to make the steps to come faster.
         """
         if self._begun:
-            return poller.poll(0)
+            return wait(sources, 0)
         self._lifeline.idle()
         may_prepare = self._may_prepare and self._stop_at_s is None
-        woken = poller.poll(_QUIET_MS if may_prepare else self._patience_ms())
+        woken = wait(sources, _QUIET_S if may_prepare else self._patience_s())
         self._lifeline.beat()
         while may_prepare and not woken:
             may_prepare = self._may_prepare = self._runner.capture_next()
             self._lifeline.beat()
-            woken = poller.poll(0)
+            woken = wait(sources, 0)
         return woken
 
     def _handle(self, message: Any) -> None:
@@ -190,8 +186,8 @@ class Worker:
         num_tokens = sum(messages.unpack_ints(plan.num_tokens))
         return _LEAST_SHARE + (1 - _LEAST_SHARE) * min(1.0, num_tokens / self._config.max_num_batched_tokens)
 
-    def _patience_ms(self) -> int | None:
-        return None if self._stop_at_s is None else max(0, math.ceil((self._stop_at_s - time.monotonic()) * 1000))
+    def _patience_s(self) -> float | None:
+        return None if self._stop_at_s is None else max(0.0, self._stop_at_s - time.monotonic())
 
 
 def main(argv: Sequence[str]) -> int:

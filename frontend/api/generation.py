@@ -78,11 +78,17 @@ class Generation:
 
     async def next_deltas(self) -> list[Delta]:
         """What is new, as soon as anything is; not to be called when `job.has_ended`. RequestError when one fails."""
-        return self._take_all(await anext(self.job))
+        return self.take(await anext(self.job))
 
-    def new_deltas(self) -> list[Delta]:
-        """What is new, without waiting: for whoever is notified by `job`."""
-        return self._take_all(self.job.collect())
+    def take(self, updates: list[Update]) -> list[Delta]:
+        """What is new by these updates of `job`."""
+        now_s = time.perf_counter()
+        deltas = []
+        for update in updates:
+            delta = self._take(update, now_s)
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
 
     def usage(self) -> dict[str, Any]:
         """Token counts of all prompts and choices, in OpenAI's form."""
@@ -131,11 +137,6 @@ class Generation:
     def failed(self) -> None:
         """The stream ends with an error that was told within it."""
         self._has_failed = True
-
-    def _take_all(self, updates: list[Update]) -> list[Delta]:
-        now_s = time.perf_counter()
-        deltas = [self._take(update, now_s) for update in updates]
-        return [delta for delta in deltas if delta is not None]
 
     def _take(self, update: Update, now_s: float) -> Delta | None:
         if update.error is not None:

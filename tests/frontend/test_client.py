@@ -54,11 +54,12 @@ class Core:
     def close(self) -> None:
         self._driven.close()
 
-    def _hear(self, arrival: Arrival) -> None:
-        if not isinstance(arrival.message, Ping | PeerUp | PeerDown):
-            self.peer = arrival.peer
-            self.received.append(arrival.message)
-            self._arrived.set()
+    def _hear(self, arrivals: list[Arrival]) -> None:
+        for arrival in arrivals:
+            if not isinstance(arrival.message, Ping | PeerUp | PeerDown):
+                self.peer = arrival.peer
+                self.received.append(arrival.message)
+                self._arrived.set()
 
     async def next(self, kind: type) -> Any:
         """The next message, which must be of this kind."""

@@ -105,7 +105,7 @@ def test_garbage_is_an_arrival_like_any_other(pair, garbage):
 async def test_async_endpoint_misses_nothing_under_two_way_traffic(address):
     router = Endpoint(address, ToCore, bind=True)
     received: list[object] = []
-    dealer = AsyncEndpoint(Endpoint(address, ToFrontend, own_identity=identity("frontend", 0)), received.append)
+    dealer = AsyncEndpoint(Endpoint(address, ToFrontend, own_identity=identity("frontend", 0)), received.extend)
     dealer.send(HELLO)
     (hello,) = await asyncio.to_thread(wait, router)
     for epoch in range(500):
