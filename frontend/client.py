@@ -181,7 +181,7 @@ class _Link:
         self._last_epoch: int | None = None
         self._away_since_s = time.monotonic()
         self._live: dict[int, LiveChoice] = {}
-        self._due: list[Job] = []  # jobs that have mail of which their readers have not been told
+        self._due: list[LiveChoice] = []  # those with something `fresh`
         self._keys = itertools.count(1)
 
     @property
@@ -210,7 +210,7 @@ class _Link:
         request.num_live = len(choices)
         for choice in choices:
             self._take_key(choice)
-            choice.job.opened(choice.index, partial(self._abort, choice), self._due)
+            choice.job.opened(choice.index, partial(self._abort, choice))
         if self._epoch is not None:
             self._generate(request, choices)
 
@@ -260,19 +260,28 @@ class _Link:
             self._send(Abort(ints(self._live)))
         for choice in list(self._live.values()):
             self._end(choice).error = error
-        self._tell_readers()
+        self._deliver()
 
     def on_arrivals(self, arrivals: list[Arrival]) -> None:
-        """Take in what came, then tell those whom it is for: who is late finds several steps' tokens in one update."""
+        """Take in all that came, then deliver it: where several steps came at once, each choice gets one update."""
         for arrival in arrivals:
             self._on_arrival(arrival)
-        self._tell_readers()
+        self._deliver()
 
-    def _tell_readers(self) -> None:
-        due = self._due.copy()
-        self._due.clear()
-        for job in due:
-            job.tell()
+    def _deliver(self) -> None:
+        due, self._due = self._due, []
+        for choice in due:
+            update, choice.fresh = choice.fresh, None
+            assert update is not None
+            choice.job.deliver(update)
+
+    def _update(self, choice: LiveChoice) -> Update:
+        """The update that is filled for a choice in this turn."""
+        update = choice.fresh
+        if update is None:
+            update = choice.fresh = Update(choice.index, [])
+            self._due.append(choice)
+        return update
 
     def _on_arrival(self, arrival: Arrival) -> None:
         match arrival.message:
@@ -313,7 +322,7 @@ class _Link:
         self._send(Ping())
 
     def _on_tokens(self, tokens: Tokens) -> None:
-        position = 0
+        position, due = 0, self._due
         token_ids = unpack_ints(tokens.token_ids).tolist()
         columns = (unpack_ints(column).tolist() for column in (tokens.keys, tokens.first_index, tokens.num_tokens))
         for key, first_index, num in zip(*columns, strict=True):
@@ -323,7 +332,11 @@ class _Link:
                 if first_index == expected:
                     new_ids = token_ids[position : position + num]
                     choice.output.fromlist(new_ids)
-                    choice.job.deliver(choice.index, new_ids)
+                    if choice.fresh is None:
+                        choice.fresh = Update(choice.index, new_ids)
+                        due.append(choice)
+                    else:
+                        choice.fresh.token_ids += new_ids
                 elif first_index > expected:
                     self._log.error("tokens_missing", engine=self._engine, expected=expected, first_index=first_index)
                     self._resume([choice])
@@ -342,11 +355,11 @@ class _Link:
             new = unknown_part(logprobs, 1 + choice.request.num_prompt_logprobs)
             if new is not None:
                 choice.request.num_prompt_logprobs += new.num
-                update = choice.job.update(choice.index)
+                update = self._update(choice)
                 update.prompt_logprobs = [*update.prompt_logprobs, new]
         elif (new := unknown_part(logprobs, choice.num_logprobs)) is not None:
             choice.num_logprobs += new.num
-            update = choice.job.update(choice.index)
+            update = self._update(choice)
             update.logprobs = [*update.logprobs, new]
 
     def _on_finish(self, finish: Finish) -> None:
@@ -366,9 +379,7 @@ class _Link:
     def _end(self, choice: LiveChoice) -> Update:
         """Forget a choice that has ended; returns its last update."""
         self._forget(choice)
-        update = choice.job.update(choice.index)
-        choice.job.closed(choice.index)
-        return update
+        return self._update(choice)
 
     def _abort(self, choice: LiveChoice) -> None:
         if choice.key in self._live:

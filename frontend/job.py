@@ -10,7 +10,7 @@ from cableway.ipc.messages import Finish, Logprobs
 
 
 class Update(msgspec.Struct):
-    """What came for one choice since the mailbox was last read.
+    """What came for one choice since its reader last looked.
 
     `logprobs` cover `token_ids` when they were asked for; `prompt_logprobs` come in order, from the prompt's second
     token on. `finish` or `error` is set in a choice's last update.
@@ -23,21 +23,27 @@ class Update(msgspec.Struct):
     finish: Finish | None = None
     error: RequestError | None = None
 
+    def add(self, later: "Update") -> None:
+        """Take in what came later for the same choice."""
+        self.token_ids += later.token_ids
+        self.logprobs = [*self.logprobs, *later.logprobs]
+        self.prompt_logprobs = [*self.prompt_logprobs, *later.prompt_logprobs]
+        self.finish, self.error = later.finish, later.error
+
 
 class Job:
-    """Async iterator over lists of `Update`: everything that came since the last turn, at most one a choice.
+    """The choices of one request, and a mailbox; an async iterator over lists of `Update`, at most one a choice.
 
     A reader that is late finds its tokens merged, so that a slow client costs one write and not one a token. The
     iteration ends when every choice has ended. Call `abort()` when you stop reading before that.
     """
 
-    __slots__ = ("_due", "_mail", "_on_mail", "_open", "_waiter")
+    __slots__ = ("_mail", "_open", "_reader", "_waiter")
 
     def __init__(self) -> None:
         self._mail: dict[int, Update] = {}
         self._open: dict[int, Callable[[], None]] = {}
-        self._due: list[Job] = []
-        self._on_mail: Callable[[], None] | None = None
+        self._reader: Callable[[Update], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> "Job":
@@ -57,14 +63,20 @@ class Job:
         return not self._open and not self._mail
 
     def collect(self) -> list[Update]:
-        """What came since the mailbox was last read, without waiting."""
+        """What the mailbox has, without waiting."""
         mail = list(self._mail.values())
         self._mail.clear()
         return mail
 
-    def notify(self, on_mail: Callable[[], None] | None) -> None:
-        """Call `on_mail()`, in place of iteration, when an empty mailbox got something."""
-        self._on_mail = on_mail
+    def read_by(self, reader: Callable[[Update], None] | None) -> None:
+        """Give updates to `reader` as they come, in place of iteration. It may `keep` what it cannot use yet."""
+        self._reader = reader
+
+    def keep(self, update: Update) -> None:
+        """Put an update into the mailbox."""
+        kept = self._mail.setdefault(update.index, update)
+        if kept is not update:
+            kept.add(update)
 
     def abort(self, index: int | None = None) -> None:
         """Stop one choice, or all that have not ended; nothing more comes for them."""
@@ -75,46 +87,25 @@ class Job:
         if not self._open:
             self._wake()
 
-    def _wake(self) -> None:
-        """Have an iteration go on."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
     # The side of the engine's client -----------------------------------------------------------------------------
 
-    def opened(self, index: int, abort: Callable[[], None], due: "list[Job]") -> None:
-        """Choice `index` has begun; `abort` stops it in the engine.
-
-        Whenever the mailbox has been empty and gets something, the job is put on the list `due`, whose owner calls
-        `tell` when everything that came at once has been delivered: one turn of the loop serves all readers.
-        """
+    def opened(self, index: int, abort: Callable[[], None]) -> None:
+        """Choice `index` has begun; `abort` stops it in the engine."""
         assert index not in self._open, f"choice {index} submitted twice"
         self._open[index] = abort
-        self._due = due
 
-    def deliver(self, index: int, token_ids: list[int]) -> None:
-        """New tokens of choice `index`; the list is the job's from now on."""
-        mail = self._mail
-        if not mail:
-            self._due.append(self)
-        update = mail.get(index)
-        if update is None:
-            mail[index] = Update(index, token_ids)
+    def deliver(self, update: Update) -> None:
+        """Something came for a choice; the update is the job's from now on."""
+        if update.index not in self._open:
+            return  # its reader aborted it a moment ago
+        if update.finish is not None or update.error is not None:
+            del self._open[update.index]
+        if self._reader is not None:
+            self._reader(update)
         else:
-            update.token_ids += token_ids
-
-    def update(self, index: int) -> Update:
-        """The update being filled for choice `index`."""
-        self.deliver(index, [])
-        return self._mail[index]
-
-    def closed(self, index: int) -> None:
-        """Nothing more comes for choice `index`."""
-        self._open.pop(index, None)
-
-    def tell(self) -> None:
-        """Tell the reader that there is mail."""
-        if self._on_mail is not None:
-            self._on_mail()
-        else:
+            self.keep(update)
             self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

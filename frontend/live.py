@@ -2,7 +2,7 @@
 
 from array import array
 
-from cableway.frontend.job import Job
+from cableway.frontend.job import Job, Update
 from cableway.ipc.messages import Choice, Ints, Logprobs, Sampling, Standing
 
 
@@ -44,6 +44,7 @@ class LiveChoice:
     """One continuation that has not ended, with all that has been delivered of it."""
 
     __slots__ = (
+        "fresh",
         "if_lost",
         "index",
         "job",
@@ -62,6 +63,7 @@ class LiveChoice:
         self.index = index  # in the job
         self.number = number  # 0 … n-1 in the request: what its random draws depend on
         self.key = 0
+        self.fresh: Update | None = None  # what came for it in this turn of the loop
         self.output = array("i")
         self.num_logprobs = 0
         self.num_sent = 0  # tokens of the output that the core was told of

@@ -26,21 +26,20 @@ class ChunkTemplate:
         has_usage: whether the stream ends with its usage, which all other chunks then have as null.
     """
 
-    __slots__ = ("_after_text", "_before_text", "_heads", "_opening", "_tail")
-
     def __init__(self, envelope: dict[str, Any], *, before_text: bytes, after_text: bytes, has_usage: bool):
         self._opening = b"data: " + encode(envelope)[:-1]
         self._tail = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"
         self._before_text = before_text
         self._after_text = after_text + b',"logprobs":null,"finish_reason":null' + self._tail
-        self._heads: dict[int, bytes] = {}
+
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        """What goes before and after a text, as JSON, in the chunk of nearly every token: text and nothing else."""
+        return self._choice(index) + self._before_text, self._after_text
 
     def text(self, index: int, text: str) -> bytes:
-        """The chunk of nearly every token: text and nothing else."""
-        head = self._heads.get(index)
-        if head is None:
-            head = self._heads[index] = self._choice(index) + self._before_text
-        return b"%b%b%b" % (head, encode(text), self._after_text)
+        """A chunk of text and nothing else."""
+        before, after = self.around_text(index)
+        return before + encode(text) + after
 
     def fields(self, index: int, fields: dict[str, Any]) -> bytes:
         """A chunk of a choice with any fields beside its index."""

@@ -44,6 +44,11 @@ class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: bool = False
     discard: bool = False  # `max_tokens` 0: the engine makes one token, which nobody asked for
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens become text and nothing else, until the choice ends."""
+        return not (self.stops or self.logprobs or self.discard)
+
 
 def token_logprobs(packed: Logprobs) -> Iterator[TokenLogprob]:
     """Unpack one message's log-probabilities, a token at a time."""
@@ -71,6 +76,7 @@ class ChoiceText:
         "_num_chars_sent",
         "_options",
         "_stops",
+        "fed_s",
         "index",
         "num_tokens",
     )
@@ -78,10 +84,12 @@ class ChoiceText:
     def __init__(self, index: int, tokenizer: Tokenizer, prompt_ids: Sequence[int], options: TextOptions):
         self.index = index
         self.num_tokens = 0
+        self.fed_s = 0.0
+        """When it was last fed, or 0: for whoever measures that."""
         self._options = options
         self._detokenizer = Detokenizer(tokenizer, prompt_ids[-16:], options.skip_special_tokens)
         self._stops = StopStrings(options.stops, options.include_stop) if options.stops else None
-        self._is_plain = not (options.stops or options.logprobs or options.discard)
+        self._is_plain = options.is_plain
         self._num_chars_made = 0
         self._num_chars_sent = 0
         self._held: list[tuple[int, TokenLogprob]] = []
@@ -89,9 +97,6 @@ class ChoiceText:
     def feed(self, update: Update) -> Delta:
         """The delta that `update` makes; its text may be empty."""
         token_ids, finish = update.token_ids, update.finish
-        if finish is None and self._is_plain:
-            self.num_tokens += len(token_ids)
-            return Delta(self.index, self._detokenizer.feed(token_ids), token_ids)
         delta = Delta(self.index, "", [])
         if self._options.discard:
             delta.finish_reason = "length" if finish is not None else None
@@ -100,8 +105,8 @@ class ChoiceText:
         if finish is not None and finish.reason == "stop" and not self._options.include_stop:
             visible = token_ids[:-1]  # the token that ended it is no part of the text
         if self._is_plain:
-            delta.text = self._detokenizer.feed(visible)
-            self.num_tokens += len(token_ids)
+            delta.text = self.feed_plain(visible)
+            self.num_tokens += len(token_ids) - len(visible)
             delta.token_ids = token_ids
         else:
             self._feed_singly(visible, update, delta)
@@ -115,13 +120,18 @@ class ChoiceText:
                 delta.stop_reason = finish.stop_token
         return delta
 
+    def feed_plain(self, token_ids: list[int]) -> str:
+        """The text of tokens that do not end the choice, where the options are plain."""
+        self.num_tokens += len(token_ids)
+        return self._detokenizer.feed(token_ids)
+
     def _feed_singly(self, token_ids: list[int], update: Update, delta: Delta) -> None:
-        logprobs = (entry for packed in update.logprobs for entry in token_logprobs(packed))
-        for token_id in token_ids:
+        logprobs = [entry for packed in update.logprobs for entry in token_logprobs(packed)]
+        for number, token_id in enumerate(token_ids):
             self.num_tokens += 1
             delta.token_ids.append(token_id)
             if self._options.logprobs:
-                self._held.append((self._num_chars_made, next(logprobs)))
+                self._held.append((self._num_chars_made, logprobs[number]))
             self._take(self._detokenizer.feed([token_id]), delta)
             if delta.finish_reason is not None:
                 return

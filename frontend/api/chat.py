@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -30,7 +31,7 @@ from cableway.frontend.errors import RequestError
 from cableway.frontend.keys import CONFIG
 from cableway.frontend.served import ServedModel
 from cableway.frontend.sse import ChunkTemplate
-from cableway.frontend.text import Delta, TokenLogprob
+from cableway.frontend.text import Delta, TextOptions, TokenLogprob
 
 routes = web.RouteTableDef()
 
@@ -91,8 +92,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     with Generation(request, model, body, prefix="chatcmpl") as generation:
         generation.submit(prompt_ids, sampling, options)
         if body.stream:
-            chunks = _Chunks(generation, body)
-            return await stream(request, generation, chunks.of, chunks.ending)
+            return await stream(request, generation, _Chunks(generation, body, options))
         wholes = await collect(generation)
         return json_response(_response(generation, wholes, body))
 
@@ -114,14 +114,15 @@ def _max_tokens(body: ChatRequest, num_prompt_tokens: int, model: ServedModel) -
 class _Chunks:
     """The chunks of one streamed chat."""
 
-    def __init__(self, generation: Generation, body: ChatRequest):
+    def __init__(self, generation: Generation, body: ChatRequest, options: TextOptions):
         self._generation = generation
         self._has_usage = wants_usage(body)
         self._has_logprobs = bool(body.logprobs)
         self._has_token_ids = bool(body.return_token_ids)
         self._is_plain = not self._has_logprobs and not self._has_token_ids
+        self.is_text_only = self._is_plain and options.is_plain
         self._begun: set[int] = set()
-        self._template = ChunkTemplate(
+        self.template = ChunkTemplate(
             generation.envelope("chat.completion.chunk"),
             before_text=b'"delta":{"content":',
             after_text=b"}",
@@ -132,7 +133,7 @@ class _Chunks:
         """The chunks that a delta makes: role first, text, finish reason last; none when there is nothing to say."""
         index = delta.index
         if self._is_plain and delta.finish_reason is None and index in self._begun:
-            return self._template.text(index, delta.text) if delta.text else b""
+            return self.template.text(index, delta.text) if delta.text else b""
         chunks = []
         if index not in self._begun:
             self._begun.add(index)
@@ -144,11 +145,11 @@ class _Chunks:
         return b"".join(chunks)
 
     def ending(self) -> bytes:
-        return self._template.usage(self._generation.usage()) if self._has_usage else b""
+        return self.template.usage(self._generation.usage()) if self._has_usage else b""
 
     def _text(self, delta: Delta) -> bytes:
         if self._is_plain:
-            return self._template.text(delta.index, delta.text)
+            return self.template.text(delta.index, delta.text)
         more: dict[str, Any] = {}
         if self._has_token_ids:
             more["token_ids"] = delta.token_ids
@@ -156,7 +157,7 @@ class _Chunks:
         return self._fields(delta.index, {"content": delta.text}, logprobs=logprobs, **more)
 
     def _fields(self, index: int, delta: dict[str, Any], **more: Any) -> bytes:
-        return self._template.fields(index, {"delta": delta, "logprobs": None, "finish_reason": None, **more})
+        return self.template.fields(index, {"delta": delta, "logprobs": None, "finish_reason": None, **more})
 
 
 def _response(generation: Generation, wholes: list[Whole], body: ChatRequest) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def _response(generation: Generation, wholes: list[Whole], body: ChatRequest) ->
     return answer
 
 
-def _logprobs_json(entries: list[tuple[int, TokenLogprob]], model: ServedModel) -> dict[str, Any]:
+def _logprobs_json(entries: Sequence[tuple[int, TokenLogprob]], model: ServedModel) -> dict[str, Any]:
     """OpenAI's chat form: a list of tokens, each with those likeliest in its place."""
 
     def one(token_id: int, logprob: float | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from cableway.frontend.errors import RequestError
 from cableway.frontend.keys import CONFIG
 from cableway.frontend.served import ServedModel
 from cableway.frontend.sse import ChunkTemplate
-from cableway.frontend.text import Delta, TokenLogprob
+from cableway.frontend.text import Delta, TextOptions, TokenLogprob
 from cableway.frontend.tokens import Detokenizer
 
 routes = web.RouteTableDef()
@@ -95,9 +95,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     with Generation(request, model, body, prefix="cmpl") as generation:
         for prompt, max_tokens in zip(prompts, limits, strict=True):
             generation.submit(prompt.token_ids, for_prompt(sampling, body, max_tokens), options)
-        form = _Form(generation, body, prompts)
+        form = _Form(generation, body, prompts, options)
         if body.stream:
-            return await stream(request, generation, form.chunk, form.ending)
+            return await stream(request, generation, form)
         return json_response(form.response(await collect(generation)))
 
 
@@ -142,33 +142,34 @@ def _several(prompt: str | list[str | int | list[int]]) -> list[str] | list[list
 class _Form:
     """What a completion looks like, streamed or whole."""
 
-    def __init__(self, generation: Generation, body: CompletionRequest, prompts: list[_Prompt]):
+    def __init__(self, generation: Generation, body: CompletionRequest, prompts: list[_Prompt], options: TextOptions):
         self._generation = generation
         self._model = generation.model
         self._body = body
         self._prompts = prompts
         self._has_usage = wants_usage(body)
         self._is_plain = body.logprobs is None and not body.return_token_ids
+        self.is_text_only = self._is_plain and options.is_plain
         self._begun: set[int] = set()
-        self._template = ChunkTemplate(
+        self.template = ChunkTemplate(
             generation.envelope("text_completion"), before_text=b'"text":', after_text=b"", has_usage=self._has_usage
         )
 
-    def chunk(self, delta: Delta) -> bytes:
+    def of(self, delta: Delta) -> bytes:
         """The chunk that a delta makes; empty when there is nothing to say."""
         index = delta.index
         if self._is_plain and delta.finish_reason is None and (index in self._begun or not self._body.echo):
-            return self._template.text(index, delta.text) if delta.text else b""
+            return self.template.text(index, delta.text) if delta.text else b""
         echo = bool(self._body.echo) and index not in self._begun
         self._begun.add(index)
         if not (echo or delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids):
             return b""
         whole = Whole()
         whole.add(delta)
-        return self._template.fields(index, self._fields(index, whole, echo=echo))
+        return self.template.fields(index, self._fields(index, whole, echo=echo))
 
     def ending(self) -> bytes:
-        return self._template.usage(self._generation.usage()) if self._has_usage else b""
+        return self.template.usage(self._generation.usage()) if self._has_usage else b""
 
     def response(self, wholes: list[Whole]) -> dict[str, Any]:
         choices = [

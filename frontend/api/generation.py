@@ -11,6 +11,7 @@ from cableway.frontend.api.schema import SamplingFields
 from cableway.frontend.errors import RequestError
 from cableway.frontend.job import Job, Update
 from cableway.frontend.keys import ENGINE, FACTS, METRICS, MODELS, REQUEST_ID
+from cableway.frontend.metrics import GapHistogram
 from cableway.frontend.served import ServedModel
 from cableway.frontend.text import ChoiceText, Delta, TextOptions, TokenLogprob, token_logprobs
 from cableway.ipc.messages import Sampling
@@ -49,7 +50,6 @@ class Generation:
         self._choices: list[ChoiceText] = []
         self._num_cached: dict[int, int] = {}
         self._open: set[int] = set()
-        self._last_token_s: dict[int, float] = {}
         self._began_s = time.perf_counter()
         self._has_failed = False
 
@@ -78,17 +78,7 @@ class Generation:
 
     async def next_deltas(self) -> list[Delta]:
         """What is new, as soon as anything is; not to be called when `job.has_ended`. RequestError when one fails."""
-        return self.take(await anext(self.job))
-
-    def take(self, updates: list[Update]) -> list[Delta]:
-        """What is new by these updates of `job`."""
-        now_s = time.perf_counter()
-        deltas = []
-        for update in updates:
-            delta = self._take(update, now_s)
-            if delta is not None:
-                deltas.append(delta)
-        return deltas
+        return [delta for update in await anext(self.job) if (delta := self.delta(update)) is not None]
 
     def usage(self) -> dict[str, Any]:
         """Token counts of all prompts and choices, in OpenAI's form."""
@@ -138,7 +128,12 @@ class Generation:
         """The stream ends with an error that was told within it."""
         self._has_failed = True
 
-    def _take(self, update: Update, now_s: float) -> Delta | None:
+    def plain_text(self, index: int, around_text: tuple[bytes, bytes]) -> "PlainText":
+        """From now on, until it ends, what choice `index` is fed becomes chunks of text and nothing else."""
+        return PlainText(self._choices[index], self._metrics.inter_token_latency_s, around_text)
+
+    def delta(self, update: Update) -> Delta | None:
+        """What an update makes; None when that is nothing. RequestError when it is the choice's failure."""
         if update.error is not None:
             raise update.error
         index = update.index
@@ -146,8 +141,9 @@ class Generation:
             self.prompt_logprobs[index // self.n].extend(token_logprobs(packed))
         if not update.token_ids and update.finish is None:
             return None
-        self._clock(index, len(update.token_ids), now_s)
-        delta = self._choices[index].feed(update)
+        choice = self._choices[index]
+        self._clock(choice, len(update.token_ids))
+        delta = choice.feed(update)
         if update.finish is not None:
             self._metrics.queue_s.observe(update.finish.queue_s)
             if index % self.n == 0:
@@ -158,15 +154,37 @@ class Generation:
             self._metrics.finished(delta.finish_reason)
         return delta
 
-    def _clock(self, index: int, num_tokens: int, now_s: float) -> None:
-        last_s = self._last_token_s.get(index)
-        if last_s is not None and num_tokens:
-            self._metrics.inter_token_latency_s.observe_many((now_s - last_s) / num_tokens, num_tokens)
-        elif not self._last_token_s:
-            first_token_s = now_s - self._began_s
-            self._metrics.time_to_first_token_s.observe(first_token_s)
-            self._request[FACTS]["first_token_s"] = round(first_token_s, 6)
-        self._last_token_s[index] = now_s
+    def _clock(self, choice: ChoiceText, num_tokens: int) -> None:
+        now_s = time.perf_counter()
+        facts = self._request[FACTS]
+        if choice.fed_s and num_tokens:
+            self._metrics.inter_token_latency_s.observe_many((now_s - choice.fed_s) / num_tokens, num_tokens)
+        elif "first_token_s" not in facts:
+            facts["first_token_s"] = round(now_s - self._began_s, 6)
+            self._metrics.time_to_first_token_s.observe(now_s - self._began_s)
+        choice.fed_s = now_s
+
+
+class PlainText:
+    """A choice that goes on as text and nothing else.
+
+    PERF: nearly every token of every stream comes here; what is touched for it is kept few.
+    """
+
+    __slots__ = ("_after", "_before", "_choice", "_gaps_s")
+
+    def __init__(self, choice: ChoiceText, gaps_s: GapHistogram, around_text: tuple[bytes, bytes]):
+        self._choice = choice
+        self._gaps_s = gaps_s
+        self._before, self._after = around_text
+
+    def chunk(self, token_ids: list[int]) -> bytes:
+        """The chunk that tokens make; empty when they end within a character."""
+        choice, now_s, num_tokens = self._choice, time.perf_counter(), len(token_ids)
+        self._gaps_s.observe_many((now_s - choice.fed_s) / num_tokens, num_tokens)
+        choice.fed_s = now_s
+        text = choice.feed_plain(token_ids)
+        return b"%b%b%b" % (self._before, sse.encode(text), self._after) if text else b""
 
 
 class Whole:
