@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import zmq
 
 from cableway.enginecore.loop import EngineCore
-from cableway.ipc import config, log
+from cableway.ipc import config, garbage, log
 from cableway.ipc.lifeline import Lifeline, child_arguments
 
 
@@ -19,6 +19,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.standby:
         lifeline.stand_by()
     core = EngineCore(settings, lifeline, logger)
+    garbage.settle()
     lifeline.on_drain(core.drain)
     lifeline.on_abort(lambda: core.drain(0.0))
     lifeline.ready({"epoch": core.epoch})

@@ -272,8 +272,8 @@ class _Link:
         due, self._due = self._due, []
         for choice in due:
             update, choice.fresh = choice.fresh, None
-            assert update is not None
-            choice.job.deliver(update)
+            if update is not None:  # else its reader aborted it a moment ago
+                choice.job.deliver(update)
 
     def _update(self, choice: LiveChoice) -> Update:
         """The update that is filled for a choice in this turn."""
@@ -382,6 +382,7 @@ class _Link:
         return self._update(choice)
 
     def _abort(self, choice: LiveChoice) -> None:
+        choice.fresh = None
         if choice.key in self._live:
             self._forget(choice)
             if self._epoch is not None:

@@ -57,7 +57,7 @@ class Connection(web.RequestHandler):
         "_open_connections",
         "_unread_timeout_s",
         "_unread_timer",
-        "is_unread",
+        "is_blocked",
         "on_writable",
     )
 
@@ -79,8 +79,8 @@ class Connection(web.RequestHandler):
         self._header_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
         self._in_request = False
-        self.is_unread = False
-        """Whether the send buffer is full, because the client does not read."""
+        self.is_blocked = False
+        """Whether nothing can be sent: the client does not read, and the send buffer is full; or it has left."""
         self.on_writable: Callable[[], None] | None = None
         """Called when a full send buffer has emptied."""
 
@@ -91,6 +91,7 @@ class Connection(web.RequestHandler):
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self.is_blocked = True
         self._header_timer = _cancelled(self._header_timer)
         self._unread_timer = _cancelled(self._unread_timer)
         super().connection_lost(exc)
@@ -113,7 +114,7 @@ class Connection(web.RequestHandler):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.is_unread = True
+        self.is_blocked = True
         if self.transport is not None:
             loop = asyncio.get_running_loop()
             self._unread_timer = loop.call_later(self._unread_timeout_s, self.transport.abort)
@@ -121,7 +122,7 @@ class Connection(web.RequestHandler):
     def resume_writing(self) -> None:
         self._unread_timer = _cancelled(self._unread_timer)
         super().resume_writing()
-        self.is_unread = False
+        self.is_blocked = False
         if self.on_writable is not None:
             self.on_writable()
 

@@ -95,9 +95,7 @@ class Job:
         self._open[index] = abort
 
     def deliver(self, update: Update) -> None:
-        """Something came for a choice; the update is the job's from now on."""
-        if update.index not in self._open:
-            return  # its reader aborted it a moment ago
+        """Something came for a choice that was not aborted; the update is the job's from now on."""
         if update.finish is not None or update.error is not None:
             del self._open[update.index]
         if self._reader is not None:

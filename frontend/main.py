@@ -15,8 +15,8 @@ from cableway.frontend.app import Server, make_app
 from cableway.frontend.client import EngineClient
 from cableway.frontend.metrics import Metrics
 from cableway.ipc import config as configuration
+from cableway.ipc import garbage, runtime
 from cableway.ipc import log as logging
-from cableway.ipc import runtime
 from cableway.ipc.config import FrontendConfig
 from cableway.ipc.errors import UserError
 from cableway.ipc.lifeline import Lifeline, child_arguments
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
         sockets = sockets or Listener(config.host, config.port, config.uds).sockets
     except UserError as error:
         lifeline.give_up(str(error))
+    garbage.settle()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(config, arguments.rank, lifeline, models, sockets, arguments.lent_sockets))
 

@@ -69,13 +69,13 @@ class ChoiceText:
     """
 
     __slots__ = (
-        "_detokenizer",
         "_held",
         "_is_plain",
         "_num_chars_made",
         "_num_chars_sent",
         "_options",
         "_stops",
+        "detokenizer",
         "fed_s",
         "index",
         "num_tokens",
@@ -87,7 +87,7 @@ class ChoiceText:
         self.fed_s = 0.0
         """When it was last fed, or 0: for whoever measures that."""
         self._options = options
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids[-16:], options.skip_special_tokens)
+        self.detokenizer = Detokenizer(tokenizer, prompt_ids[-16:], options.skip_special_tokens)
         self._stops = StopStrings(options.stops, options.include_stop) if options.stops else None
         self._is_plain = options.is_plain
         self._num_chars_made = 0
@@ -105,8 +105,8 @@ class ChoiceText:
         if finish is not None and finish.reason == "stop" and not self._options.include_stop:
             visible = token_ids[:-1]  # the token that ended it is no part of the text
         if self._is_plain:
-            delta.text = self.feed_plain(visible)
-            self.num_tokens += len(token_ids) - len(visible)
+            delta.text = self.detokenizer.feed(visible)
+            self.num_tokens += len(token_ids)
             delta.token_ids = token_ids
         else:
             self._feed_singly(visible, update, delta)
@@ -120,11 +120,6 @@ class ChoiceText:
                 delta.stop_reason = finish.stop_token
         return delta
 
-    def feed_plain(self, token_ids: list[int]) -> str:
-        """The text of tokens that do not end the choice, where the options are plain."""
-        self.num_tokens += len(token_ids)
-        return self._detokenizer.feed(token_ids)
-
     def _feed_singly(self, token_ids: list[int], update: Update, delta: Delta) -> None:
         logprobs = [entry for packed in update.logprobs for entry in token_logprobs(packed)]
         for number, token_id in enumerate(token_ids):
@@ -132,7 +127,7 @@ class ChoiceText:
             delta.token_ids.append(token_id)
             if self._options.logprobs:
                 self._held.append((self._num_chars_made, logprobs[number]))
-            self._take(self._detokenizer.feed([token_id]), delta)
+            self._take(self.detokenizer.feed([token_id]), delta)
             if delta.finish_reason is not None:
                 return
 
@@ -152,7 +147,7 @@ class ChoiceText:
 
     def _end(self, delta: Delta) -> None:
         """The engine ended the choice: nothing is held back any longer."""
-        self._take(self._detokenizer.finish(), delta)
+        self._take(self.detokenizer.finish(), delta)
         if delta.finish_reason is None:
             if self._stops is not None:
                 rest = self._stops.finish()

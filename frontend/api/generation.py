@@ -183,7 +183,8 @@ class PlainText:
         choice, now_s, num_tokens = self._choice, time.perf_counter(), len(token_ids)
         self._gaps_s.observe_many((now_s - choice.fed_s) / num_tokens, num_tokens)
         choice.fed_s = now_s
-        text = choice.feed_plain(token_ids)
+        choice.num_tokens += num_tokens
+        text = choice.detokenizer.feed(token_ids)
         return b"%b%b%b" % (self._before, sse.encode(text), self._after) if text else b""
 
 

@@ -95,7 +95,7 @@ class _Pump:
         self._end_if_over()
 
     def _send(self, update: Update) -> None:
-        if self._connection.is_unread or self._transport.is_closing():
+        if self._connection.is_blocked:
             self._job.keep(update)
             return
         try:
