@@ -1,7 +1,7 @@
 """What the endpoints that generate text have in common: a request's choices under way, and how they are sent."""
 
+import secrets
 import time
-import uuid
 from typing import Any
 
 from aiohttp import web
@@ -11,7 +11,7 @@ from cableway.frontend.api.schema import SamplingFields
 from cableway.frontend.errors import RequestError
 from cableway.frontend.job import Job, Update
 from cableway.frontend.keys import ENGINE, FACTS, METRICS, MODELS, REQUEST_ID
-from cableway.frontend.metrics import GapHistogram
+from cableway.frontend.metrics import TalliedHistogram
 from cableway.frontend.served import ServedModel
 from cableway.frontend.text import ChoiceText, Delta, TextOptions, TokenLogprob, token_logprobs
 from cableway.ipc.messages import Sampling
@@ -37,7 +37,7 @@ class Generation:
     """
 
     def __init__(self, request: web.Request, model: ServedModel, body: SamplingFields, *, prefix: str):
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.id = f"{prefix}-{secrets.token_hex(16)}"
         self.created = int(time.time())
         self.model = model
         self.n = body.n or 1
@@ -173,7 +173,7 @@ class PlainText:
 
     __slots__ = ("_after", "_before", "_choice", "_gaps_s")
 
-    def __init__(self, choice: ChoiceText, gaps_s: GapHistogram, around_text: tuple[bytes, bytes]):
+    def __init__(self, choice: ChoiceText, gaps_s: TalliedHistogram, around_text: tuple[bytes, bytes]):
         self._choice = choice
         self._gaps_s = gaps_s
         self._before, self._after = around_text

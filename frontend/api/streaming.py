@@ -38,12 +38,12 @@ async def stream(request: web.Request, generation: Generation, chunks: Chunks) -
     Headers wait for the first deltas, so that a request which the engine refuses still gets a status of its own.
     """
     deltas = await generation.next_deltas()
-    response = web.StreamResponse(headers=sse.HEADERS)
+    response = _EventStream(headers=sse.HEADERS)
     await response.prepare(request)
     try:
         await response.write(b"".join(map(chunks.of, deltas)))
-        await _Pump(request, response, generation, chunks).run()
-        last_words = chunks.ending()
+        last_events = await _Pump(request, response, generation, chunks).run()
+        last_words = last_events + chunks.ending()
     except ConnectionError:
         raise
     except RequestError as error:
@@ -58,6 +58,10 @@ async def stream(request: web.Request, generation: Generation, chunks: Chunks) -
     return response
 
 
+class _EventStream(web.StreamResponse):
+    _send_headers_immediately = False  # they leave with the first event
+
+
 class _Pump:
     """Writes events as tokens come, from the very callback that brings them: no task is woken for a token.
 
@@ -66,7 +70,17 @@ class _Pump:
     PERF: TODO
     """
 
-    __slots__ = ("_chunks", "_connection", "_ended", "_generation", "_is_chunked", "_job", "_plain", "_transport")
+    __slots__ = (
+        "_chunks",
+        "_connection",
+        "_ended",
+        "_generation",
+        "_is_chunked",
+        "_job",
+        "_last_events",
+        "_plain",
+        "_transport",
+    )
 
     def __init__(self, request: web.Request, response: web.StreamResponse, generation: Generation, chunks: Chunks):
         self._connection = cast(Connection, request.protocol)
@@ -76,15 +90,17 @@ class _Pump:
         self._chunks = chunks
         self._plain: dict[int, PlainText] = {}  # choices that have begun, where all that follows is text
         self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
+        self._last_events = b""
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(self) -> None:
-        """Until every choice has ended; raises what the generation raises."""
+    async def run(self) -> bytes:
+        """Until every choice has ended; returns the last events, unsent. Raises what the generation raises."""
         self._job.read_by(self._send)
         self._connection.on_writable = self._send_kept
         try:
             self._send_kept()
             await self._ended
+            return self._last_events
         finally:
             self._job.read_by(None)
             self._connection.on_writable = None
@@ -92,7 +108,8 @@ class _Pump:
     def _send_kept(self) -> None:
         for update in self._job.collect():
             self._send(update)
-        self._end_if_over()
+        if self._job.has_ended and not self._ended.done():  # with the deltas before the first of these
+            self._ended.set_result(None)
 
     def _send(self, update: Update) -> None:
         if self._connection.is_blocked:
@@ -109,7 +126,8 @@ class _Pump:
                 self._transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)
         except Exception as error:
             self._job.abort()
-            self._ended.set_exception(error)
+            if not self._ended.done():
+                self._ended.set_exception(error)
 
     def _events(self, update: Update) -> bytes:
         delta = self._generation.delta(update)
@@ -117,9 +135,9 @@ class _Pump:
         if self._chunks.is_text_only:
             around_text = self._chunks.template.around_text(update.index)
             self._plain[update.index] = self._generation.plain_text(update.index, around_text)
-        self._end_if_over()
-        return events
-
-    def _end_if_over(self) -> None:
-        if self._job.has_ended and not self._ended.done():
+        if not self._job.has_ended:
+            return events
+        self._last_events += events
+        if not self._ended.done():
             self._ended.set_result(None)
+        return b""
