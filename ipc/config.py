@@ -76,7 +76,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="port to listen on; 0 = any free one")] = 8000
     uds: Annotated[str, Meta(description="Unix socket to listen on, in place of host and port")] = ""
-    frontends: Annotated[Positive, Meta(description="frontend processes")] = 1
+    frontends: Annotated[Count, Meta(description="frontend processes; 0 = auto")] = 0
     api_key: Annotated[list[str], Meta(description="keys that open every route but /health")] = []
     enable_sleep_mode: Annotated[
         bool, Meta(description="POST /sleep and /wake_up: give the memory of weights and KV cache back for a while")

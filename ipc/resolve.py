@@ -27,6 +27,7 @@ _DEFAULT_MODEL_LEN = 2048
 _LEAST_BLOCK_SIZE = 8
 _CPU_BATCHED_TOKENS = 512
 _CUDA_BATCHED_TOKENS = 8192
+_MOST_FRONTENDS = 8
 _SCALED_ROPE = ("linear", "dynamic", "yarn")
 _ROUNDED_BY_BFLOAT16 = ("float32", "float16")
 
@@ -50,6 +51,7 @@ def resolve(options: Options) -> Config:
     max_model_len, length_note = _max_model_len(options, files.config)
     max_num_batched_tokens, batch_note = _max_num_batched_tokens(options, device)
     num_threads, threads_note = _num_threads(options)
+    frontends, frontends_note = _frontends(options, device)
     values = {name: getattr(options, name) for name in options.__struct_fields__} | {
         "model": os.path.abspath(files.path),
         "device": device,
@@ -58,6 +60,7 @@ def resolve(options: Options) -> Config:
         "max_model_len": max_model_len,
         "max_num_batched_tokens": max_num_batched_tokens,
         "num_threads": num_threads,
+        "frontends": frontends,
         "vocab_size": _vocab_size(files.config),
         "chat_template": _existing_file("chat_template", options.chat_template),
         "uds": os.path.abspath(options.uds) if options.uds else "",
@@ -75,7 +78,7 @@ def resolve(options: Options) -> Config:
         frontend=_cut(FrontendConfig, values),
         core=_cut(CoreConfig, values),
         worker=_cut(WorkerConfig, values),
-        notes=[note for note in (device_note, dtype_note, length_note, batch_note, threads_note) if note],
+        notes=list(filter(None, (device_note, dtype_note, length_note, batch_note, threads_note, frontends_note))),
     )
 
 
@@ -167,6 +170,16 @@ def _num_threads(options: Options) -> tuple[int, str]:
         return options.num_threads, ""
     cores = machine.num_cores()
     return cores, f"num_threads = {cores}: physical cores this process may use"
+
+
+def _frontends(options: Options, device: str) -> tuple[int, str]:
+    """A frontend sends some 50,000 tokens/s: no CPU makes more, and a GPU does with small models."""
+    if options.frontends:
+        return options.frontends, ""
+    if device == "cpu":
+        return 1, "frontends = 1: enough for a CPU"
+    number = min(max(machine.num_cores() // 4, 1), _MOST_FRONTENDS)
+    return number, f"frontends = {number}: a quarter of the physical cores, {_MOST_FRONTENDS} at most"
 
 
 def _existing_file(name: str, path: str) -> str:

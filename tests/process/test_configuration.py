@@ -140,6 +140,18 @@ def test_a_gpu_is_used_when_torch_can(
     assert (worker.device, worker.dtype) == (device, dtype)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "num_cores", "asked", "frontends"), [(False, 16, 0, 1), (True, 2, 0, 1), (True, 16, 0, 4), (True, 16, 3, 3)]
+)
+def test_as_many_frontends_as_a_gpu_can_keep_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, num_cores: int, asked: int, frontends: int
+) -> None:
+    monkeypatch.setattr(machine, "has_nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(machine, "torch_is_cpu_build", lambda: False)
+    monkeypatch.setattr(machine, "num_cores", lambda: num_cores)
+    assert resolved(tmp_path, device="auto", frontends=asked).supervisor.frontends == frontends
+
+
 def test_a_step_must_hold_a_token_for_each_sequence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_num_batched_tokens: 8"):
         resolved(tmp_path, max_num_batched_tokens=8, max_num_seqs=16)
