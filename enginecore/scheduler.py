@@ -195,15 +195,8 @@ class Scheduler:
         step = Step(self.num_steps, self._limits.max_num_batched_tokens)
         num_preemptions = self.num_preemptions
         behind = self._plan_decodes(step)
-        # A prompt that takes many steps leaves half of each to shorter ones, so that these soon get through.
-        long = [request for request in behind if request.num_left > self._limits.max_num_batched_tokens]
-        set_aside = step.budget // 2 if long else 0
-        step.budget -= set_aside
-        self._plan_chunks(step, [request for request in behind if request not in long])
-        if self.waiting.num_requests and num_preemptions == self.num_preemptions:
-            self._admit(step, self.kv, sum(map(self.kv.num_owed, behind)), now_s)
-        step.budget += set_aside
-        self._plan_chunks(step, long)
+        if behind or self.waiting.num_requests:
+            self._plan_prompts(step, self.kv, behind, num_preemptions, now_s)
         return self._launch(step, self.kv) if step.requests else None
 
     def _launch(self, step: Step, kv: KVManager) -> StepPlan:
@@ -273,6 +266,22 @@ class Scheduler:
                 break
         step.count_decodes()
         return behind
+
+    def _plan_prompts(
+        self, step: Step, kv: KVManager, behind: list[Request], num_preemptions: int, now_s: float
+    ) -> None:
+        """Spend what is left of the budget on prompts, and let in who waits unless this plan preempted somebody.
+
+        A prompt that takes many steps leaves half of each to shorter ones, so that these soon get through.
+        """
+        long = [request for request in behind if request.num_left > self._limits.max_num_batched_tokens]
+        set_aside = step.budget // 2 if long else 0
+        step.budget -= set_aside
+        self._plan_chunks(step, [request for request in behind if request not in long])
+        if num_preemptions == self.num_preemptions:
+            self._admit(step, kv, sum(map(kv.num_owed, behind)), now_s)
+        step.budget += set_aside
+        self._plan_chunks(step, long)
 
     def _plan_chunks(self, step: Step, behind: list[Request]) -> None:
         """Spend the budget on prompts that are computed in part."""
