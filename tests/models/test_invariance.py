@@ -14,8 +14,9 @@ from cableway.workers.formats.base import Place
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Span
 from tests.checkpoints import oracle, save
-from tests.models import gguf_files
-from tests.models.harness import Session, load, prompt
+from tests.models import gguf_files, test_zoo
+from tests.models.harness import Session, load, prompt, source_of
+from tests.models.zoo import ZOO
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -84,6 +85,29 @@ def test_logits_do_not_depend_on_batch_or_chunks(checkpoints: dict[str, Path], n
     assert torch.equal(collect(session(), chunked), alone)
     mixed = [[(1, other[:5]), (0, ids[:40])], [(0, ids[40:41]), (1, other[5:80])], [(1, other[80:]), (0, ids[41:])]]
     assert torch.equal(collect(session(), mixed), alone)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Mamba2ForCausalLM", "Qwen3NextForCausalLM", "DeepseekV3ForCausalLM", "RecurrentGemmaForCausalLM"),
+        *("T5ForConditionalGeneration", "NemotronHForCausalLM", "RwkvForCausalLM"),
+    ],
+)
+def test_nor_do_those_of_models_with_other_states(tmp_path: Path, name: str) -> None:
+    model: Any = load(save(test_zoo.oracle(name, ZOO[name][0]), tmp_path), invariant=True, max_model_len=64)
+    ids, other = prompt(40), prompt(30, seed=2)
+
+    def logits_in(steps: list[list[tuple[int, Tensor]]], *, beside: bool = True) -> Tensor:
+        session = Session(model, num_seqs=2, invariant=True)
+        if model.has_encoder:
+            session.encode([(1, source_of(other))] * beside + [(0, source_of(ids))])
+        return collect(session, steps)
+
+    alone = logits_in([[(0, ids)]], beside=False)
+    assert torch.equal(logits_in([[(0, ids[i : i + 1])] for i in range(40)]), alone)
+    mixed = [[(1, other[:5]), (0, ids[:21])], [(0, ids[21:22]), (1, other[5:])], [(0, ids[22:])]]
+    assert torch.equal(logits_in(mixed), alone)
 
 
 def test_without_it_results_do_differ(checkpoints: dict[str, Path]) -> None:

@@ -18,6 +18,7 @@ from cableway.kernels.rope import rope as rotate
 from cableway.kernels.rope_and_write import rope_and_write
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Mixer, Slot
+from cableway.workers.blocks.gates import sigmoid, softplus
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.norm import HeadRMSNorm, JointNorm, LayerNorm, RMSNorm, RMSScale
 from cableway.workers.blocks.rope import Rope
@@ -154,7 +155,7 @@ class GatedAttention(Attention):
 
     def __call__(self, x: Tensor | Sum, step: Step) -> Tensor:
         q, k, v, gate = self.project(x)
-        return self.out(self.attend(q, k, v, step).mul_(gate.sigmoid()).flatten(1))
+        return self.out(self.attend(q, k, v, step).mul_(sigmoid(gate)).flatten(1))
 
 
 class NarrowAttention(Attention):
@@ -301,7 +302,7 @@ class KeyBiasAttention(Attention):
         length = self.step(v.flatten(1)).float() / self._held
         if self.step_bias is not None:
             length += self.step_bias.weight
-        bias = (self.growth.weight * F.softplus(length[:, self._own])).exp()
+        bias = (self.growth.weight * softplus(length[:, self._own])).exp()
         q, k, v = (F.pad(part, (0, _ALIGNED)) for part in (q, k, v))
         q[..., self.head_dim], k[..., self.head_dim] = 1 / self.scores.scale, bias
         return q, k, v

@@ -4,13 +4,13 @@ Key: T tokens, E hidden.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.delta_scan import delta_scan
 from cableway.kernels.gated_norm import gated_norm
 from cableway.kernels.rms_norm import rms_norm
 from cableway.workers.blocks.adapted import Adapter
+from cableway.workers.blocks.gates import sigmoid, softplus
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mamba import CausalConv, Recurrent
 from cableway.workers.blocks.norm import RMSNorm
@@ -63,8 +63,8 @@ class GatedDeltaNet(Recurrent):
             rms_norm(part.unflatten(1, (-1, self.key_dim)), length, eps=1e-6 / self.key_dim)
             for part, length in zip((q, k), self._lengths, strict=True)
         )
-        g = F.softplus(a + self.dt_bias.weight).mul_(self._a)
-        v, beta = v.unflatten(1, (-1, self.head_dim)), b.sigmoid().mul_(self.most).contiguous()
+        g = softplus(a + self.dt_bias.weight).mul_(self._a)
+        v, beta = v.unflatten(1, (-1, self.head_dim)), sigmoid(b).mul_(self.most).contiguous()
         y = delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan)
         return self.out(gated_norm(y, z, self.norm.weight[None], eps=self.norm.eps, gates_first=False))
 
@@ -96,8 +96,8 @@ class KeyedDeltaNet(Recurrent):
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         states, plan = step.recurrent(self.number)
-        beta = self.beta(x).float().sigmoid_()
-        g = F.softplus(self.decay(x).float() + self.dt_bias.weight).unflatten(1, (-1, self.head_dim)).mul_(self._a)
+        beta = sigmoid(self.beta(x).float())
+        g = softplus(self.decay(x).float() + self.dt_bias.weight).unflatten(1, (-1, self.head_dim)).mul_(self._a)
         gate = self.gate(x)
         heads = self.conv(self.project(x), states[:, : self._conv_len], step, self.number)
         q, k, v = heads.unflatten(1, (3, -1, self.head_dim)).unbind(1)
@@ -105,7 +105,7 @@ class KeyedDeltaNet(Recurrent):
             rms_norm(part, length, eps=1e-6 / self.head_dim) for part, length in zip((q, k), self._lengths, strict=True)
         )
         y = self.norm(delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan))
-        return self.out(y.flatten(1).mul_(gate.sigmoid()))
+        return self.out(y.flatten(1).mul_(sigmoid(gate)))
 
 
 def _lengths(key_dim: int, place: Place) -> list[Tensor]:

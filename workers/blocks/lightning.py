@@ -5,6 +5,7 @@ from torch import Tensor
 
 from cableway.kernels.activation import activation
 from cableway.kernels.state_scan import state_scan
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import Linear
 from cableway.workers.blocks.mamba import Recurrent
 from cableway.workers.blocks.norm import JointNorm
@@ -46,4 +47,4 @@ class LightningAttention(Recurrent):
         # A state space whose steps are all one: what it takes in is v, b and c are k and q.
         steps = torch.ones(v.shape[:2], device=v.device)
         y = state_scan(v, steps, self._decay, k, q, self._none, *step.recurrent(self.number))
-        return self.out(self.norm(y.flatten(1)).mul_(gate.sigmoid()))
+        return self.out(self.norm(y.flatten(1)).mul_(sigmoid(gate)))

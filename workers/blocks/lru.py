@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.lru_scan import lru_scan
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import HeadLinear, Linear, Vector
 from cableway.workers.blocks.mamba import CausalConv, Recurrent
 from cableway.workers.blocks.mlp import Activation
@@ -43,7 +44,7 @@ class GatedLRU(Recurrent):
         states, plan = step.recurrent(self.number)
         x, y = self.project(x).chunk(2, 1)
         x = self.conv(x, states[:, : self._conv_len], step, self.number)
-        gates = self.gates(x.unflatten(1, (-1, self.channels.unit))).float().sigmoid()
+        gates = sigmoid(self.gates(x.unflatten(1, (-1, self.channels.unit))).float())
         taken, decay = (gate.flatten(1) for gate in gates.chunk(2, -1))
         h = lru_scan(decay.mul(self._rate), taken.mul(x), states[:, self._conv_len :], plan)
         return self.out(self.act(y.contiguous()).mul_(h))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cableway.workers import formats
 from cableway.workers.blocks.block import Block, Slot
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mlp import Activation, ClampedGate
 from cableway.workers.formats.base import Place
@@ -20,10 +21,6 @@ from cableway.workers.parallel import Axis
 
 def softmax(logits: Tensor) -> Tensor:
     return logits.softmax(-1)
-
-
-def sigmoid(logits: Tensor) -> Tensor:
-    return logits.sigmoid()
 
 
 class Groups(NamedTuple):
@@ -164,7 +161,7 @@ class MoE(Block):
         if self.shared is None:
             return y
         other = self.shared(x)
-        return y.add_(other if self.shared_gate is None else other * self.shared_gate(x).sigmoid())
+        return y.add_(other if self.shared_gate is None else other * sigmoid(self.shared_gate(x)))
 
     def routed(self, x: Tensor) -> Tensor:
         """What this rank's share of the experts gives."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cableway.kernels.causal_conv import causal_conv
 from cableway.kernels.wkv_scan import wkv_scan
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mamba import Recurrent
 from cableway.workers.blocks.mlp import Activation
@@ -63,7 +64,7 @@ class TimeMix(Shifted):
         states, plan = step.recurrent(self.number)
         k, v, r = (linear(y) for linear, y in zip((self.k, self.v, self.r), self.mixed(x, step), strict=True))
         y = wkv_scan(k.float(), v.float(), self._w, self.first.weight, states[:, self.hidden_size :], plan)
-        return self.out(r.sigmoid_().mul_(y))
+        return self.out(sigmoid(r).mul_(y))
 
 
 class ChannelMix(Shifted):
@@ -78,4 +79,4 @@ class ChannelMix(Shifted):
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         up, r = self.mixed(x, step)
-        return self.down(self.act(self.up(up))).mul_(self.r(r).sigmoid_())
+        return self.down(self.act(self.up(up))).mul_(sigmoid(self.r(r)))

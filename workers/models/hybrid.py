@@ -5,10 +5,11 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.layers import Layer, MixerLayer, MLPLayer, TwoMixerLayer
 from cableway.workers.blocks.mamba import Mamba, Mamba2
 from cableway.workers.blocks.mlp import MLP, Activation, PlainMLP
-from cableway.workers.blocks.moe import Groups, PlainMoE, Router, sigmoid
+from cableway.workers.blocks.moe import Groups, PlainMoE, Router
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Never, Size, SomeMoEConfig
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, PLAIN_MLP, TWO_MIXERS

@@ -4,9 +4,9 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.mamba import ShortConv
 from cableway.workers.blocks.mlp import MLP
-from cableway.workers.blocks.moe import sigmoid
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, Size, SomeMoEConfig
 from cableway.workers.models.gguf_names import GGUF

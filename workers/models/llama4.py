@@ -5,8 +5,9 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, LateNormAttention, Temper, TemperedAttention
 from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.mlp import MLP, Activation
-from cableway.workers.blocks.moe import InputMoE, Router, sigmoid
+from cableway.workers.blocks.moe import InputMoE, Router
 from cableway.workers.blocks.norm import RMSScale
 from cableway.workers.models.config import Factor, MoEConfig, Size
 from cableway.workers.models.gguf_names import GGUF

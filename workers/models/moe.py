@@ -5,9 +5,10 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, ClippedAttention, LateNormAttention, SinkAttention
 from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP, Activation, ClampedGate
-from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer, sigmoid
+from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer
 from cableway.workers.blocks.norm import LayerNorm, RMSNorm, Scale
 from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window, every
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, MID_NORM
