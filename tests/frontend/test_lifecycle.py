@@ -1,6 +1,7 @@
 """Clients that leave, health, metrics, drain, a core that dies, sockets of other kinds."""
 
 import json
+import os
 import signal
 import socket
 import threading
@@ -34,6 +35,20 @@ def test_a_client_that_leaves_is_aborted_within_a_step(frontend: Frontend, n: in
     frontend.wait_for(lambda: len(frontend.core.aborted) == n)
     assert max(frontend.core.aborted.values()) - left_s < 0.5
     assert frontend.core.num_live == 0
+
+
+def test_many_may_knock_at_once(frontend: Frontend) -> None:
+    """A connection that finds no place to wait asks again after a second, then three, then seven."""
+    os.kill(frontend.process.pid, signal.SIGSTOP)
+    knocking = [socket.socket() for _ in range(300)]
+    try:
+        for one in knocking:
+            one.settimeout(0.5)
+            one.connect(("127.0.0.1", frontend.port))
+    finally:
+        os.kill(frontend.process.pid, signal.SIGCONT)
+        for one in knocking:
+            one.close()
 
 
 def test_a_client_that_leaves_before_its_answer(frontend: Frontend) -> None:

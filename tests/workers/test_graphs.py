@@ -70,6 +70,25 @@ def test_tokens_are_the_same(
     assert {len(samplings), 9, 9 + 5 * (len(samplings) - 1) + len(samplings) - 1} <= set(computed)
 
 
+def test_graphs_are_captured_one_at_a_time_the_largest_first(
+    decoder: Decoder, config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+):
+    runner, most = Runner(decoder, config), {"max_num_seqs": 3, "max_num_tokens": 50}
+    monkeypatch.setattr(graphs, "_capture", PlayedGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    made = graphs.StepGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, **most)
+    captured: list[tuple[str, int]] = []
+    monkeypatch.setattr(made, "_body", lambda num_tokens, packed: captured.append(("body", num_tokens)))
+    for name in ("_single", "_head", "_draw"):
+        monkeypatch.setattr(made, name, lambda inputs, name=name: captured.append((name, inputs.shape[1])))
+    num_captured = []
+    while made.capture_next():
+        num_captured.append(len(captured))
+    assert num_captured == list(range(1, len(captured) + 1))
+    rows = [(name, size) for size in (3, 2, 1) for name in ("_single", "_head", "_draw")]
+    assert captured == [("body", 50), *rows, *(("body", size) for size in graphs.token_sizes(50)[-2::-1])]
+
+
 def test_long_sequences_run_without_graphs(decoder: Decoder, config: WorkerConfig):
     runner = Runner(decoder, msgspec.structs.replace(config, max_seq_len_to_capture=12))
     captured: list[list[int]] = []
