@@ -27,6 +27,7 @@ class Rewritten(NamedTuple):
         tensors: changes the tensors in place, before they are renamed.
         call: what else the relative is called with, to compute the same.
         prepare: changes the relative before it is saved.
+        ending: of the class's name.
     """
 
     kin: str
@@ -36,10 +37,11 @@ class Rewritten(NamedTuple):
     tensors: Callable[[Tensors, Config], Any] = lambda tensors, config: None
     call: Mapping[str, Any] = MappingProxyType({})
     prepare: Callable[[Any], Any] = lambda model: None
+    ending: str = "ForCausalLM"
 
     @property
     def relative(self) -> str:
-        return f"{self.kin}ForCausalLM"
+        return f"{self.kin}{self.ending}"
 
     def rewrite(self, name: str, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -457,3 +459,9 @@ def minimax_config(config: Config) -> None:
 
 REWRITTEN["MiniMaxText01ForCausalLM"] = Rewritten("MiniMax", {**MINIMAX, "sliding_window": None}, config=minimax_config)
 REWRITTEN["MiniMaxM1ForCausalLM"] = REWRITTEN["MiniMaxText01ForCausalLM"]
+REWRITTEN["T5WithLMHeadModel"] = Rewritten(
+    "T5",
+    {"d_model": 64, "d_kv": 20, "d_ff": 96, "num_heads": 4, "num_layers": 3, "relative_attention_max_distance": 20},
+    config=without("num_decoder_layers", "feed_forward_proj", "is_gated_act", "dense_act_fn", "scale_decoder_outputs"),
+    ending="ForConditionalGeneration",
+)

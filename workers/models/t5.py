@@ -11,7 +11,7 @@ from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Size
 from cableway.workers.models.names import Names, Target, names, transposed
-from cableway.workers.models.registry import arch
+from cableway.workers.models.registry import arch, relative
 
 _NORMS = {"encoder": ("norm_in", "norm_mlp"), "decoder": ("norm_in", "norm_cross", "norm_mlp")}
 _STACK = {
@@ -76,6 +76,7 @@ def _names(c: T5Config) -> Names:
 
 
 @arch("T5ForConditionalGeneration", config=T5Config, hf=_names)
+@arch("T5WithLMHeadModel", config=T5Config, hf=_names, verified=relative("T5"))
 def t5(c: T5Config) -> Decoder:
     norm, mlp = RMSNorm(c.hidden_size, c.norm_eps), (MLP if c.is_gated else PlainMLP).of(c)
     buckets = (c.num_attention_heads, c.relative_attention_num_buckets, c.relative_attention_max_distance)
