@@ -20,7 +20,7 @@ from cableway.workers.rehearsal import rehearse
 from tests.checkpoints import SIZES, random_model, save
 from tests.models.assembled import REWRITTEN, WITHIN
 from tests.models.harness import Session, load, logits_of, prompt, source_of
-from tests.models.test_parallel import on_ranks
+from tests.models.ranks import Ranks
 from tests.models.zoo import ATTENTION, IGNORED, OLDER, TOLERANCES, UNUSED, ZOO
 from tests.workers.running import worker_config
 from tests.workers.test_rehearsal import AbsentGpu
@@ -151,16 +151,23 @@ def test_chunks_beside_other_sequences_give_the_logits_of_one_go(folders: Any, n
     close(torch.cat(parts[1]), logits_of(model, b), name)
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
 @each_variant
-def test_two_ranks_compute_what_one_does(folders: Any, name: str, index: int) -> None:
+def test_two_ranks_compute_what_one_does(two_ranks: Ranks, folders: Any, name: str, index: int) -> None:
     folder, expected = folders(name, index)
     try:
-        ranks = on_ranks(2, lambda mesh: logits_of(load(folder, max_model_len=NUM_TOKENS, mesh=mesh), ids_of(expected)))
-    except ModelError as error:
+        computed = two_ranks.logits(folder, ids_of(expected), max_model_len=NUM_TOKENS)
+    except RuntimeError as error:
         if "cannot be split" not in str(error):
             raise
         pytest.skip("sizes that cannot be dealt out")
-    for logits in ranks:
+    for logits in computed:
         close(logits, expected, name)
 
 
