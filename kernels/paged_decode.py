@@ -53,6 +53,9 @@ FEW = Tuning(
     tile_bytes=1 << 15, most_tile_keys=128, num_warps=8, num_stages=1, shares_a_processor=1, least_stretch_keys=512,
     early=True,
 )  # fmt: skip
+IN_8_BITS = Tuning(most_tile_keys=32, num_warps=2, num_stages=4)
+"""For more than a few. Of the shapes that the assembler finds registers for (converted tiles take many: in one warp, or
+with 64 keys in two, int8 spills), the one with most bytes on their way to a processor; not yet measured."""
 _MOST_FEW, _MOST_SOME, _MANY = 16, 96, 256
 """Few sequences leave most of the GPU idle: what counts is how long the last program takes."""
 
@@ -69,7 +72,8 @@ class Key(NamedTuple):
 
 
 def _rule(key: Key) -> Tuning:
-    return {_MOST_FEW: FEW, _MOST_SOME: SOME, _MANY: MANY}[key.most_seqs]
+    more = IN_8_BITS if key.kv_item_bytes == 1 else SOME if key.most_seqs == _MOST_SOME else MANY
+    return FEW if key.most_seqs == _MOST_FEW else more
 
 
 def _candidates(key: Key) -> Iterator[Tuning]:
@@ -78,7 +82,8 @@ def _candidates(key: Key) -> Iterator[Tuning]:
         for keys, num_warps, stretch in product((64, 128, 256), (4, 8), (256, 512)):
             yield whole._replace(most_tile_keys=keys, num_warps=num_warps, least_stretch_keys=stretch)
     else:
-        for keys, num_warps, num_stages in product((32, 64, 128), (1, 2, 4), (2, 3)):
+        stages = (3, 4) if key.kv_item_bytes == 1 else (2, 3)
+        for keys, num_warps, num_stages in product((32, 64, 128), (1, 2, 4), stages):
             if 16 * num_warps <= keys <= 64 * num_warps:
                 yield whole._replace(most_tile_keys=keys, num_warps=num_warps, num_stages=num_stages)
         yield whole._replace(shares_a_processor=4)
