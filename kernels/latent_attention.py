@@ -10,9 +10,9 @@ cache    [1, num_blocks, block_size, 1, width]   bf16|f16|f32, contiguous; see l
 plan     an AttentionPlan
 returns  [num_tokens, num_heads, rank]           contiguous
 
-The sequences that come first and bring one token each are computed by latent_decode.py, the others here, where results
-must be invariant all of them. A program takes some rows, heads of one token or of some, through all keys of its
-sequence; each tile of latents is read once, for scores and for sums.
+The sequences that come first and bring one token each are computed by latent_decode.py, the others here, and all of
+them where results must be invariant or where there are very many. A program takes some rows, heads of one token or of
+some, through all keys of its sequence; each tile of latents is read once, for scores and for sums.
 Bound: bytes for decode (the latents of every sequence), FLOPs for prefill (2 * (width + rank) a head and visible key).
 """
 
@@ -27,6 +27,9 @@ from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.lang import gpu_capability, jit, tl, triton
 from cableway.kernels.latent_decode import add_latents
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, call, check, grid, kernel, nbytes
+
+_MOST_SHARED_OUT = 1024
+"""With more sequences a GPU is full without, and each one's parts would be kept: gigabytes for tokens of a prompt."""
 
 
 def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
@@ -71,7 +74,8 @@ def _latent_attention(
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     num_tokens, num_heads, width = q.shape
-    if plan.invariant or not plan.may_have_singles:
+    shares_out = plan.may_have_singles and not plan.invariant and len(plan.seq_lens) <= _MOST_SHARED_OUT
+    if not shares_out:
         out = torch.empty(num_tokens, num_heads, rank, dtype=q.dtype, device=q.device)
     else:
         out = latent_decode.launch(q, cache, plan, scale=scale, rank=rank)
@@ -80,7 +84,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank:
     is_hopper = gpu_capability() == 90 and q.dtype != torch.float32
     rows, keys, num_warps = (64, 32, 8) if is_hopper else (16, 16, 4)
     heads = min(triton.next_power_of_2(num_heads), rows)
-    work = plan.prefill_work(num_tokens=num_tokens, tile=rows // heads, skips_singles=not plan.invariant)
+    work = plan.prefill_work(num_tokens=num_tokens, tile=rows // heads, skips_singles=shares_out)
     _latent_attention[(triton.cdiv(num_heads, heads), len(work))](
         q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work, scale, plan.block_table.stride(0),
         NUM_HEADS=num_heads, WIDTH=width, RANK=rank, BLOCK_SIZE=cache.shape[2], TILE=rows // heads, HEADS=heads,

@@ -386,6 +386,10 @@ ZOO: dict[str, list[Fields]] = {
         {**LATENT, **DEEPSEEK, **INDEX, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
         {**LATENT, **DEEPSEEK, **INDEX, "index_topk": 200, "attention_bias": True},
     ],
+    "GlmMoeDsaForCausalLM": [
+        {**LATENT, **DEEPSEEK, **INDEX},
+        {**LATENT, **DEEPSEEK, **INDEX, "indexer_types": ["full", "shared", "shared"]},
+    ],
     "DeepseekV2ForCausalLM": [
         {**LATENT, **DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False},
         {**LATENT, **DEEPSEEK, "topk_method": "greedy", "q_lora_rank": None, "norm_topk_prob": False},

@@ -33,8 +33,9 @@ class Index(Mixer):
     def __init__(self, hidden_size: int, q_latent: int, num_heads: int, head_dim: int, top_k: int, *, rope: Rope):
         embed = Axis("embed", hidden_size)
         self.q = Linear(Axis("index", num_heads, head_dim), Axis("latent", q_latent))
-        self.k = Linear(Axis("index", 1, head_dim), embed)
-        self.k_norm = LayerNorm(head_dim, 1e-6)
+        key = Axis("index", 1, head_dim)
+        self.k = Linear(key, embed)
+        self.k_norm = LayerNorm(head_dim, 1e-6, heads=key)
         self.weights = Linear(Axis("index", num_heads), embed)
         self.num_heads, self.head_dim, self.top_k, self.rope = num_heads, head_dim, top_k, rope
 
@@ -45,36 +46,43 @@ class Index(Mixer):
         return [self.rope]
 
     def __call__(self, x: Tensor, narrow: Tensor, step: Step) -> tuple[Tensor, TokenPlan] | None:
-        """x [T, E] and what queries are made from [T, R] -> chosen positions [T, K] i64, best first, and whose; None
-        where all are chosen. This index's cache takes the keys of the T tokens."""
+        """x [T, E] and what queries are made from [T, R] -> chosen positions [T, K] i64, ascending, those of
+        tokens to come last, and whose; None where all are chosen. This index's cache takes the keys of the T tokens."""
         q = self.q(narrow).unflatten(1, (self.num_heads, self.head_dim))
         k = self.k_norm(self.k(x))
         rotate(q, k[:, None], step.angles(self.rope))
         cache, tokens, slots = step.tokens(self.number)
         latent_write(k, cache, slots)
-        if tokens.max_keys <= self.top_k:
+        if tokens.max_keys <= self.top_k and not step.invariant:
             return None
         weights = self.weights(x).float().mul_((self.num_heads * self.head_dim) ** -0.5)
-        most = max(_MOST_SCORES // tokens.max_keys, 1)
+        most, top_k = max(_MOST_SCORES // tokens.max_keys, 1), min(self.top_k, tokens.max_keys)
         parts = zip(q.split(most), weights.split(most), tokens.split(most), strict=True)
-        chosen = [index_scores(q, weights, cache, tokens).topk(self.top_k).indices for q, weights, tokens in parts]
-        return torch.cat(chosen), tokens
+        chosen = [index_scores(q, w, cache, some).topk(top_k, sorted=False).indices for q, w, some in parts]
+        return torch.cat(chosen).sort().values, tokens
 
 
 class SparseLatentAttention(LatentAttention):
-    """Attention over the latents that an index chooses: pages of one token each."""
+    """Attention over the latents that an index chooses: pages of one token each.
 
-    def __init__(self, *sizes: int, index: Index, **options: object):
+    Args:
+        index: None = what the last one before has chosen.
+    """
+
+    def __init__(self, *sizes: int, index: Index | None, **options: object):
         super().__init__(*sizes, **options)
         self.index = index
 
     def seen(self, x: Tensor, narrow: Tensor, step: Step) -> tuple[Tensor, AttentionPlan]:
         cache, plan, _ = step.state(self.number)
-        found = self.index(x, narrow, step)
-        if found is None:
+        _, num_blocks, size, _, width = cache.shape
+        if self.index is not None:
+            step.chosen = None
+            if (found := self.index(x, narrow, step)) is not None:
+                chosen, tokens = found
+                blocks = plan.block_table[tokens.sequence[:, None], chosen // size].long()
+                slots, top_k = blocks.mul_(size).add_(chosen % size).int(), chosen.shape[1]
+                step.chosen = step.one_by_one(tokens.lengths.clamp(max=top_k), slots, top_k)
+        if step.chosen is None:
             return cache, plan
-        (chosen, tokens), (_, num_blocks, size, _, width) = found, cache.shape
-        blocks = plan.block_table[tokens.sequence[:, None], chosen // size].long()
-        slots = blocks.mul_(size).add_(chosen % size).int()
-        counts = tokens.lengths.clamp(max=self.index.top_k)
-        return cache.view(1, num_blocks * size, 1, 1, width), step.one_by_one(counts, slots, self.index.top_k)
+        return cache.view(1, num_blocks * size, 1, 1, width), step.chosen

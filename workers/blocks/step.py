@@ -27,6 +27,8 @@ class Step:
     Attributes:
         positions: of the batch's tokens [T] i32.
         kept: what layers leave for later ones, by name.
+        chosen: what tokens see in layers that take what an earlier one has chosen; None: all.
+        invariant: see `Batch`.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class Step:
         self._lengths: Tensor | None = None  # [T] i32: keys that each token sees
         self.positions = batch.positions
         self.kept: dict[str, Tensor] = {}
+        self.chosen: AttentionPlan | None = None
+        self.invariant = batch.invariant
         self._angles = {rope: Angles(table, batch.positions) for rope, table in tables.items()}
         self._plans = [
             AttentionPlan(

@@ -1,5 +1,6 @@
-"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), V3.2, which chooses what tokens
-see, GLM 4.7 Flash, MiniCPM 3, and LongCat, whose layers are two with a mixture of experts that bridges both."""
+"""Latent attention: DeepSeek V2, V3, R1, Moonlight and Kimi K2 (which say they are V3), V3.2 and GLM 5, which choose
+what tokens see, GLM 4.7 Flash, MiniCPM 3, and LongCat, whose layers are two with a mixture of experts that bridges
+both."""
 
 from functools import partial
 from typing import Any
@@ -119,6 +120,24 @@ class DeepseekV32Config(DeepseekV3Config, frozen=True, kw_only=True):
     index_topk: Size = 2048
     index_head_dim: Size = 128
     index_n_heads: Size = 64
+    indexer_rope_interleave: bool = False
+    indexer_types: list[str] | None = None
+
+
+class GlmMoeDsaConfig(DeepseekV32Config, frozen=True, kw_only=True):
+    index_n_heads: Size = 32
+    indexer_rope_interleave: bool = True
+
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        DeepseekV32Config.derive(config)
+        pattern = config.get("index_topk_pattern")
+        if pattern is None:
+            every, first = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset", 2) - 1
+            layers = range(config["num_hidden_layers"])
+            pattern = ["shared" if max(i - first, 0) % every else "full" for i in layers]
+        kinds = {"F": "full", "S": "shared"}
+        config["indexer_types"] = config.get("indexer_types") or [kinds.get(kind, kind) for kind in pattern]
 
 
 class MiniCPM3Config(DecoderConfig, frozen=True, kw_only=True):
@@ -182,18 +201,28 @@ def deepseek_v3(c: DeepseekV3Config) -> Decoder:
 
 
 def _v32_names(c: DeepseekV32Config) -> Names:
+    turned = partial(neighbours_to_halves, rotary_dim=c.qk_rope_head_dim) if c.indexer_rope_interleave else None
     return _names(DEEPSEEK_MOE, c) | names(
-        {"wq_b": "q", "wk": "k", "k_norm": "k_norm", "weights_proj": "weights"},
+        {
+            "wq_b": Target("q", turned),
+            "wk": Target("k", turned),
+            "k_norm": Target("k_norm", turned),
+            "weights_proj": "weights",
+        },
         prefix="model.layers.{}.self_attn.indexer.",
         to="layers.{}.mix.index.",
     )
 
 
 @arch("DeepseekV32ForCausalLM", config=DeepseekV32Config, hf=_v32_names)
+@arch("GlmMoeDsaForCausalLM", config=GlmMoeDsaConfig, hf=_v32_names)
 def deepseek_v32(c: DeepseekV32Config) -> Decoder:
     sizes = (c.q_lora_rank, c.index_n_heads, c.index_head_dim, c.index_topk)
-    mix = latent_attention(c, kind=SparseLatentAttention, index=Index(c.hidden_size, *sizes, rope=c.rope()))
-    return on_frame(c, [mix] * c.num_hidden_layers, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+    index = Index(c.hidden_size, *sizes, rope=c.rope())
+    mix = partial(latent_attention, c, kind=SparseLatentAttention)
+    kinds = c.indexer_types or ["full"] * c.num_hidden_layers
+    mixes = c.by_layer(kinds, {"full": mix(index=index), "shared": mix(index=None)})
+    return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
 
 
 @arch("DeepseekV2ForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE), gguf=_gguf)
