@@ -29,36 +29,22 @@ if TYPE_CHECKING:
     from cableway.kernels.recurrence import RecurrentPlan
 
 _CHUNK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
-_BLOCK = 16
-"""Rows of a triangular matrix that are solved one after another."""
 _MOST_KEY_DIM = 128
 
 
 @jit
-def _inverse(below, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """The inverse of 1 + below, a matrix [ROWS, ROWS] f32 that is zero on its diagonal and above it.
+def _inverse(below, ROWS: tl.constexpr):
+    """The inverse of 1 + below, a matrix [ROWS, ROWS] f32 that is zero on its diagonal and above it: row after row.
 
-    Blocks on the diagonal are inverted side by side, row after row; what lies between them is taken out by products. A
-    series of powers of all of it would be shorter, but where keys are alike its terms grow far beyond their sum.
+    A series of powers would need a few products only, but where keys are alike its terms grow far beyond their sum.
     """
-    PARTS: tl.constexpr = ROWS // BLOCK
-    row, i = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    is_diagonal = row[:, None] // BLOCK == row[None, :] // BLOCK
-    coefficients = tl.sum(tl.reshape(tl.where(is_diagonal, below, 0.0), (PARTS, BLOCK, PARTS, BLOCK)), 2)
-    inverse = tl.where((i[:, None] == i[None, :])[None, :, :], coefficients * 0.0 + 1.0, 0.0)
-    for r in range(1, BLOCK):
-        is_row = (i == r)[None, :, None]
-        of_row = tl.sum(tl.where(is_row, coefficients, 0.0), 1)
-        known = tl.sum(of_row[:, :, None] * inverse, 1)
-        inverse = tl.where(is_row, inverse - known[:, None, :], inverse)
-    across = tl.broadcast_to(inverse[:, :, None, :], (PARTS, BLOCK, PARTS, BLOCK))
-    inverse = tl.where(is_diagonal, tl.reshape(across, (ROWS, ROWS)), 0.0)
-    if PARTS > 1:
-        # (1 + m)⁻¹ inverse, where m has zeros in its blocks on the diagonal: its PARTS-th power is none.
-        m = tl.dot(inverse, tl.where(is_diagonal, 0.0, below), input_precision=PRECISION)
-        if PARTS > 2:
-            inverse += tl.dot(tl.dot(m, m, input_precision=PRECISION), inverse, input_precision=PRECISION)
-        inverse -= tl.dot(m, inverse, input_precision=PRECISION)
+    row = tl.arange(0, ROWS)
+    inverse = tl.where(row[:, None] == row[None, :], below * 0.0 + 1.0, 0.0)
+    for r in range(1, ROWS):
+        is_row = (row == r)[:, None]
+        of_row = tl.sum(tl.where(is_row, below, 0.0), 0)
+        known = tl.sum(of_row[:, None] * inverse, 0)
+        inverse = tl.where(is_row, inverse - known[None, :], inverse)
     return inverse
 
 
@@ -66,8 +52,7 @@ def _inverse(below, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.const
 def _delta_factors(
     k_ptr, v_ptr, g_ptr, beta_ptr, u_ptr, w_ptr, query_start_ptr, seq_lens_ptr, work_ptr, k_stride, v_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
     """u and w of one head for the tokens of one chunk."""
     item, head = tl.program_id(0), tl.program_id(1)
@@ -83,7 +68,7 @@ def _delta_factors(
         decay = tl.cumsum(tl.load(g_ptr + token * NUM_HEADS + head, mask=is_new, other=0.0), 0)
         apart = tl.where(row[:, None] > row[None, :], decay[:, None] - decay[None, :], float("-inf"))
         below = tl.dot(k, tl.trans(k), input_precision="ieee") * tl.exp(apart) * beta[:, None]
-        solved = _inverse(below, ROWS, BLOCK, PRECISION).to(k.dtype)
+        solved = _inverse(below, ROWS).to(k.dtype)
         scaled = (k * (beta * tl.exp(decay))[:, None]).to(k.dtype)
         w = tl.dot(solved, scaled, input_precision="ieee")
         out = (token * NUM_HEADS + head)[:, None]
@@ -199,7 +184,7 @@ def launch(
     starts = (plan.query_start, plan.seq_lens)
     _delta_factors[(len(work), num_heads)](
         k, v, g, beta, u, w, *starts, work, k.stride(0), v.stride(0), **sizes, BLOCK_DIM=min(most_dim, 64),
-        BLOCK=_BLOCK, PRECISION="ieee" if k.dtype == torch.float32 else "tf32x3", num_warps=4,
+        num_warps=4,
     )  # fmt: skip
     block_dim = min(most_dim, 32)
     _delta_states[(plan.num_seqs, num_heads, triton.cdiv(head_dim, block_dim))](
