@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from cableway.ipc import log, messages
+from cableway.ipc import garbage, log, messages
 from cableway.ipc.config import Config, WorkerConfig, workers_address
 from cableway.ipc.endpoint import Endpoint, PeerDown, PeerUp, Undecodable, identity, inputs, wait
 from cableway.ipc.errors import EXIT_FAILED, EXIT_STOPPED
@@ -213,6 +213,7 @@ def main(argv: Sequence[str]) -> int:
     payload = {"num_blocks": runner.num_blocks, "load_s": load_s}
     logger.info("worker_ready", **payload)
     worker = Worker(config, arguments.rank, runner, compilation.watch(), load_s, lifeline, logger)
+    garbage.settle()
     lifeline.ready(payload)
     return worker.run()
 
