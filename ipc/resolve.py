@@ -27,7 +27,7 @@ _DEFAULT_MODEL_LEN = 2048
 _LEAST_BLOCK_SIZE = 8
 _CPU_BATCHED_TOKENS = 512
 _CUDA_BATCHED_TOKENS = 8192
-_MOST_FRONTENDS = 8
+_MOST_FRONTENDS = 4
 _SCALED_ROPE = ("linear", "dynamic", "yarn")
 _ROUNDED_BY_BFLOAT16 = ("float32", "float16")
 
@@ -178,8 +178,8 @@ def _frontends(options: Options, device: str) -> tuple[int, str]:
         return options.frontends, ""
     if device == "cpu":
         return 1, "frontends = 1: enough for a CPU"
-    number = min(max(machine.num_cores() // 4, 1), _MOST_FRONTENDS)
-    return number, f"frontends = {number}: a quarter of the physical cores, {_MOST_FRONTENDS} at most"
+    number = min(max(machine.num_cores() // 2, 1), _MOST_FRONTENDS)
+    return number, f"frontends = {number}: half of the physical cores, {_MOST_FRONTENDS} at most"
 
 
 def _existing_file(name: str, path: str) -> str:

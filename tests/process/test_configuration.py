@@ -141,7 +141,7 @@ def test_a_gpu_is_used_when_torch_can(
 
 
 @pytest.mark.parametrize(
-    ("gpu", "num_cores", "asked", "frontends"), [(False, 16, 0, 1), (True, 2, 0, 1), (True, 16, 0, 4), (True, 16, 3, 3)]
+    ("gpu", "num_cores", "asked", "frontends"), [(False, 16, 0, 1), (True, 2, 0, 1), (True, 16, 0, 4), (True, 16, 8, 8)]
 )
 def test_as_many_frontends_as_a_gpu_can_keep_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, num_cores: int, asked: int, frontends: int
