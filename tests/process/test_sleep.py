@@ -69,7 +69,9 @@ def test_requests_wait_until_the_engine_is_awake(server: Server):
     assert call(server, "/sleep", post=True) == (200, None)
     assert call(server, "/sleep?level=1", post=True)[0] == 200  # as it is already
     assert is_sleeping(server)
-    so_far, late = running.text, Stream(server)
+    late = Stream(server)
+    late.join(0.5)  # what was under way to the reader has arrived by then
+    so_far = running.text
     assert so_far != expected
     late.join(0.5)
     assert (late.text, running.text) == ("", so_far)
