@@ -102,4 +102,4 @@ def test_chunks_of_prompts_and_tokens_beside_them(name: str, tmp_path: Path, mon
     expected = logits()
     use_gpu_forms(monkeypatch)
     for one, other in zip(logits(), expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=0)  # sums of chunks, in another order
