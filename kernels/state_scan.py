@@ -146,10 +146,13 @@ FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
     launch=launch,
     make=make,
     cases=[
-        *grid(spans=(MIXED,), heads=((6, 2, 20), (3, 3, 40)), state=(16, 10), decays=(1,), dtype=FLOATS),
-        *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), dtype=FLOATS, block_size=(16, 64, 24)),
+        *grid(spans=(MIXED,), heads=((6, 2, 20),), state=(16,), decays=(1,), dtype=FLOATS),
+        *grid(spans=(MIXED,), heads=((3, 3, 40),), state=(10,), decays=(1,)),
+        *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), dtype=FLOATS, block_size=(64,)),
+        *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), block_size=(16, 24)),
         *grid(spans=(LONG,), heads=((2, 1, 96),), state=(80,), decays=(1,), block_size=(32,)),
-        *grid(spans=(MIXED, LONG), heads=((24, 1, 1), (40, 4, 1)), state=(16,), decays=(16,), dtype=FLOATS),
+        *grid(spans=(MIXED,), heads=((24, 1, 1),), state=(16,), decays=(16,), dtype=FLOATS),
+        *grid(spans=(MIXED, LONG), heads=((40, 4, 1),), state=(16,), decays=(16,)),
         *grid(spans=(MIXED,), heads=((6, 2, 20),), state=(10,), decays=(10,)),
     ],
     bench_cases=[

@@ -23,7 +23,7 @@ MOST_SHARED_BYTES = {AMPERE: 99 << 10, HOPPER: 227 << 10, BLACKWELL: 99 << 10}
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_triton_forms_in_the_interpreter(marked: str):
     """Triton looks at the environment while it is imported: the interpreter has a process of its own."""
@@ -35,7 +35,7 @@ def test_triton_forms_in_the_interpreter(marked: str):
         cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
-        timeout=380,
+        timeout=580,
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr
