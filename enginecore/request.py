@@ -39,7 +39,7 @@ class Family:
 
 
 class Request:
-    """Counts: 0 <= num_computed <= num_planned <= len(tokens) + tokens that steps in flight draw.
+    """Counts: 0 <= num_computed <= num_planned, and until it ends <= len(tokens) + tokens that steps in flight draw.
 
     `num_computed` tokens have their state in the cache for certain (their steps are committed); `num_planned` will have
     once the steps in flight are done.

@@ -98,6 +98,8 @@ class Reloader:
         if not is_kept:
             return f"{name}: {before} -> {after}"
         why = _FIXED.get(name, "requests under way may be longer")
+        if not getattr(self._options, name):  # what was chosen for the user
+            before = getattr(self._config.supervisor, name, before)
         return f"{name}: stays {before}, not {after}: {why}; stop and start the server to change it"
 
 
