@@ -20,7 +20,7 @@ from cableway.kernels.lang import gpu_capability, triton
 _NUM_THREADS = 16
 """Python's lock is held for about a third of a compilation: more threads than cores that they keep busy do no harm."""
 
-_others: list[tuple[Executor, dict[Any, Future[Any]]]] = []
+_others: tuple[Executor, dict[Any, Future[Any]]] | None = None
 """While compiling ahead: who compiles, and what they were given that Triton knows nothing of."""
 
 
@@ -57,6 +57,7 @@ def ahead() -> Iterator[None]:
     Raises:
         Exception: what the compiler raised.
     """
+    global _others
     jit_function = triton.runtime.JITFunction
     run = jit_function.run
 
@@ -67,18 +68,20 @@ def ahead() -> Iterator[None]:
     jit_function.run = compile_or_run
     try:
         with ThreadPoolExecutor(_NUM_THREADS) as pool, triton.AsyncCompileMode(pool):
-            _others.append((pool, {}))
+            tasks: dict[Any, Future[Any]] = {}
+            _others = pool, tasks
             yield
-        for task in _others[-1][1].values():
+        for task in tasks.values():
             task.result()
     finally:
         jit_function.run = run
-        _others.clear()
+        _others = None
 
 
 def in_background(compile_it: Callable[..., Any], *args: Any) -> None:
     """Have something done once beside Triton's compilations, by the end of `ahead`, within which this is called."""
-    pool, tasks = _others[-1]
+    assert _others is not None
+    pool, tasks = _others
     if (compile_it, args) not in tasks:
         tasks[compile_it, args] = pool.submit(compile_it, *args)
 
@@ -87,6 +90,6 @@ def mark(purpose: str) -> Path:
     """A file in Triton's cache, to be made when all that `purpose` takes has been compiled by these kernels."""
     digest = hashlib.sha256(f"{purpose} {triton.__version__} {gpu_capability()}".encode())
     folder = Path(__file__).parent
-    for source in sorted([*folder.glob("*.[pc][yu]"), *folder.glob("tunings/*.json")]):
+    for source in sorted(path for kind in ("*.py", "*.cu", "tunings/*.json") for path in folder.glob(kind)):
         digest.update(source.read_bytes())
     return Path(triton.knobs.cache.dir) / f"cableway-{digest.hexdigest()[:32]}"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cableway.kernels import compilation
 from cableway.kernels.cuda import CudaKernel
-from cableway.kernels.lang import gpu_capability, triton
+from cableway.kernels.lang import gpu_capability, num_processors, triton
 
 if TYPE_CHECKING:
     from cableway.kernels.attention_plan import AttentionPlan, Scores
@@ -76,7 +76,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: S
     _KERNEL(
         constants,
         arguments,
-        num_programs=min(num_items, _num_processors(q.device)),
+        num_programs=min(num_items, num_processors(q.device)),
         num_threads=_NUM_THREADS,
         shared_bytes=(query_slots * _ROWS + 2 * _STAGES * keys) * num_panels * _PANEL_BYTES + 1024,
     )
@@ -86,8 +86,3 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: S
 def _counters(device: torch.device) -> Tensor:
     """Of items taken and programs ended: zeros, which each launch leaves as zeros."""
     return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-@cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,6 +10,8 @@ import importlib
 from functools import cache
 from typing import Any
 
+import torch
+
 
 class _AtFirstUse:
     """Stands for a module, which is imported when something of it is first asked for, by whichever thread."""
@@ -78,3 +80,9 @@ def gpu_capability() -> int:
         return 0
     driver = triton.runtime.driver.active
     return _generation(driver, driver.get_current_device())
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Of a GPU. The interpreter has none; a few make it cut sequences as a GPU does."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

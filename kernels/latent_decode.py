@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan
-from cableway.kernels.lang import gpu_capability, jit, tl, triton
+from cableway.kernels.lang import gpu_capability, jit, num_processors, tl, triton
 from cableway.kernels.online_softmax import add_scores
-from cableway.kernels.paged_decode import num_processors
 
 _LEAST_STRETCH_KEYS = 128
 

@@ -20,7 +20,6 @@ all slower.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache as memoized
 from itertools import product
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from torch import Tensor
 from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, as_factor, block_size_of, scales_at
-from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, num_processors, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid, kernel
 from cableway.kernels.tuning import OF_BYTES, Tunable
 
@@ -310,12 +309,6 @@ def _paged_decode(
                     out_ptr, tops_ptr + part, masses_ptr + part, sums_ptr + part * HEAD_DIM, num_parts,
                     NUM_KV_HEADS * GROUP, value_scale, GROUP, HEAD_DIM, BLOCK_PARTS, BLOCK_GROUP, BLOCK_DIM,
                 )  # fmt: skip
-
-
-@memoized
-def num_processors(device: torch.device) -> int:
-    """Of a GPU. The interpreter has none; a few make it cut sequences as a GPU does."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def launch(

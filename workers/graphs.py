@@ -9,7 +9,6 @@ memory, or when they are first needed, by a step that is carried out without.
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -105,17 +104,17 @@ class StepGraphs:
 
     def _missing(self) -> Iterator[Callable[[], None]]:
         """What makes each of the graphs that there are not yet."""
-        largest, *others = (
-            [] if size in self._bodies else [partial(self._run_body, NO_CHUNKS, size)]
-            for size in reversed(self._token_sizes)
-        )
-        yield from largest
+
+        def bodies(sizes: Sequence[int]) -> Iterator[Callable[[], None]]:
+            return (partial(self._run_body, NO_CHUNKS, size) for size in sizes if size not in self._bodies)
+
+        yield from bodies(self._token_sizes[-1:])
         kinds = (self._singles, self._single), (self._heads, self._head), (self._draws, self._draw)
         for which in reversed(range(len(self._row_sizes))):
             for graphs, function in kinds:
                 if not graphs[which].is_captured:
                     yield partial(graphs[which].run, function)
-        yield from chain.from_iterable(others)
+        yield from bodies(self._token_sizes[-2::-1])
 
     def forward(self, chunks: Chunks, drawing: np.ndarray) -> Tensor | None:
         """Compute a step.

@@ -27,7 +27,6 @@ def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch
         found.append((kernel.cubin(constants), shared_bytes, len(arguments)))
 
     monkeypatch.setattr(CudaKernel, "__call__", only_compile)
-    monkeypatch.setattr(hopper_prefill, "_num_processors", lambda device: 132)
     monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
     made = make(((100, 300), (7, 7)), heads, dtype, **options)
     q, cache, plan, *_ = made.args

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from cableway.kernels import hopper_prefill
 from cableway.kernels.cuda import CudaKernel
 from cableway.kernels.registry import Case, Kernel, kernels
 from tests.kernels import laws
@@ -80,7 +79,6 @@ def compiled(
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu(capability))
     monkeypatch.setattr(triton.runtime.JITFunction, "run", only_compile)
     monkeypatch.setattr(CudaKernel, "__call__", only_compile_cuda)
-    monkeypatch.setattr(hopper_prefill, "_num_processors", lambda device: 132)
     for case in cases:
         made = laws.make(kernel, case, "cpu")
         kernel.launch(*made.args, **made.kwargs)

@@ -92,7 +92,7 @@ class Decoder(Block):
             delta = layer(delta, residual, step)
         if (wanted := batch.logits_at) is None:
             return self.leave(last(delta, residual, step), residual)
-        if type(last) is Layer and len(wanted) < len(delta):
+        if type(last) is Layer and len(wanted) < len(delta):  # kinds of it have no such halves
             # PERF: tokens that nobody asks about are done with once the last mixer has seen them: with prompts that is
             # most of a layer.
             delta = last.begin(delta, residual, step).index_select(0, wanted)
