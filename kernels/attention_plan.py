@@ -29,8 +29,11 @@ from torch import Tensor
 
 from cableway.kernels import decode_work, prefill_work
 from cableway.kernels.cpu import attention as cpu_attention
+from cableway.kernels.cuda import Constants
 from cableway.kernels.kv_cache import NO_SCALES, KVScales, block_size_of, cache_of, check_cache, numbers, scales_of
 from cableway.kernels.registry import Call, call, check, nbytes
+
+_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class Scores:
     sinks: Tensor | None = None  # [num_heads] f32
     chunk: int = 0  # positions are cut into chunks of so many, and a token sees its own chunk; 0 = they are not
     biases: Tensor | None = None  # [num_heads, R + 1] f32, contiguous; not beside slopes
+
+    def in_powers_of_two(self) -> tuple[float, float]:
+        """(scale, cap) for kernels whose weights are 2^score; with a cap, whose tanh(z) is 1 - 2 / (1 + exp(2 z))."""
+        if self.soft_cap:
+            return 2 * self.scale / self.soft_cap * _LOG2_E, self.soft_cap * _LOG2_E
+        return self.scale * _LOG2_E, 0.0
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,18 @@ def _in_chunks(plan: AttentionPlan, chunk: int, block_size: int, num_tokens: int
         min(plan.max_seq_len, chunk),
         plan.invariant,
     )
+
+
+def macros(q: Tensor, cache: Tensor, scores: Scores) -> Constants:
+    """What every kernel of attention in CUDA C++ is compiled for."""
+    (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    return (
+        ("T_NAME", '"bf16"' if q.dtype == torch.bfloat16 else '"f16"'),
+        ("HEAD_DIM", head_dim), ("NUM_KV_HEADS", num_kv_heads), ("GROUP", num_heads // num_kv_heads),
+        ("BLOCK_SIZE", block_size),
+        ("HAS_CAP", int(scores.soft_cap > 0)), ("HAS_WINDOW", int(scores.window > 0)),
+        ("HAS_SLOPES", int(scores.slopes is not None)), ("HAS_SINKS", int(scores.sinks is not None)),
+    )  # fmt: skip
 
 
 def num_bytes(made: Call) -> int:

@@ -7,16 +7,12 @@
 // side along a key; those of different keys keep maxima and sums of their own, which are put together at the end: in a
 // program, and then in the cluster's first.
 
-using u32 = unsigned int;
-using u64 = unsigned long long;
+#include "attention.cuh"
 
-__device__ constexpr int pow2_from(int n, int p) { return p >= n ? p : pow2_from(n, 2 * p); }
 constexpr int NUM_WARPS = NUM_THREADS / 32, PASSES = 4;
-constexpr int CHUNKS = HEAD_DIM / 8, ACROSS = pow2_from(CHUNKS, 1);  // of 16 bytes, a thread each
+constexpr int CHUNKS = HEAD_DIM / 8, ACROSS = pow2(CHUNKS);  // of 16 bytes, a thread each
 constexpr int AT_ONCE = NUM_THREADS / ACROSS, TILE = AT_ONCE * PASSES;  // keys
 constexpr int SLOT_STRIDE = NUM_KV_HEADS * HEAD_DIM, ELEMENTS = GROUP * HEAD_DIM;
-constexpr float LOG2_E = 1.4426950408889634f;
-#define NONE __int_as_float(0xff800000)  // minus infinity
 
 struct Arguments {
     const char *q, *cache;
@@ -32,21 +28,11 @@ struct Part {  // of the sums, for each query head: relative to 2^top
     float top[GROUP], mass[GROUP], sums[ELEMENTS];
 };
 
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ float2 unpacked(u32 both) {
     float2 x;
     asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32." T_NAME " %0, low;\ncvt.f32." T_NAME " %1, high;\n}"
         : "=f"(x.x), "=f"(x.y) : "r"(both));
     return x;
-}
-__device__ __forceinline__ u32 packed(float low, float high) {
-    u32 both;
-    asm("cvt.rn." T_NAME "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
 }
 __device__ __forceinline__ void unpack(float (&x)[8], const uint4& from) {
     const u32 pairs[4] = {from.x, from.y, from.z, from.w};
@@ -188,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS) cluster_decode(const _
     __syncthreads();
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     u32 to;
-    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(to) : "r"((u32)__cvta_generic_to_shared(&parts[rank])));
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(to) : "r"(shared_address(&parts[rank])));
     for (int i = threadIdx.x; i < ELEMENTS; i += NUM_THREADS) {
         const int g = i / HEAD_DIM;
         float most = NONE, sum = 0, total = 0;

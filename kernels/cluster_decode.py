@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import compilation
-from cableway.kernels.attention_plan import AttentionPlan, Scores
-from cableway.kernels.cuda import CudaKernel
+from cableway.kernels.attention_plan import AttentionPlan, Scores, macros
+from cableway.kernels.cuda import CudaKernel, address
 from cableway.kernels.lang import gpu_capability
 
 _KERNEL = CudaKernel("cluster_decode")
 _PARTS = 8
 _MOST_ELEMENTS = 512  # of a KV head's query heads: they are held in registers
 _MOST_CLUSTERS = 8
-_LOG2_E = 1.4426950408889634
 
 
 def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
@@ -41,27 +40,18 @@ def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
 
 
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
-    (num_seqs, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    (num_seqs, num_heads, head_dim), num_kv_heads = q.shape, cache.shape[3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_threads = 512 if num_heads // num_kv_heads * head_dim <= _MOST_ELEMENTS // 2 else 256
-    constants = (
-        ("T_NAME", '"bf16"' if q.dtype == torch.bfloat16 else '"f16"'),
-        ("HEAD_DIM", head_dim), ("NUM_KV_HEADS", num_kv_heads), ("GROUP", num_heads // num_kv_heads),
-        ("BLOCK_SIZE", block_size), ("PARTS", _PARTS), ("NUM_THREADS", num_threads),
-        ("HAS_CAP", int(scores.soft_cap > 0)), ("HAS_WINDOW", int(scores.window > 0)),
-        ("HAS_SLOPES", int(scores.slopes is not None)), ("HAS_SINKS", int(scores.sinks is not None)),
-    )  # fmt: skip
+    constants = (*macros(q, cache, scores), ("PARTS", _PARTS), ("NUM_THREADS", num_threads))
     if q.is_meta:
         compilation.in_background(_KERNEL.cubin, constants)
         return out
-    # The cap's tanh(z) is 1 - 2 / (1 + exp(2 z)).
-    cap = scores.soft_cap
-    scale, cap = (2 * scores.scale / cap, cap * _LOG2_E) if cap else (scores.scale, 0.0)
     tensors = q, cache, out, plan.seq_lens, plan.block_table, scores.slopes, scores.sinks
     arguments = struct.pack(
         "7P3q2fi4x",
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        q.stride(0), cache.stride(0), plan.block_table.stride(0), scale * _LOG2_E, cap, scores.window,
+        *map(address, tensors),
+        q.stride(0), cache.stride(0), plan.block_table.stride(0), *scores.in_powers_of_two(), scores.window,
     )  # fmt: skip
     _KERNEL(
         constants,

@@ -90,6 +90,6 @@ def mark(purpose: str) -> Path:
     """A file in Triton's cache, to be made when all that `purpose` takes has been compiled by these kernels."""
     digest = hashlib.sha256(f"{purpose} {triton.__version__} {gpu_capability()}".encode())
     folder = Path(__file__).parent
-    for source in sorted(path for kind in ("*.py", "*.cu", "tunings/*.json") for path in folder.glob(kind)):
+    for source in sorted(path for kind in ("*.py", "*.cu", "*.cuh", "tunings/*.json") for path in folder.glob(kind)):
         digest.update(source.read_bytes())
     return Path(triton.knobs.cache.dir) / f"cableway-{digest.hexdigest()[:32]}"

@@ -62,23 +62,25 @@ class CudaKernel:
     def cubin(self, constants: Constants) -> bytes:
         """Machine code, compiled or as it was compiled before. Raises RuntimeError with what the compiler says."""
         source = self._path.read_text()
+        headers = {path.name: path.read_text() for path in sorted(self._path.parent.glob("*.cuh"))}
         options = [f"-arch=sm_{gpu_capability()}a", "-std=c++17", *(f"-D{name}={value}" for name, value in constants)]
-        key = repr((source, options)).encode()
+        key = repr((source, headers, options)).encode()
         kept = Path(triton.knobs.cache.dir) / f"cableway-{self.name}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             with NamedTemporaryFile(dir=kept.parent, delete=False) as begun:  # another process may be at it, too
-                begun.write(_compiled(source, self._path.name, options))
+                begun.write(_compiled(source, headers, self._path.name, options))
             os.replace(begun.name, kept)
         return kept.read_bytes()
 
 
-def _compiled(source: str, name: str, options: list[str]) -> bytes:
+def _compiled(source: str, headers: dict[str, str], name: str, options: list[str]) -> bytes:
     try:
         from cupy.cuda import nvrtc
     except ModuleNotFoundError:
         raise RuntimeError(f"{name} has to be compiled by cupy: pip install 'cableway[cuda13]', or [cuda12]") from None
-    program = nvrtc.createProgram(source, name, [], [])
+    texts, names = ([part.encode() for part in parts] for parts in (headers.values(), headers))
+    program = nvrtc.createProgram(source, name, texts, names)
     try:
         nvrtc.compileProgram(program, options)
         return nvrtc.getCUBIN(program)
@@ -86,6 +88,11 @@ def _compiled(source: str, name: str, options: list[str]) -> bytes:
         raise RuntimeError(f"{name} does not compile: {nvrtc.getProgramLog(program)}") from None
     finally:
         nvrtc.destroyProgram(program)
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """For a struct's pointer; of nothing 0."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _attributes(cluster: int, overlaps: bool) -> Iterator[Any]:

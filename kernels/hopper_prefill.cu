@@ -7,21 +7,15 @@
 // The others multiply, 64 rows each, in turns: while one has the tensor cores, the other computes its softmax
 // (FlashAttention-3, Shah et al. 2024).
 
-using u32 = unsigned int;
-using u64 = unsigned long long;
+#include "attention.cuh"
 
 constexpr int ROWS = 128, GROUP_ROWS = 64, WARPGROUP = 128;
-__device__ constexpr int pow2(int n) { return n <= 1 ? 1 : 2 * pow2((n + 1) / 2); }
 constexpr int BLOCK_GROUP = pow2(GROUP), TILE_TOKENS = ROWS / BLOCK_GROUP;
 constexpr int PANELS = (HEAD_DIM + 63) / 64;  // of 64 elements, 128 bytes
 constexpr int PART = PANELS % 2 ? 64 : 128, PARTS = PANELS * 64 / PART;  // columns of one product
 constexpr int SLOT_STRIDE = NUM_KV_HEADS * HEAD_DIM, CHUNKS = HEAD_DIM / 8;  // 16 bytes each
 constexpr int Q_PANEL = GROUP_ROWS * 128, Q_BYTES = ROWS * PANELS * 128;
 constexpr int KV_PANEL = KEYS * 128, KV_BYTES = KV_PANEL * PANELS;
-constexpr float LOG2_E = 1.4426950408889634f;
-#define NONE __int_as_float(0xff800000)  // minus infinity
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // ---- barriers in shared memory: 64 bits each ----
 
@@ -95,16 +89,6 @@ __device__ __forceinline__ void multiply(float (&d)[64], const u32* a, u64 b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." T_NAME "." T_NAME " {" R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
         : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-__device__ __forceinline__ u32 packed(float low, float high) {
-    u32 both;
-    asm("cvt.rn." T_NAME "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 struct Item {  // in shared memory, one a place of queries; without tiles: there is no more to do

@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import struct
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cableway.kernels import compilation
-from cableway.kernels.cuda import CudaKernel
+from cableway.kernels.attention_plan import AttentionPlan, Scores, macros
+from cableway.kernels.cuda import CudaKernel, address
 from cableway.kernels.lang import gpu_capability, num_processors, triton
-
-if TYPE_CHECKING:
-    from cableway.kernels.attention_plan import AttentionPlan, Scores
 
 _KERNEL = CudaKernel("hopper_prefill")
 _NUM_THREADS = 384
 _ROWS, _STAGES = 128, 2
 _PANEL_BYTES = 128  # of a row in shared memory
-_LOG2_E = 1.4426950408889634
 
 
 def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
@@ -45,33 +41,23 @@ def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
 
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: Scores) -> None:
     """Write `out` [T, H, D] for the sequences that paged_decode leaves."""
-    (num_tokens, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
-    group = num_heads // num_kv_heads
-    tile = _ROWS // triton.next_power_of_2(group)
+    (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, cache.shape[3]
+    tile = _ROWS // triton.next_power_of_2(num_heads // num_kv_heads)
     work = plan.prefill_work(num_tokens=num_tokens, tile=tile, skips_singles=True)
     num_panels = -(-head_dim // 64)
     keys, query_slots = 128 if num_panels <= 2 else 64, 2 if num_panels <= 3 else 1
-    constants = (
-        ("T_NAME", '"bf16"' if q.dtype == torch.bfloat16 else '"f16"'),
-        ("HEAD_DIM", head_dim), ("NUM_KV_HEADS", num_kv_heads), ("GROUP", group), ("BLOCK_SIZE", block_size),
-        ("KEYS", keys), ("STAGES", _STAGES), ("Q_SLOTS", query_slots),
-        ("HAS_CAP", int(scores.soft_cap > 0)), ("HAS_WINDOW", int(scores.window > 0)),
-        ("HAS_SLOPES", int(scores.slopes is not None)), ("HAS_SINKS", int(scores.sinks is not None)),
-    )  # fmt: skip
+    constants = (*macros(q, cache, scores), ("KEYS", keys), ("STAGES", _STAGES), ("Q_SLOTS", query_slots))
     if q.is_meta:
         compilation.in_background(_KERNEL.cubin, constants)
         return
-    # The cap's tanh(z) is 1 - 2 / (1 + exp(2 z)).
-    cap = scores.soft_cap
-    scale, cap = (2 * scores.scale / cap, cap * _LOG2_E) if cap else (scores.scale, 0.0)
     num_items, counters = num_kv_heads * len(work), _counters(q.device)
     tensors = (
         q, cache, out, plan.query_start, plan.seq_lens, plan.block_table, work, scores.slopes, scores.sinks, counters
     )  # fmt: skip
     arguments = struct.pack(
         "10P3q2f2i",
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        q.stride(0), cache.stride(0), plan.block_table.stride(0), scale * _LOG2_E, cap, scores.window, num_items,
+        *map(address, tensors),
+        q.stride(0), cache.stride(0), plan.block_table.stride(0), *scores.in_powers_of_two(), scores.window, num_items,
     )  # fmt: skip
     _KERNEL(
         constants,
