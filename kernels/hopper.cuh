@@ -1,0 +1,87 @@
+// What kernels for sm_90a share: barriers, and tensor cores that read shared memory. T_NAME is bf16 or f16.
+#pragma once
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- barriers in shared memory: 64 bits each ----
+
+__device__ __forceinline__ void init_barrier(u32 barrier, int num) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(num));
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+// What ordinary stores and asynchronous copies wrote is seen by the tensor cores.
+__device__ __forceinline__ void fence_for_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Named barriers of threads: some of a program's warps.
+__device__ __forceinline__ void sync_named(int name, int num) {
+    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(num) : "memory");
+}
+__device__ __forceinline__ void arrive_named(int name, int num) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(num) : "memory");
+}
+
+// ---- tensor cores: operands lie in panels of 128-byte rows, whose 16-byte chunks are swapped by row % 8 ----
+
+__device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+// `panel_bytes` from 64 columns to the next 64, where columns are contiguous; eight rows are 1024 bytes.
+__device__ __forceinline__ u64 descriptor(u32 address, int panel_bytes) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {  // in registers, before what comes next
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+#define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
+#define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
+#define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+// d [64, N] = or += a [64, 16] b [N, 16]^T, both in shared memory.
+__device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b, int adds) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." T_NAME "." T_NAME
+        " {" R32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+        : F16(d, 0), F16(d, 16) : "l"(a), "l"(b), "r"(adds));
+}
+__device__ __forceinline__ void multiply_shared(float (&d)[64], u64 a, u64 b, int adds) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." T_NAME "." T_NAME
+        " {" R64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48) : "l"(a), "l"(b), "r"(adds));
+}
+// d [64, N] += a [64, 16] b [16, N]: a in registers, columns of b contiguous.
+__device__ __forceinline__ void multiply(float (&d)[32], const u32* a, u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." T_NAME "." T_NAME " {" R32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+        : F16(d, 0), F16(d, 16) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void multiply(float (&d)[64], const u32* a, u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." T_NAME "." T_NAME " {" R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+        : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ u32 packed(float low, float high) {
+    u32 both;
+    asm("cvt.rn." T_NAME "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
