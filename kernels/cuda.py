@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -93,6 +93,35 @@ def _compiled(source: str, headers: dict[str, str], name: str, options: list[str
 def address(tensor: torch.Tensor | None) -> int:
     """For a struct's pointer; of nothing 0."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> bytes:
+    """How Hopper's copies of boxes [rows, 64 columns] see a matrix in half precision, into panels of 128-byte rows.
+
+    What lies outside it is zeros. Its rows may be strided, by multiples of 16 bytes.
+    """
+    return _tensor_map(matrix.data_ptr(), *matrix.shape, matrix.stride(0) * 2, *box, matrix.dtype == torch.bfloat16)
+
+
+@lru_cache(4096)
+def _tensor_map(
+    start: int, rows: int, columns: int, stride: int, box_rows: int, box_columns: int, is_bf16: bool
+) -> bytes:
+    from cuda.bindings import driver as cu
+
+    kinds = cu.CUtensorMapDataType
+    made = _checked(
+        cu.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bf16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, start,
+            [cu.cuuint64_t(columns), cu.cuuint64_t(rows)], [cu.cuuint64_t(stride)],
+            [cu.cuuint32_t(box_columns), cu.cuuint32_t(box_rows)], [cu.cuuint32_t(1)] * 2,
+            cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )  # fmt: skip
+    return ctypes.string_at(made.getPtr(), 128)
 
 
 def _attributes(cluster: int, overlaps: bool) -> Iterator[Any]:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cableway.kernels import hopper_linear
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 from cableway.kernels.tuning import OF_BYTES, Tunable
@@ -131,10 +132,12 @@ _LONG = Tuning(block_out=16, block_in=128, parts=4, num_warps=4, num_stages=3)
 _MOST_TOKENS, _MOST_IN, _MOST_BYTES = 16, 3072, 1 << 24
 
 
-def pays(num_tokens: int, matrix: Tensor) -> bool:
+def pays(x: Tensor, matrix: Tensor) -> bool:
     """Whether this is faster than a library's product, as it is where matrices are small."""
+    if hopper_linear.fits(x, matrix):
+        return True
     is_small = matrix.shape[1] <= _MOST_IN and matrix.nbytes <= _MOST_BYTES and matrix.element_size() == 2
-    return is_small and num_tokens <= _MOST_TOKENS
+    return is_small and len(x) <= _MOST_TOKENS
 
 
 class Key(NamedTuple):
@@ -170,6 +173,8 @@ def launch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False,
     out: Tensor | None = None, invariant: bool = False, tuned: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
+    if not tuned and not invariant and hopper_linear.fits(x, weight):
+        return hopper_linear.launch(x, weight, bias, gated=gated, out=out)
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
     t = tuned or (INVARIANT if invariant else tuning(Key(num_out, num_in, gated, x.element_size())))
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if out is None else out
@@ -208,6 +213,14 @@ tuning = Tunable("few_rows", Key, Tuning, rule=_rule, candidates=_candidates, ma
     cases=[
         *grid(num_tokens=(1, 7), num_out=(5, 64), num_in=(64, 576), dtype=FLOATS, gated=(False, True)),
         *grid(num_tokens=(33,), num_out=(40,), num_in=(576,), dtype=FLOATS[1:], to_float32=(True,)),
+        *grid(
+            num_tokens=(16, 17, 100),
+            num_out=(208,),
+            num_in=(1096,),
+            dtype=FLOATS[1:],
+            gated=(False, True),
+            biased=(True,),
+        ),
         *grid(num_tokens=(70,), num_out=(40,), num_in=(200,), dtype=FLOATS, gated=(False, True), invariant=(True,)),
         *grid(
             num_tokens=(5,),

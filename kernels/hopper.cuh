@@ -22,8 +22,8 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
-// What ordinary stores and asynchronous copies wrote is seen by the tensor cores.
-__device__ __forceinline__ void fence_for_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What ordinary stores and cp.async wrote is seen by tensor cores and bulk copies.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Named barriers of threads: some of a program's warps.
 __device__ __forceinline__ void sync_named(int name, int num) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(num) : "memory");
@@ -52,22 +52,24 @@ template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {  // in re
 
 #define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
 #define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
-#define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define R16 R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+    ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // d [64, N] = or += a [64, 16] b [N, 16]^T, both in shared memory.
-__device__ __forceinline__ void multiply_shared(float (&d)[32], u64 a, u64 b, int adds) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." T_NAME "." T_NAME
-        " {" R32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-        : F16(d, 0), F16(d, 16) : "l"(a), "l"(b), "r"(adds));
-}
-__device__ __forceinline__ void multiply_shared(float (&d)[64], u64 a, u64 b, int adds) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." T_NAME "." T_NAME
-        " {" R64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-        : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48) : "l"(a), "l"(b), "r"(adds));
-}
+#define MULTIPLY_SHARED(N, REGISTERS, A, B, ADDS, ...)                                                            \
+    __device__ __forceinline__ void multiply_shared(float (&d)[N / 2], u64 a, u64 b, int adds) {                  \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADDS ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N      \
+                     "k16.f32." T_NAME "." T_NAME " {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}"          \
+                     : __VA_ARGS__ : "l"(a), "l"(b), "r"(adds));                                                  \
+    }
+MULTIPLY_SHARED(16, R8, 8, 9, 10, F4(d, 0), F4(d, 4))
+MULTIPLY_SHARED(32, R16, 16, 17, 18, F16(d, 0))
+MULTIPLY_SHARED(64, R32, 32, 33, 34, F16(d, 0), F16(d, 16))
+MULTIPLY_SHARED(128, R64, 64, 65, 66, F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48))
+
 // d [64, N] += a [64, 16] b [16, N]: a in registers, columns of b contiguous.
 __device__ __forceinline__ void multiply(float (&d)[32], const u32* a, u64 b) {
     asm volatile(

@@ -231,13 +231,13 @@ template <bool IS_CUT, bool IS_FIRST> __device__ __forceinline__ void next_tile(
     const bool releases = threadIdx.x % 32 == 0;  // once a warp
     const int stage = tile % STAGES, before = (tile + STAGES - 1) % STAGES;
     wait(places.keys_full + stage * 8, tile / STAGES & 1);
-    fence_for_tensor_cores();
+    fence_async();
     sync_named(1 + warpgroup, 2 * WARPGROUP);
     begin_products();
     begin_scores(scores, q, descriptor(places.keys + stage * KV_BYTES, 0));
     if (!IS_FIRST) {
         wait(places.values_full + before * 8, (tile - 1) / STAGES & 1);
-        fence_for_tensor_cores();
+        fence_async();
         begin_sums(sums, weights, descriptor(places.values + before * KV_BYTES, KV_PANEL));
     }
     arrive_named(2 - warpgroup, 2 * WARPGROUP);
@@ -277,7 +277,7 @@ __device__ __forceinline__ void attend(
             next_tile<true, false>(tile++, first_key, a, places, q, warpgroup, rows, scores, weights, sums);
     const int stage = (tile - 1) % STAGES;
     wait(places.values_full + stage * 8, (tile - 1) / STAGES & 1);
-    fence_for_tensor_cores();
+    fence_async();
     begin_products();
     begin_sums(sums, weights, descriptor(places.values + stage * KV_BYTES, KV_PANEL));
     wait_products<0>();

@@ -62,7 +62,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: S
     _KERNEL(
         constants,
         arguments,
-        num_programs=min(num_items, num_processors(q.device)),
+        num_programs=min(num_items, num_processors()),
         num_threads=_NUM_THREADS,
         shared_bytes=(query_slots * _ROWS + 2 * _STAGES * keys) * num_panels * _PANEL_BYTES + 1024,
     )

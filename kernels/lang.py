@@ -83,6 +83,6 @@ def gpu_capability() -> int:
 
 
 @cache
-def num_processors(device: torch.device) -> int:
-    """Of a GPU. The interpreter has none; a few make it cut sequences as a GPU does."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+def num_processors() -> int:
+    """Of the GPU that kernels are launched on. Without one a few make the interpreter cut sequences as a GPU does."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 8

@@ -133,7 +133,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank:
 def launch_tuned(q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, rank: int) -> Tensor:
     (num_tokens, num_heads, width), num_seqs = q.shape, len(plan.seq_lens)
     num_tiles = triton.cdiv(num_heads, tuning.heads)
-    num_places = max(num_processors(q.device) * tuning.programs_a_processor // num_tiles, 1)
+    num_places = max(num_processors() * tuning.programs_a_processor // num_tiles, 1)
     # As many stretches of sequences of one length as there are places for at once, and not some more.
     num_shares = max(num_places // num_seqs, 1) * min(num_seqs, num_places)
     work, _ = plan.decode_work(

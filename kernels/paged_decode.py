@@ -46,8 +46,9 @@ class Tuning(NamedTuple):
     early: bool = False  # the first tile is loaded before the kernel before is done, and none through shared memory
 
 
-MANY = Tuning(tile_bytes=1 << 13, num_warps=1, num_stages=2)  # small, as more of them hide each other's beginnings
-SOME = Tuning(num_warps=2, num_stages=2)
+MANY = Tuning(tile_bytes=1 << 13, num_warps=1, num_stages=2, shares_a_processor=28)
+"""Small tiles, as more programs hide each other's beginnings, and of uneven sequences short stretches."""
+SOME = MANY._replace(shares_a_processor=14)
 FEW = Tuning(
     tile_bytes=1 << 15, most_tile_keys=128, num_warps=8, num_stages=1, shares_a_processor=1, least_stretch_keys=512,
     early=True,
@@ -323,7 +324,7 @@ def launch(
     block_dim = max(triton.next_power_of_2(head_dim), 16)
     block_group = triton.next_power_of_2(group)
     tile = min(max(chosen.tile_bytes // (block_dim * q.element_size()), 16), chosen.most_tile_keys)
-    num_shares = max(chosen.shares_a_processor * num_processors(q.device) // num_kv_heads, 1)
+    num_shares = max(chosen.shares_a_processor * num_processors() // num_kv_heads, 1)
     slopes, sinks = scores.slopes if scores.biases is None else scores.biases, scores.sinks
     num_works = len(plan._decode_works)
     work, arrivals = plan.decode_work(

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from cableway.kernels import cluster_decode, hopper_prefill
+from cableway.kernels import cluster_decode, hopper_linear, hopper_prefill
 from cableway.kernels.attention_plan import make
 from cableway.kernels.cuda import CudaKernel
 
@@ -53,6 +53,37 @@ def test_decode_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch)
     ((cubin, rest, num_argument_bytes),) = found
     assert cubin.startswith(b"\x7fELF")
     assert (rest, num_argument_bytes) == (0, 7 * 8 + 3 * 8 + 4 * 4)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 17, 64, 128])
+@pytest.mark.parametrize(("num_out", "num_in"), [(4096, 1024), (1024, 3072), (48, 72), (208, 4096)])
+@pytest.mark.parametrize(
+    ("dtype", "gated", "biased", "out_dtype"),
+    [
+        (torch.bfloat16, False, False, None),
+        (torch.bfloat16, True, True, None),
+        (torch.float16, False, True, torch.float32),
+    ],
+)
+def test_linear_compiles(num_tokens, num_out, num_in, dtype, gated, biased, out_dtype, monkeypatch: pytest.MonkeyPatch):
+    found = []
+
+    def only_compile(kernel, constants, arguments, *, num_programs, cluster, shared_bytes, **rest):
+        found.append((kernel.cubin(constants), num_programs % cluster, shared_bytes, len(arguments)))
+
+    monkeypatch.setattr(CudaKernel, "__call__", only_compile)
+    for name in ("cuda", "hopper_linear"):
+        monkeypatch.setattr(f"cableway.kernels.{name}.gpu_capability", lambda: 90)
+    monkeypatch.setattr(hopper_linear, "num_processors", lambda: 132)
+    monkeypatch.setattr(hopper_linear, "tensor_map", lambda *_: bytes(128))
+    x, weight = torch.empty(num_tokens, num_in, dtype=dtype), torch.empty(num_out * (1 + gated), num_in, dtype=dtype)
+    assert hopper_linear.fits(x, weight)
+    out = torch.empty(num_tokens, num_out, dtype=out_dtype) if out_dtype else None
+    hopper_linear.launch(x, weight, weight[:, 0].contiguous() if biased else None, gated=gated, out=out)
+    ((cubin, rest, shared_bytes, num_argument_bytes),) = found
+    assert cubin.startswith(b"\x7fELF")
+    assert shared_bytes <= (227 << 10) - 512  # and what the file declares
+    assert (rest, num_argument_bytes) == (0, 320)  # a multiple of the 64 bytes that tensor maps are aligned to
 
 
 def test_what_does_not_compile_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch):
