@@ -112,6 +112,7 @@ def _rope_and_write(
 _MANY_TOKENS = 32
 _ELEMENTS_A_PROGRAM = 256, 1024
 """For few tokens, and for many."""
+_ELEMENTS_A_WARP = 256
 
 
 def launch(
@@ -131,7 +132,7 @@ def launch(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HALF=angles.cos_sin.shape[1] // 2,
         BLOCK_SIZE=block_size_of(cache), ROWS_A_BLOCK=cache.shape[2], HAS_NORMS=norms is not None,
         BLOCK_HEADS=block_heads, BLOCK_DIM=block_dim,
-        num_warps=min(max(block_heads * block_dim // 256, 1), 4), **overlapping(),
+        num_warps=min(max(block_heads * block_dim // _ELEMENTS_A_WARP, 1), 4), **overlapping(),
     )  # fmt: skip
     return out
 

@@ -97,7 +97,8 @@ def _steps(config: WorkerConfig) -> Iterator[Chunks]:
     """Steps without graphs: of one token a row, of prompts, and of both."""
     longest = min(config.max_num_batched_tokens, config.max_model_len)
     most = min(config.max_num_seqs, longest)
-    for lengths in ([1], [1] * min(2, most), [1] * most, [2], [min(17, longest)], [longest], [1, max(longest - 1, 1)]):
+    prompts = ([min(length, longest)] for length in (2, 17, 33, 65, longest))
+    for lengths in ([1], [1] * min(2, most), [1] * most, *prompts, [1, max(longest - 1, 1)]):
         if len(lengths) <= config.max_num_seqs:
             yield _chunks(lengths)
 

@@ -76,7 +76,7 @@ def test_every_kind_of_step_is_rehearsed_and_none_is_run(
 ):
     config = worker_config(checkpoint, dtype="float16", max_num_seqs=20, enforce_eager=enforce_eager)
     found = rehearsed(config, monkeypatch)
-    assert found >= KERNELS | OF_DRAWS
+    assert found >= KERNELS | OF_DRAWS | {"hopper_linear"}
     assert found & {"hopper_prefill", "_paged_prefill"}
 
 
@@ -99,7 +99,7 @@ def test_an_outline_asks_for_the_tunings_of_its_shapes(checkpoint: Path, absent_
     rehearsed(worker_config(checkpoint, dtype="float16", kv_cache_dtype="int8", max_num_seqs=20), monkeypatch)
     asked = {name: set(tunable.asked) for name, tunable in tunables.items()}
     assert asked["gemv"] >= {(128, 64, False, 2), (64, 64, False, 2), (96, 64, True, 2), (64, 96, False, 2)}
-    assert asked["few_rows"] == asked["gemv"]
+    assert not asked["few_rows"]  # Hopper has a kernel that needs none
     assert asked["paged_decode"] == {(4, 2, 16, 2, 1, 16), (4, 2, 16, 2, 1, 96)}
     assert asked["paged_prefill"] == {(4, 2, 16, 2, 1)}
 
