@@ -11,10 +11,10 @@ Bytes bound many sequences. A few leave most of a GPU idle and wait for one prog
 tile before the kernel that makes the newest key is done (EARLY), and has more warps on longer tiles.
 
 PERF, H200, 8 KV heads of 128, bf16, us a launch in a graph whose caches do not fit the L2 cache; in brackets the bytes
-at 4.3 TB/s: 4 x 200 6.5 (1), 16 x 200 8.8 (3), 64 x 200 19 (12), 64 x 1,024 65 (62), 256 x 160 46 (39), 256 x 300 81
-(73), 256 x 1,200 293 (293); tiles of 64 keys for these, too: 54, 88, 299. In a step of one token: 3.3 a layer to 256
-keys, 5.8 to 512. Sums over keys without matrix units, two tiles at once or prefetches of later tiles to the L2 cache:
-all slower.
+at 4.3 TB/s: 4 x 200 6.5 (1), 16 x 200 8.8 (3), 64 x 300 25 (18), 128 x 160 25 (20), 256 x 160 46 (39), 256 x 300 83
+(73), 256 x 1,100 274 (270); of uneven lengths 54 x 1,327 78 (68), 170 x 959 169 (155), 256 x 623 168 (152), where whole
+sequences took 109, 210, 180. In a step of one token: 3.3 a layer to 256 keys, 5.8 to 512. Sums over keys without matrix
+units, two tiles at once or prefetches of later tiles to the L2 cache: all slower.
 """
 
 from __future__ import annotations
@@ -107,6 +107,27 @@ def _load_tile(
         sizes = NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK
         k_scale = scales_at(keys_ptr, block, key, key_inside, kv_head, *sizes)
         v_scale = scales_at(keys_ptr + value_offset, block, key, key_inside, kv_head, *sizes)
+    return k, v, k_scale, v_scale
+
+
+@jit
+def _with_newest(
+    tile, is_newest, keys_ptr, value_offset, block, newest, kv_head,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS_A_BLOCK: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, HAS_SCALES: tl.constexpr,
+):  # fmt: skip
+    """A tile whose key `newest` (-1: there is none) was not there yet when it was loaded, with that key."""
+    k, v, k_scale, v_scale = tile
+    dim = tl.arange(0, BLOCK_DIM)
+    inside = dim < tl.where(newest >= 0, HEAD_DIM, 0)
+    place = keys_ptr + ((block * ROWS_A_BLOCK + newest % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim
+    k = tl.where(is_newest[:, None], tl.load(place, mask=inside, other=0.0)[None, :], k)
+    v = tl.where(is_newest[:, None], tl.load(place + value_offset, mask=inside, other=0.0)[None, :], v)
+    if HAS_SCALES:
+        sizes = NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK
+        k_scale = tl.where(is_newest, scales_at(keys_ptr, block, newest, newest >= 0, kv_head, *sizes), k_scale)
+        v_newest_scale = scales_at(keys_ptr + value_offset, block, newest, newest >= 0, kv_head, *sizes)
+        v_scale = tl.where(is_newest, v_newest_scale, v_scale)
     return k, v, k_scale, v_scale
 
 
@@ -245,7 +266,7 @@ def _paged_decode(
             # All keys but the newest, which the kernel before may not have written yet, lie there from earlier steps.
             key, newest = first_key + tl.arange(0, TILE), end_key - 1
             block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < newest, other=0)
-            k, v, k_scale, v_scale = _load_tile(
+            tile = _load_tile(
                 cache_ptr, value_offset, block, key, newest, kv_head,
                 NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, BLOCK_DIM, HAS_SCALES,
             )  # fmt: skip
@@ -261,20 +282,10 @@ def _paged_decode(
         first_head = kv_head * GROUP
         q = tl.load(q_ptr + sequence * q_stride + first_head * HEAD_DIM + element, mask=inside, other=0.0)
         if EARLY:
-            is_newest, has_newest = key == newest, dim < tl.where(newest >= 0, HEAD_DIM, 0)
-            slot = newest_block * ROWS_A_BLOCK + newest % BLOCK_SIZE
-            newest_ptr = cache_ptr + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim
-            newest_k = tl.load(newest_ptr, mask=has_newest, other=0.0)
-            newest_v = tl.load(newest_ptr + value_offset, mask=has_newest, other=0.0)
-            k = tl.where(is_newest[:, None], newest_k[None, :], k)
-            v = tl.where(is_newest[:, None], newest_v[None, :], v)
-            if HAS_SCALES:
-                sizes = NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK
-                newest_k_scale = scales_at(cache_ptr, newest_block, newest, newest >= 0, kv_head, *sizes)
-                newest_v_scale = scales_at(cache_ptr + value_offset, newest_block, newest, newest >= 0, kv_head, *sizes)
-                k_scale = tl.where(is_newest, newest_k_scale, k_scale)
-                v_scale = tl.where(is_newest, newest_v_scale, v_scale)
-            tile = k, v, k_scale, v_scale
+            tile = _with_newest(
+                tile, key == newest, cache_ptr, value_offset, newest_block, newest, kv_head,
+                NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, BLOCK_DIM, HAS_SCALES,
+            )  # fmt: skip
         top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
         mass, slope, last_key = tl.zeros((BLOCK_ROWS,), tl.float32), top, 0
         if REACH:
