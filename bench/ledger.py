@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from cableway.kernels.cuda import CudaKernel
 from cableway.kernels.lang import triton
 from cableway.kernels.registry import Call, Kernel, kernels
 
@@ -31,7 +32,7 @@ class Entry:
 
 
 class Ledger(TorchFunctionMode):
-    """Books what runs inside it: `entries` by name, and for each Triton function the `owners` that launched it."""
+    """Books what runs inside it: `entries` by name, and for each function on the GPU the `owners` that launched it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +51,14 @@ class Ledger(TorchFunctionMode):
             self.owners[function.__name__] = self._current
             return run(function, *args, **options)
 
+        call = CudaKernel.__call__
+
+        def noted_cuda(function: CudaKernel, *args: Any, **options: Any) -> None:
+            self.owners[function.name] = self._current
+            call(function, *args, **options)
+
         self._patches.enter_context(patch.object(triton.runtime.JITFunction, "run", noted))
+        self._patches.enter_context(patch.object(CudaKernel, "__call__", noted_cuda))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -13,6 +13,7 @@ from cableway.bench.gpu_step import joined
 from cableway.bench.ledger import PRODUCTS, Entry, Ledger
 from cableway.bench.step import command
 from cableway.kernels.block_copy import block_copy
+from cableway.kernels.cuda import CudaKernel
 from tests import checkpoints
 
 triton = pytest.importorskip("triton")
@@ -46,6 +47,15 @@ def test_kernels_and_products_are_booked(monkeypatch: pytest.MonkeyPatch):
     assert ledger.owners == {"_block_copy": "block_copy"}
     block_copy(cache, pairs)
     assert ledger.entries["block_copy"].calls == 2
+
+
+def test_a_kernel_in_cuda_belongs_to_what_launches_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CudaKernel, "__call__", lambda *_: None)
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", lambda *_, **__: CudaKernel("inner")())
+    with Ledger() as ledger:
+        block_copy(torch.empty(2, 4, 8, 2, 16, device="meta"), torch.empty(3, 2, dtype=torch.int64, device="meta"))
+        CudaKernel("outer")()
+    assert ledger.owners == {"_block_copy": "block_copy", "inner": "block_copy", "outer": ""}
 
 
 def test_times_are_joined_with_what_is_booked():
