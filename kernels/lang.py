@@ -34,12 +34,13 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.runtime.errors import OutOfResources
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     jit = triton.jit
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
-    triton = tl = gdc_launch_dependents = gdc_wait = OutOfResources = None
+    triton = tl = gdc_launch_dependents = gdc_wait = OutOfResources = TensorDescriptor = None
 
     class Absent:
         """A kernel that cannot be launched."""

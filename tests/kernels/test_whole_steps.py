@@ -14,6 +14,7 @@ from cableway.ipc.messages import Sampling
 from cableway.kernels.registry import kernels
 from cableway.workers import formats, memory, warm_up
 from cableway.workers.batch import Decoder
+from cableway.workers.formats.experts import Together
 from cableway.workers.formats.gpu import OnGpu
 from cableway.workers.runner import Runner
 from tests import checkpoints
@@ -46,6 +47,7 @@ def use_gpu_forms(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "mm", multiply)
     monkeypatch.setattr(formats, "choose", lambda encodings, num_out, num_in, place: OnGpu(place))
+    monkeypatch.setattr(formats, "choose_for_experts", lambda encodings, num_out, num_in, place: Together(place))
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_a_dry_run_leaves_no_trace(config: WorkerConfig, as_on_gpu: Decoder):
 @pytest.mark.parametrize(
     "name",
     [
-        *("Mamba2", "Qwen3Next", "DeepseekV3"),
+        *("Mamba2", "Qwen3Next", "DeepseekV3", "GptOss"),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("Mamba", "RecurrentGemma")),
     ],
 )

@@ -157,9 +157,8 @@ class AltUpDecoder(Decoder):
     def leave(self, delta: Tensor, residual: Tensor) -> Tensor:
         streams = residual.add_(delta).to(delta.dtype)
         first, others = streams[0], streams[1:]
-        offsets = torch.arange(len(streams), dtype=torch.int32, device=streams.device) * len(first)
-        numbers = torch.arange(len(others), device=streams.device).repeat_interleave(len(first))
-        joined = self.join(others.flatten(0, 1), numbers, offsets).view(others.shape)
+        numbers = torch.arange(len(others), dtype=torch.int32, device=streams.device).repeat_interleave(len(first))
+        joined = self.join(others.flatten(0, 1), self.join.order(numbers[:, None])).view(others.shape)
         joined = torch.cat((first[None], _as_long_as(first, joined)))
         return self.norm_out(joined.float().mean(0).to(delta.dtype))
 

@@ -3,24 +3,22 @@
 Key: T tokens, X experts, K of them a token, E hidden.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cableway.kernels.choose_experts import choose_experts
 from cableway.workers import formats
 from cableway.workers.blocks.block import Block, Slot
 from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mlp import Activation, ClampedGate
 from cableway.workers.formats.base import Place
+from cableway.workers.formats.experts import Order
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
-
-
-def softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(-1)
 
 
 class Groups(NamedTuple):
@@ -30,19 +28,12 @@ class Groups(NamedTuple):
     kept: int
     best: int
 
-    def only(self, scores: Tensor) -> Tensor:
-        """scores [T, X], -inf in the other groups"""
-        by_group = scores.unflatten(-1, (self.num, -1))
-        chosen = by_group.topk(self.best, -1).values.sum(-1).topk(self.kept, -1).indices
-        others = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter_(-1, chosen, False)
-        return by_group.masked_fill(others[..., None], float("-inf")).flatten(-2)
-
 
 class Router(Block):
     """The K experts of a token and their weights.
 
     Args:
-        score: of the gate's logits.
+        score: of the gate's logits, "softmax" or "sigmoid".
         correction: a checkpoint's number an expert, added to scores for the choice alone.
         groups: which experts may be chosen together.
         renorm: weights of a token are divided by their sum and this; None = they are not.
@@ -50,27 +41,18 @@ class Router(Block):
     """
 
     def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, *, score: Callable[[Tensor], Tensor] = softmax,
-        correction: bool = False, groups: Groups | None = None, renorm: float | None = None, scale: float = 1.0,
-        bias: bool = False,
+        self, hidden_size: int, num_experts: int, top_k: int, *, score: str = "softmax", correction: bool = False,
+        groups: Groups | None = None, renorm: float | None = None, scale: float = 1.0, bias: bool = False,
     ):  # fmt: skip
         experts = Axis("experts", num_experts)
         self.gate = Linear(experts, Axis("embed", hidden_size), bias=bias)
         self.correction = Vector(experts) if correction else None
-        self.top_k, self.score, self.groups = top_k, score, groups
-        self.renorm, self.scale = renorm, scale
+        some = groups if groups is not None and groups.kept < groups.num else None
+        self._rule = {"top_k": top_k, "score": score, "groups": some, "renorm": renorm, "scale": scale}
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, E] -> weights [T, K] f32, experts [T, K] i64"""
-        scores = self.score(self.gate(x).float())
-        choice = scores if self.correction is None else scores + self.correction.weight
-        if self.groups is not None:
-            choice = self.groups.only(choice)
-        experts = choice.topk(self.top_k, -1).indices
-        weights = scores.gather(-1, experts)
-        if self.renorm is not None:
-            weights = weights / (weights.sum(-1, keepdim=True) + self.renorm)
-        return weights * self.scale, experts
+        """x [T, E] -> weights [T, K] f32, experts [T, K] i32"""
+        return choose_experts(self.gate(x), None if self.correction is None else self.correction.weight, **self._rule)
 
 
 class SparseMixer(Block):
@@ -93,7 +75,7 @@ class SparseMixer(Block):
             weights.append(left.masked_fill(is_far, float("-inf")).softmax(-1).gather(-1, expert))
             experts.append(expert)
             left = left.scatter(-1, expert, float("-inf"))
-        return torch.cat(weights, -1), torch.cat(experts, -1)
+        return torch.cat(weights, -1), torch.cat(experts, -1).int()
 
 
 class Experts(Slot):
@@ -123,10 +105,21 @@ class Experts(Slot):
             if mesh.is_cut(self._in) and mesh.tp_rank > 0:
                 self._bias.zero_()  # it is added once, by rank 0
 
-    def __call__(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-        """x [M, in], in the order of experts [M] i64, those of expert e from offsets[e] on -> [M, out]"""
-        y = self._form.apply(x, self._params, offsets)
-        return y if self._bias is None else y.add_(self._bias.index_select(0, experts))
+    def order(self, experts: Tensor) -> Order:
+        """What of experts [T, K] i32 is for which."""
+        return self._form.order(experts, self._num_experts)
+
+    def __call__(self, x: Tensor, order: Order, *, gated: bool = False) -> Tensor:
+        """x [T, in], or [T * K, in] where each of a token's experts has a row of its own -> [T * K, out], as `order`
+        has them; silu(first half) * second half where gated"""
+        return self._form.inward(x, self._params, self._bias, order, gated=gated)
+
+    def joined(
+        self, x: Tensor, order: Order, weights: Tensor, other: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """x [T * K, in], as `order` has them -> the sum of a token's experts by their weights [T, K], and of `other`
+        [T, out] by the sigmoid of `gate` [T, 1] where there is one [T, out]"""
+        return self._form.joined(x, self._params, self._bias, order, weights, other, gate)
 
 
 class MoE(Block):
@@ -144,6 +137,7 @@ class MoE(Block):
         self.router = router
         self.gate_up = Experts(num_experts, {"gate": ffn, "up": ffn}, hidden, bias=bias)
         self.act = act or Activation("silu")
+        self._is_silu = isinstance(self.act, Activation) and self.act.kind == "silu"
         self.down = Experts(num_experts, {"": hidden}, ffn, bias=bias)
         self.shared = shared
         self.shared_gate = Linear(Axis("one", 1), hidden) if shared_gate else None
@@ -155,33 +149,26 @@ class MoE(Block):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, E] -> [T, E]"""
-        y = self.routed(x)
-        if self._reduce is not None:
-            y = self._reduce(y)
-        if self.shared is None:
-            return y
-        other = self.shared(x)
-        return y.add_(other if self.shared_gate is None else other * sigmoid(self.shared_gate(x)))
+        other = None if self.shared is None else self.shared(x)
+        gate = None if self.shared_gate is None else self.shared_gate(x)
+        if self._reduce is None:
+            return self.routed(x, other, gate)
+        y = self._reduce(self.routed(x))
+        return y if other is None else y.add_(other if gate is None else other * sigmoid(gate))
 
-    def routed(self, x: Tensor) -> Tensor:
-        """What this rank's share of the experts gives."""
+    def routed(self, x: Tensor, *also: Tensor | None) -> Tensor:
+        """What this rank's share of the experts gives, and what is to be added."""
         weights, experts = self.router(x)
-        y = self.through(x.repeat_interleave(experts.shape[1], 0), experts)
-        return (y.float() * weights[..., None]).sum(1).to(x.dtype)
+        return self.through(x, experts, weights, *also)
 
-    def through(self, x: Tensor, experts: Tensor) -> Tensor:
-        """x [T * K, E], a row for each of experts [T, K] -> what that expert makes of it [T, K, E]"""
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.zeros(self.num_experts + 1, dtype=torch.int32, device=x.device)
-        offsets = counts.index_add_(0, flat + 1, torch.ones_like(flat, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
-        chosen = flat.index_select(0, order)
-        y = self.down(self.inner(x.index_select(0, order), chosen, offsets), chosen, offsets)
-        return torch.empty_like(y).index_copy_(0, order, y).view(*experts.shape, -1)
+    def through(self, x: Tensor, experts: Tensor, weights: Tensor, *also: Tensor | None) -> Tensor:
+        """x [T, E], or [T * K, E] with a row for each of experts [T, K] -> their sum by weights [T, K] f32 [T, E]"""
+        order = self.down.order(experts)
+        return self.down.joined(self.inner(x, order), order, weights, *also)
 
-    def inner(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-        """What `down` is given, of x [M, in], in the order of experts [M]."""
-        return self.act.gate(self.gate_up(x, experts, offsets))
+    def inner(self, x: Tensor, order: Order) -> Tensor:
+        """What `down` is given."""
+        return self.gate_up(x, order, gated=True) if self._is_silu else self.act.gate(self.gate_up(x, order))
 
 
 class PlainMoE(MoE):
@@ -207,36 +194,33 @@ class PlainMoE(MoE):
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, E] -> [T, E]"""
         weights, experts = self.router(x)
-        rows = x if self.narrow is None else self.narrow(x)
-        y = self.through(rows.repeat_interleave(experts.shape[1], 0), experts)
-        y = (y.float() * weights[..., None]).sum(1).to(x.dtype)
+        y = self.through(x if self.narrow is None else self.narrow(x), experts, weights)
         if self._reduce is not None:
             y = self._reduce(y)
         return (y if self.widen is None else self.widen(y)).add_(self.shared(x))
 
-    def inner(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-        return self.act(self.up(x, experts, offsets))
+    def inner(self, x: Tensor, order: Order) -> Tensor:
+        return self.act(self.up(x, order))
 
 
 class InputMoE(MoE):
     """Llama 4: what goes into an expert is weighted, not what comes out."""
 
-    def routed(self, x: Tensor) -> Tensor:
+    def routed(self, x: Tensor, *also: Tensor | None) -> Tensor:
         weights, experts = self.router(x)
         weighted = (x[:, None] * weights[..., None].to(x.dtype)).flatten(0, 1)
-        return self.through(weighted, experts).float().sum(1).to(x.dtype)
+        return self.through(weighted, experts, torch.ones_like(weights), *also)
 
 
 class IdentityMoE(MoE):
     """LongCat: the router knows more experts than there are; the others give back what they are given."""
 
-    def routed(self, x: Tensor) -> Tensor:
+    def routed(self, x: Tensor, *also: Tensor | None) -> Tensor:
         weights, experts = self.router(x)
         is_real = experts < self.num_experts
-        y = self.through(x.repeat_interleave(experts.shape[1], 0), experts.where(is_real, 0)).float()
+        y = self.through(x, experts.where(is_real, 0), weights * is_real, *also)
         part = (~is_real * weights).sum(-1, keepdim=True) * x.float()
-        routed = (y * (weights * is_real)[..., None]).sum(1)
-        return (routed + part / self._num_ranks).to(x.dtype)
+        return (y.float() + part / self._num_ranks).to(x.dtype)
 
     def prepare(self, place: Place) -> None:
         super().prepare(place)

@@ -5,7 +5,6 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.layers import Layer, MixerLayer, MLPLayer, TwoMixerLayer
 from cableway.workers.blocks.mamba import Mamba, Mamba2
 from cableway.workers.blocks.mlp import MLP, Activation, PlainMLP
@@ -298,7 +297,7 @@ def _nemotron_experts(c: NemotronHConfig) -> PlainMoE:
         c.hidden_size,
         c.num_experts,
         c.num_experts_per_tok,
-        score=sigmoid,
+        score="sigmoid",
         correction=True,
         groups=Groups(c.n_group, c.topk_group, 2),
         renorm=1e-20 if c.norm_topk_prob else None,

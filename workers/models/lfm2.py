@@ -4,7 +4,6 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.mamba import ShortConv
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
@@ -73,7 +72,7 @@ def lfm2(c: Lfm2Config) -> Decoder:
     moe = None
     if c.num_experts:
         renorm = 1e-6 if c.norm_topk_prob else None
-        router = {"score": sigmoid, "correction": c.use_expert_bias, "renorm": renorm}
+        router = {"score": "sigmoid", "correction": c.use_expert_bias, "renorm": renorm}
         moe = mixture(c, scale=c.routed_scaling_factor, **router)
     mlps = [dense if moe is None or i < c.num_dense_layers else moe for i in range(c.num_hidden_layers)]
     return on_frame(c, c.by_layer(c.layer_types, {"full_attention": attention, "conv": conv}), mlps)

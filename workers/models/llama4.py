@@ -5,7 +5,6 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, LateNormAttention, Temper, TemperedAttention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.mlp import MLP, Activation
 from cableway.workers.blocks.moe import InputMoE, Router
 from cableway.workers.blocks.norm import RMSScale
@@ -82,7 +81,7 @@ def llama4(c: Llama4Config) -> Decoder:
     far = Attention.of(c, rope=None, **biases)
     if c.attn_temperature_tuning:
         far = TemperedAttention.of(c, rope=None, temper=Temper(c.floor_scale, c.attn_scale, 1), **biases)
-    router = Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, score=sigmoid)
+    router = Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, score="sigmoid")
     moe = InputMoE(
         c.hidden_size,
         c.intermediate_size,

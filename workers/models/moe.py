@@ -5,7 +5,6 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, ClippedAttention, LateNormAttention, SinkAttention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP, Activation, ClampedGate
 from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer
@@ -305,7 +304,7 @@ def sigmoid_mixture(c: MoEConfig) -> MoE:
     return mixture(
         c,
         shared=shared_experts(c),
-        score=sigmoid,
+        score="sigmoid",
         correction=True,
         groups=Groups(c.n_group, c.topk_group, 2),
         renorm=1e-20 if c.norm_topk_prob else None,
@@ -419,7 +418,7 @@ def hunyuan_moe(c: HunyuanMoEConfig) -> Decoder:
 @arch("MiniMaxM2ForCausalLM", config=MiniMaxM2Config, hf=MINIMAX_M2, gguf=GGUF)
 def minimax_m2(c: MiniMaxM2Config) -> Decoder:
     mixes = [Attention.of(c, qk_norm=joint_norms(c))] * c.num_hidden_layers
-    return pre_norm(c, mixes, mixture(c, score=sigmoid, correction=True, renorm=0.0))
+    return pre_norm(c, mixes, mixture(c, score="sigmoid", correction=True, renorm=0.0))
 
 
 @arch(
