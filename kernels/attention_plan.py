@@ -27,7 +27,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cableway.kernels import decode_work, prefill_work
+from cableway.kernels import decode_work, level_work, prefill_work
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.cuda import Constants
 from cableway.kernels.kv_cache import NO_SCALES, KVScales, block_size_of, cache_of, check_cache, numbers, scales_of
@@ -72,6 +72,7 @@ class AttentionPlan:
     may_have_singles: bool = True  # whether the first sequence may bring one token
     _host_plans: dict[tuple, cpu_attention.HostPlan] = field(default_factory=dict)
     _decode_works: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _level_works: dict[tuple, level_work.LevelWork] = field(default_factory=dict)
     _prefill_works: dict[tuple, Tensor] = field(default_factory=dict)
     _chunked: dict[tuple, AttentionPlan] = field(default_factory=dict)
 
@@ -94,6 +95,13 @@ class AttentionPlan:
         if key not in self._decode_works:
             self._decode_works[key] = decode_work.launch(self.query_start, self.seq_lens, **options)
         return self._decode_works[key]
+
+    def level_work(self, **options) -> level_work.LevelWork:
+        """What the programs of hopper_latent.py work from, see level_work.py; made by the first layer that asks."""
+        key = tuple(options.items())
+        if key not in self._level_works:
+            self._level_works[key] = level_work.launch(self.query_start, self.seq_lens, **options)
+        return self._level_works[key]
 
     def prefill_work(self, **options) -> Tensor:
         """What programs that take tiles of query tokens work from, see prefill_work.py; made by the first layer."""
