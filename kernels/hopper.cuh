@@ -81,6 +81,12 @@ __device__ __forceinline__ void multiply(float (&d)[64], const u32* a, u64 b) {
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." T_NAME "." T_NAME " {" R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
         : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+// d [64, N] += a [64, 16] b [16, N]: both in shared memory, columns of b contiguous.
+__device__ __forceinline__ void multiply_columns(float (&d)[64], u64 a, u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." T_NAME "." T_NAME " {" R64 "}, %64, %65, 1, 1, 1, 0, 1;"
+        : F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48) : "l"(a), "l"(b));
+}
 
 __device__ __forceinline__ u32 packed(float low, float high) {
     u32 both;

@@ -10,9 +10,10 @@ cache    [1, num_blocks, block_size, 1, width]   bf16|f16|f32, contiguous; see l
 plan     an AttentionPlan
 returns  [num_tokens, num_heads, rank]           contiguous
 
-The sequences that come first and bring one token each are computed by latent_decode.py, the others here, and all of
-them where results must be invariant or where there are very many. A program takes some rows, heads of one token or of
-some, through all keys of its sequence; each tile of latents is read once, for scores and for sums.
+The sequences that come first and bring one token each are computed by hopper_latent.py where it fits, else by
+latent_decode.py; the others here, and all of them where results must be invariant or where there are very many. A
+program takes some rows, heads of one token or of some, through all keys of its sequence; each tile of latents is read
+once, for scores and for sums.
 Bound: bytes for decode (the latents of every sequence), FLOPs for prefill (2 * (width + rank) a head and visible key).
 """
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels import attention_plan, latent_decode
+from cableway.kernels import attention_plan, hopper_latent, latent_decode
 from cableway.kernels.attention_plan import AttentionPlan, Scores
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.lang import gpu_capability, jit, tl, triton
@@ -78,7 +79,8 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank:
     if not shares_out:
         out = torch.empty(num_tokens, num_heads, rank, dtype=q.dtype, device=q.device)
     else:
-        out = latent_decode.launch(q, cache, plan, scale=scale, rank=rank)
+        decode = hopper_latent if hopper_latent.fits(q, rank) else latent_decode
+        out = decode.launch(q, cache, plan, scale=scale, rank=rank)
         if plan.max_query_len == 1 and num_tokens == len(plan.seq_lens):
             return out
     is_hopper = gpu_capability() == 90 and q.dtype != torch.float32

@@ -9,8 +9,8 @@ How large the result is does not depend on lengths: a captured graph may replay 
 query_start  [num_seqs + 1] i32   tokens query_start[i]:query_start[i + 1] belong to sequence i
 seq_lens     [num_seqs] i32
 num_shares, tile, least_tiles   counts; a tile is so many keys, a share at least so many tiles
-returns      items [num_seqs + num_shares - 1, 4] i32: sequence (-1: nothing to do), first key, end key, stretches of the
-             sequence; those of a share and those of a sequence follow each other
+returns      items [num_seqs + num_shares - 1, 4] i32: sequence (-1: nothing to do), first key, end key,
+             stretches of the sequence; those of a share and those of a sequence follow each other
              shares [num_shares, 2] i32: first item, end item
              cuts [min(num_seqs, num_shares), 2] i32: first item of a sequence of several stretches (-1: no more
              of them), number of its stretches
@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.decode_work import LENGTHS
+from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.registry import Call, call, check, grid, kernel, nbytes
 
 

@@ -1,0 +1,123 @@
+"""Latent attention of one new token a sequence on GPUs of the Hopper generation, in CUDA C++ (hopper_latent.cu).
+
+Formula and arguments: latent_attention.py; shares of all latents: level_work.py. Where a sequence has several stretches
+each leaves its part in float32, and a second kernel puts them together.
+
+Bound: bytes (the latents of every sequence) for up to 64 heads, beyond that FLOPs.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cableway.kernels import compilation
+from cableway.kernels.attention_plan import AttentionPlan
+from cableway.kernels.cuda import CudaKernel, address
+from cableway.kernels.lang import (
+    gdc_launch_dependents,
+    gdc_wait,
+    gpu_capability,
+    jit,
+    num_processors,
+    overlapping,
+    tl,
+    triton,
+)
+
+_KERNEL = CudaKernel("hopper_latent")
+_LOG2_E = 1.4426950408889634
+_NUM_THREADS = 512
+_ROWS = 64
+_PANEL_BYTES = 128  # of a row in shared memory
+_RANKS = 256, 512
+_FEW_PARTS = 1 << 10
+
+
+class Tuning(NamedTuple):
+    keys: int = 64  # of a tile
+    num_stages: int = 2  # tiles on their way or in use
+    pieces: int = 3  # that a tile arrives in
+    least_tiles: int = 2  # of a program
+
+
+def fits(q: Tensor, rank: int) -> bool:
+    """Whether this kernel computes what is asked for, on the GPU at hand."""
+    is_half, width = q.dtype != torch.float32, q.shape[2]
+    return gpu_capability() == 90 and is_half and rank in _RANKS and rank <= width <= rank + 64 and width % 16 == 0
+
+
+@jit
+def _latent_cuts(
+    out_ptr, items_ptr, cuts_ptr, tops_ptr, masses_ptr, sums_ptr,
+    NUM_HEADS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The softmax over all keys of a sequence, of one head and some columns, from its parts."""
+    head, cut = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    first_item, num_parts = tl.load(cuts_ptr + cut * 2).to(tl.int64), tl.load(cuts_ptr + cut * 2 + 1)
+    if num_parts > 0:
+        column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+        top, mass = float("-inf"), 0.0
+        sums = tl.zeros((COLUMNS,), tl.float32)
+        for first in range(0, num_parts, BLOCK_PARTS):
+            part = first + tl.arange(0, BLOCK_PARTS)
+            inside = part < num_parts
+            place = (first_item + part) * NUM_HEADS + head
+            tops = tl.load(tops_ptr + place, mask=inside, other=float("-inf"))
+            masses = tl.load(masses_ptr + place, mask=inside, other=0.0)
+            parts = tl.load(sums_ptr + place[:, None] * RANK + column[None, :], mask=inside[:, None], other=0.0)
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            weights, decay = tl.exp2(tops - new_top), tl.exp2(top - new_top)
+            mass = mass * decay + tl.sum(weights * masses, 0)
+            sums = sums * decay + tl.sum(weights[:, None] * parts, 0)
+            top = new_top
+        sequence = tl.load(items_ptr + first_item * 4).to(tl.int64)
+        place = (sequence * NUM_HEADS + head) * RANK + column
+        tl.store(out_ptr + place, (sums / mass).to(out_ptr.dtype.element_ty))
+
+
+def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
+    """out [T, H, rank], written for the sequences that come first and bring one token each."""
+    return launch_tuned(q, cache, plan, Tuning(), scale=scale, rank=rank)
+
+
+def launch_tuned(q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, rank: int) -> Tensor:
+    num_tokens, num_heads, width = q.shape
+    num_head_tiles, num_panels = triton.cdiv(num_heads, _ROWS), triton.cdiv(width, 64)
+    num_shares = max(num_processors(q.device) // num_head_tiles, 1)
+    work = plan.level_work(num_shares=num_shares, tile=tuning.keys, least_tiles=tuning.least_tiles)
+    out = torch.empty(num_tokens, num_heads, rank, dtype=q.dtype, device=q.device)
+    num_parts = len(work.items) * num_heads
+    parts = torch.empty(num_parts * (rank + 2), dtype=torch.float32, device=q.device)
+    sums, tops, masses = parts.split((num_parts * rank, num_parts, num_parts))
+    constants = (
+        ("T_NAME", '"bf16"' if q.dtype == torch.bfloat16 else '"f16"'),
+        ("NUM_HEADS", num_heads), ("WIDTH", width), ("RANK", rank), ("BLOCK_SIZE", cache.shape[2]),
+        ("KEYS", tuning.keys), ("STAGES", tuning.num_stages), ("PIECES", tuning.pieces),
+    )  # fmt: skip
+    if q.is_meta:
+        compilation.in_background(_KERNEL.cubin, constants)
+    else:
+        tensors = q, cache, out, sums, tops, masses, plan.block_table, work.items, work.shares
+        arguments = struct.pack("9Pqf4x", *map(address, tensors), plan.block_table.stride(0), scale * _LOG2_E)
+        _KERNEL(
+            constants,
+            arguments,
+            num_programs=num_shares * num_head_tiles,
+            num_threads=_NUM_THREADS,
+            shared_bytes=((_ROWS + tuning.num_stages * tuning.keys) * num_panels + _ROWS) * _PANEL_BYTES + 1024,
+            overlaps=True,
+        )
+    # Few programs take more parts at once, of fewer columns.
+    columns = 128 if len(work.cuts) * num_heads <= _FEW_PARTS else rank
+    _latent_cuts[(num_heads, len(work.cuts), rank // columns)](
+        out, work.items, work.cuts, tops, masses, sums,
+        NUM_HEADS=num_heads, RANK=rank, COLUMNS=columns, BLOCK_PARTS=4096 // columns, num_warps=4, **overlapping(),
+    )  # fmt: skip
+    return out
