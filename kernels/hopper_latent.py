@@ -27,6 +27,7 @@ from cableway.kernels.lang import (
     tl,
     triton,
 )
+from cableway.kernels.level_work import LevelWork
 
 _KERNEL = CudaKernel("hopper_latent")
 _LOG2_E = 1.4426950408889634
@@ -34,7 +35,7 @@ _NUM_THREADS = 512
 _ROWS = 64
 _PANEL_BYTES = 128  # of a row in shared memory
 _RANKS = 256, 512
-_FEW_PARTS = 1 << 10
+_FEW_HEADS = 1 << 10  # of all sequences
 
 
 class Tuning(NamedTuple):
@@ -114,10 +115,15 @@ def launch_tuned(q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, 
             shared_bytes=((_ROWS + tuning.num_stages * tuning.keys) * num_panels + _ROWS) * _PANEL_BYTES + 1024,
             overlaps=True,
         )
+    _put_together(out, work, sums, tops, masses)
+    return out
+
+
+def _put_together(out: Tensor, work: LevelWork, sums: Tensor, tops: Tensor, masses: Tensor) -> None:
+    (num_seqs, num_heads, rank), num_cuts = out.shape, len(work.cuts)
     # Few programs take more parts at once, of fewer columns.
-    columns = 128 if len(work.cuts) * num_heads <= _FEW_PARTS else rank
-    _latent_cuts[(num_heads, len(work.cuts), rank // columns)](
+    columns = 128 if num_seqs * num_heads <= _FEW_HEADS else rank
+    _latent_cuts[(num_heads, num_cuts, rank // columns)](
         out, work.items, work.cuts, tops, masses, sums,
         NUM_HEADS=num_heads, RANK=rank, COLUMNS=columns, BLOCK_PARTS=4096 // columns, num_warps=4, **overlapping(),
     )  # fmt: skip
-    return out

@@ -5,7 +5,14 @@ from itertools import product
 import pytest
 import torch
 
-from cableway.kernels import cluster_decode, hopper_linear, hopper_prefill
+from cableway.kernels import (
+    cluster_decode,
+    hopper_latent,
+    hopper_linear,
+    hopper_prefill,
+    latent_attention,
+    level_work,
+)
 from cableway.kernels.attention_plan import make
 from cableway.kernels.cuda import CudaKernel
 
@@ -84,6 +91,27 @@ def test_linear_compiles(num_tokens, num_out, num_in, dtype, gated, biased, out_
     assert cubin.startswith(b"\x7fELF")
     assert shared_bytes <= (227 << 10) - 512  # and what the file declares
     assert (rest, num_argument_bytes) == (0, 320)  # a multiple of the 64 bytes that tensor maps are aligned to
+
+
+@pytest.mark.parametrize(("num_heads", "rank", "width"), [(16, 512, 576), (128, 512, 576), (40, 256, 288)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_latent_compiles(num_heads, rank, width, dtype, monkeypatch: pytest.MonkeyPatch):
+    found = []
+
+    def only_compile(kernel, constants, arguments, *, num_programs, shared_bytes, **rest):
+        found.append((kernel.cubin(constants), num_programs, shared_bytes, len(arguments)))
+
+    monkeypatch.setattr(CudaKernel, "__call__", only_compile)
+    monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
+    monkeypatch.setattr(hopper_latent, "_put_together", lambda out, *parts: None)
+    monkeypatch.setattr(level_work, "launch", level_work.ref)
+    made = latent_attention.make(((1, 300), (1, 7)), num_heads, rank, width, dtype)
+    out = hopper_latent.launch(*made.args, **made.kwargs)
+    ((cubin, num_programs, shared_bytes, num_argument_bytes),) = found
+    assert cubin.startswith(b"\x7fELF")
+    assert shared_bytes <= (227 << 10) - 1024  # and what the file declares
+    assert num_argument_bytes == 9 * 8 + 8 + 8
+    assert (out.shape, num_programs) == ((2, num_heads, rank), 8)  # of a GPU without processors
 
 
 def test_what_does_not_compile_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch):
