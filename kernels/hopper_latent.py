@@ -1,9 +1,12 @@
-"""Latent attention of one new token a sequence on GPUs of the Hopper generation, in CUDA C++ (hopper_latent.cu).
+"""Latent attention on GPUs of the Hopper generation, in CUDA C++ (hopper_latent.cuh): bf16 and f16.
 
-Formula and arguments: latent_attention.py; shares of all latents: level_work.py. Where a sequence has several stretches
-each leaves its part in float32, and a second kernel puts them together.
+Formula and arguments: latent_attention.py.
 
-Bound: bytes (the latents of every sequence) for up to 64 heads, beyond that FLOPs.
+Decode: shares of all latents, see level_work.py. Where a sequence has several stretches each leaves its part in
+float32, and a second kernel puts them together. Bound: bytes (the latents of every sequence) for up to 64 heads, beyond
+that FLOPs.
+
+Prefill: items of prefill_work.py. Bound: FLOPs, 2 * (width + rank) a head and visible key.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from cableway.kernels import compilation
 from cableway.kernels.attention_plan import AttentionPlan
-from cableway.kernels.cuda import CudaKernel, address
+from cableway.kernels.cuda import Constants, CudaKernel, address
 from cableway.kernels.lang import (
     gdc_launch_dependents,
     gdc_wait,
@@ -29,7 +32,7 @@ from cableway.kernels.lang import (
 )
 from cableway.kernels.level_work import LevelWork
 
-_KERNEL = CudaKernel("hopper_latent")
+_DECODE, _PREFILL = CudaKernel("hopper_latent_decode"), CudaKernel("hopper_latent_prefill")
 _LOG2_E = 1.4426950408889634
 _NUM_THREADS = 512
 _ROWS = 64
@@ -43,6 +46,31 @@ class Tuning(NamedTuple):
     num_stages: int = 2  # tiles on their way or in use
     pieces: int = 3  # that a tile arrives in
     least_tiles: int = 2  # of a program
+
+
+class Sizes(NamedTuple):
+    """Of one call."""
+
+    num_heads: int
+    width: int
+    rank: int
+    block_heads: int  # of a program's rows, of one token
+
+    @property
+    def head_tiles(self) -> int:
+        return triton.cdiv(self.num_heads, _ROWS)
+
+    def constants(self, q: Tensor, cache: Tensor, tuning: Tuning) -> Constants:
+        return (
+            ("T_NAME", '"bf16"' if q.dtype == torch.bfloat16 else '"f16"'),
+            ("NUM_HEADS", self.num_heads), ("WIDTH", self.width), ("RANK", self.rank), ("BLOCK_SIZE", cache.shape[2]),
+            ("BLOCK_HEADS", self.block_heads), ("KEYS", tuning.keys), ("STAGES", tuning.num_stages),
+            ("PIECES", tuning.pieces),
+        )  # fmt: skip
+
+    def shared_bytes(self, tuning: Tuning) -> int:
+        rows = (_ROWS + tuning.num_stages * tuning.keys) * triton.cdiv(self.width, 64) + _ROWS
+        return rows * _PANEL_BYTES + 1024
 
 
 def fits(q: Tensor, rank: int) -> bool:
@@ -83,40 +111,42 @@ def _latent_cuts(
         tl.store(out_ptr + place, (sums / mass).to(out_ptr.dtype.element_ty))
 
 
-def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
+def decode(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
     """out [T, H, rank], written for the sequences that come first and bring one token each."""
-    return launch_tuned(q, cache, plan, Tuning(), scale=scale, rank=rank)
+    return decode_tuned(q, cache, plan, Tuning(), scale=scale, rank=rank)
 
 
-def launch_tuned(q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, rank: int) -> Tensor:
-    num_tokens, num_heads, width = q.shape
-    num_head_tiles, num_panels = triton.cdiv(num_heads, _ROWS), triton.cdiv(width, 64)
-    num_shares = max(num_processors(q.device) // num_head_tiles, 1)
+def decode_tuned(q: Tensor, cache: Tensor, plan: AttentionPlan, tuning: Tuning, *, scale: float, rank: int) -> Tensor:
+    sizes = Sizes(q.shape[1], q.shape[2], rank, _ROWS)
+    num_shares = max(num_processors(q.device) // sizes.head_tiles, 1)
     work = plan.level_work(num_shares=num_shares, tile=tuning.keys, least_tiles=tuning.least_tiles)
-    out = torch.empty(num_tokens, num_heads, rank, dtype=q.dtype, device=q.device)
-    num_parts = len(work.items) * num_heads
+    out = torch.empty(len(q), sizes.num_heads, rank, dtype=q.dtype, device=q.device)
+    num_parts = len(work.items) * sizes.num_heads
     parts = torch.empty(num_parts * (rank + 2), dtype=torch.float32, device=q.device)
     sums, tops, masses = parts.split((num_parts * rank, num_parts, num_parts))
-    constants = (
-        ("T_NAME", '"bf16"' if q.dtype == torch.bfloat16 else '"f16"'),
-        ("NUM_HEADS", num_heads), ("WIDTH", width), ("RANK", rank), ("BLOCK_SIZE", cache.shape[2]),
-        ("KEYS", tuning.keys), ("STAGES", tuning.num_stages), ("PIECES", tuning.pieces),
-    )  # fmt: skip
+    constants = sizes.constants(q, cache, tuning)
     if q.is_meta:
-        compilation.in_background(_KERNEL.cubin, constants)
+        compilation.in_background(_DECODE.cubin, constants)
     else:
-        tensors = q, cache, out, sums, tops, masses, plan.block_table, work.items, work.shares
-        arguments = struct.pack("9Pqf4x", *map(address, tensors), plan.block_table.stride(0), scale * _LOG2_E)
-        _KERNEL(
+        _DECODE(
             constants,
-            arguments,
-            num_programs=num_shares * num_head_tiles,
+            _tensors(q, cache, out, plan, (sums, tops, masses), scale)
+            + struct.pack("2P", address(work.items), address(work.shares)),
+            num_programs=num_shares * sizes.head_tiles,
             num_threads=_NUM_THREADS,
-            shared_bytes=((_ROWS + tuning.num_stages * tuning.keys) * num_panels + _ROWS) * _PANEL_BYTES + 1024,
+            shared_bytes=sizes.shared_bytes(tuning),
             overlaps=True,
         )
     _put_together(out, work, sums, tops, masses)
     return out
+
+
+def _tensors(
+    q: Tensor, cache: Tensor, out: Tensor, plan: AttentionPlan, parts: tuple[Tensor | None, ...], scale: float
+) -> bytes:
+    addresses = map(address, (q, cache, out, plan.block_table)), map(address, parts)
+    table_stride = plan.block_table.stride(0)
+    return struct.pack("4Pq3Pf4x", *addresses[0], table_stride, *addresses[1], scale * _LOG2_E)
 
 
 def _put_together(out: Tensor, work: LevelWork, sums: Tensor, tops: Tensor, masses: Tensor) -> None:
@@ -127,3 +157,29 @@ def _put_together(out: Tensor, work: LevelWork, sums: Tensor, tops: Tensor, mass
         out, work.items, work.cuts, tops, masses, sums,
         NUM_HEADS=num_heads, RANK=rank, COLUMNS=columns, BLOCK_PARTS=4096 // columns, num_warps=4, **overlapping(),
     )  # fmt: skip
+
+
+def prefill(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, *, scale: float, skips_singles: bool) -> None:
+    """Write `out` [T, H, rank] for the other sequences, or for all."""
+    prefill_tuned(q, cache, plan, out, Tuning(), scale=scale, skips_singles=skips_singles)
+
+
+def prefill_tuned(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, tuning: Tuning, *, scale: float, skips_singles: bool
+) -> None:
+    num_tokens, num_heads, width = q.shape
+    sizes = Sizes(num_heads, width, out.shape[2], min(triton.next_power_of_2(num_heads), _ROWS))
+    work = plan.prefill_work(num_tokens=num_tokens, tile=_ROWS // sizes.block_heads, skips_singles=skips_singles)
+    constants = sizes.constants(q, cache, tuning)
+    if q.is_meta:
+        compilation.in_background(_PREFILL.cubin, constants)
+        return
+    num_shares = min(len(work), max(num_processors(q.device) // sizes.head_tiles, 1))
+    lists = struct.pack("3Pi4x", *map(address, (plan.query_start, plan.seq_lens, work)), len(work))
+    _PREFILL(
+        constants,
+        _tensors(q, cache, out, plan, (None, None, None), scale) + lists,
+        num_programs=num_shares * sizes.head_tiles,
+        num_threads=_NUM_THREADS,
+        shared_bytes=sizes.shared_bytes(tuning),
+    )

@@ -10,8 +10,8 @@ cache    [1, num_blocks, block_size, 1, width]   bf16|f16|f32, contiguous; see l
 plan     an AttentionPlan
 returns  [num_tokens, num_heads, rank]           contiguous
 
-The sequences that come first and bring one token each are computed by hopper_latent.py where it fits, else by
-latent_decode.py; the others here, and all of them where results must be invariant or where there are very many. A
+Where it fits hopper_latent.py computes this. Else the sequences that come first and bring one token each are computed
+by latent_decode.py, the others here, and all of them where results must be invariant or where there are very many. A
 program takes some rows, heads of one token or of some, through all keys of its sequence; each tile of latents is read
 once, for scores and for sums.
 Bound: bytes for decode (the latents of every sequence), FLOPs for prefill (2 * (width + rank) a head and visible key).
@@ -76,13 +76,17 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank:
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     num_tokens, num_heads, width = q.shape
     shares_out = plan.may_have_singles and not plan.invariant and len(plan.seq_lens) <= _MOST_SHARED_OUT
+    is_common = not plan.invariant and hopper_latent.fits(q, rank)
     if not shares_out:
         out = torch.empty(num_tokens, num_heads, rank, dtype=q.dtype, device=q.device)
     else:
-        decode = hopper_latent if hopper_latent.fits(q, rank) else latent_decode
-        out = decode.launch(q, cache, plan, scale=scale, rank=rank)
+        decode = hopper_latent.decode if is_common else latent_decode.launch
+        out = decode(q, cache, plan, scale=scale, rank=rank)
         if plan.max_query_len == 1 and num_tokens == len(plan.seq_lens):
             return out
+    if is_common:
+        hopper_latent.prefill(q, cache, plan, out, scale=scale, skips_singles=shares_out)
+        return out
     is_hopper = gpu_capability() == 90 and q.dtype != torch.float32
     rows, keys, num_warps = (64, 32, 8) if is_hopper else (16, 16, 4)
     heads = min(triton.next_power_of_2(num_heads), rows)

@@ -1,10 +1,11 @@
-// Latent attention of one new token a sequence for sm_90a; contract and arguments: hopper_latent.py, which compiles this
-// with T_NAME ("bf16" or "f16"), NUM_HEADS, WIDTH, RANK, BLOCK_SIZE, KEYS of a tile, STAGES: places for tiles; PIECES
-// that one arrives in.
+// Latent attention for sm_90a: what kernels of it share that are compiled with T_NAME ("bf16" or "f16"), NUM_HEADS, WIDTH,
+// RANK, BLOCK_SIZE, BLOCK_HEADS, KEYS of a tile, STAGES: places for tiles; PIECES that one arrives in.
 //
-// A program takes up to 64 heads through its share of all latents: stretches of one sequence after another. Of its four
-// warpgroups one brings queries and latents, each latent once, as key and as value; one makes scores, and weights of
-// them; two sum up latents by their weights, half of the columns each.
+// A program takes item after item: 64 rows, BLOCK_HEADS heads of one token or of some, through a stretch of the keys of
+// their sequence. Of its four warpgroups one brings queries and latents, each latent once, as key and as value; one makes
+// scores, and weights of them; two sum up latents by their weights, half of the columns each. All of them go through the
+// items by themselves: Work says what the next one is.
+#pragma once
 
 #include "attention.cuh"
 
@@ -18,17 +19,19 @@ constexpr int HEAD_TILES = (NUM_HEADS + ROWS - 1) / ROWS;
 constexpr int AT_ONCE = WARPGROUP / 8, PASSES = KEYS / AT_ONCE;  // rows of a panel that are copied
 constexpr u64 ROW_BYTES = WIDTH * 2, BLOCK_BYTES = BLOCK_SIZE * ROW_BYTES;
 
-struct Arguments {
+struct Tensors {
     const char *q, *cache;
     char* out;
-    float *sums, *tops, *masses;  // of parts
-    const int *block_table, *items, *shares;
+    const int* block_table;
     long long table_stride;
+    float *sums, *tops, *masses;  // of parts
     float scale;
 };
 
 struct Item {
-    int sequence, first_key, end_key, num_stretches;
+    int sequence, first_token, num_tokens;  // tokens of the step
+    int first_key, end_key, whole_keys;     // how many the first token sees; each one after it sees one more
+    int part;                               // where the result belongs among those of parts; -1: it is whole
 };
 
 // What the warpgroup of scores tells those that sum, of each row: with a tile what sums so far must be multiplied by,
@@ -44,38 +47,36 @@ struct Places {
     Row* rows;
 };
 
-__device__ __forceinline__ Item item_at(const Arguments& a, int index) {
-    const int* item = a.items + index * 4;
-    return {item[0], item[1], item[2], item[3]};
-}
-
 // ---- the warpgroup that brings queries and latents ----
 
 __device__ __forceinline__ void copy_row(u32 to, const char* from, int num_bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(num_bytes) : "memory");
 }
 
-__device__ __forceinline__ void copy_queries(const Arguments& a, u32 to, int sequence, int head_tile, int thread) {
+__device__ __forceinline__ void copy_queries(const Tensors& t, u32 to, const Item& item, int head_tile, int thread) {
     const int chunk = thread % 8;
 #pragma unroll
     for (int pass = 0; pass < ROWS / AT_ONCE; ++pass) {
-        const int row = pass * AT_ONCE + thread / 8, head = head_tile * ROWS + row;
-        const char* source = a.q + ((long long)sequence * NUM_HEADS + min(head, NUM_HEADS - 1)) * ROW_BYTES + chunk * 16;
+        const int row = pass * AT_ONCE + thread / 8;
+        const int token = row / BLOCK_HEADS, head = head_tile * ROWS + row % BLOCK_HEADS;
+        const bool inside = token < item.num_tokens && head < NUM_HEADS;
+        const long long place = (long long)(item.first_token + token) * NUM_HEADS + head;
+        const char* source = t.q + (inside ? place * ROW_BYTES + chunk * 16 : 0);
 #pragma unroll
         for (int panel = 0; panel < PANELS; ++panel)
             if (panel * 8 + chunk < CHUNKS)
-                copy_row(to + panel * Q_PANEL + swizzled(row, chunk), source + panel * 128, head < NUM_HEADS ? 16 : 0);
+                copy_row(to + panel * Q_PANEL + swizzled(row, chunk), source + panel * 128, inside ? 16 : 0);
     }
 }
 
-__device__ __forceinline__ void bring(
-    const Arguments& a, const Places& places, int index, int end_index, int head_tile, int thread) {
+template <class Work> __device__ __forceinline__ void bring(
+    const Tensors& t, Work work, const Places& places, int head_tile, int thread) {
     const int row = thread / 8, chunk = thread % 8;
     const u32 to = places.tiles + swizzled(row, chunk);
     int tile = 0;
-    for (int n = 0; index < end_index; ++index, ++n) {
-        const Item item = item_at(a, index);
-        const int* table = a.block_table + item.sequence * a.table_stride;
+    Item item;
+    for (int n = 0; work.next(item); ++n) {
+        const int* table = t.block_table + item.sequence * t.table_stride;
         int key = item.first_key;
         do {
             // From the end on it is the last one over and over: weights of zero times what is there must be zero.
@@ -84,7 +85,7 @@ __device__ __forceinline__ void bring(
             for (int pass = 0; pass < PASSES; ++pass) {
                 const int from = max(min(key + pass * AT_ONCE + row, item.end_key - 1), 0);
                 const u32 block = max(table[from / BLOCK_SIZE], 0);  // nobody has none
-                sources[pass] = a.cache + block * BLOCK_BYTES + from % BLOCK_SIZE * ROW_BYTES + chunk * 16;
+                sources[pass] = t.cache + block * BLOCK_BYTES + from % BLOCK_SIZE * ROW_BYTES + chunk * 16;
             }
             const int stage = tile % STAGES;
             wait(places.tile_free + stage * 8, tile / STAGES & 1 ^ 1);
@@ -100,7 +101,7 @@ __device__ __forceinline__ void bring(
             }
             if (key == item.first_key) {  // after its first tile, for which there may be room before
                 wait(places.q_free, n & 1 ^ 1);
-                copy_queries(a, places.q, item.sequence, head_tile, thread);
+                copy_queries(t, places.q, item, head_tile, thread);
                 arrive_with_copies(places.q_full);
             }
             key += KEYS, ++tile;
@@ -127,14 +128,15 @@ __device__ __forceinline__ void begin_scores(float (&scores)[KEYS / 2], const Pl
     commit_products();
 }
 
-// Scores to weights, in place; returns by how much sums so far shrink.
+// Scores to weights, in place; rows see `num_keys` of the tile's.
 __device__ __forceinline__ void softmax(
-    float (&scores)[KEYS / 2], float (&decay)[2], float (&top)[2], float (&mass)[2], int num_keys, float scale) {
-    if (num_keys < KEYS) {
+    float (&scores)[KEYS / 2], float (&decay)[2], float (&top)[2], float (&mass)[2], const int (&num_keys)[2],
+    bool is_cut, float scale) {
+    if (is_cut) {
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
         for (int i = 0; i < KEYS / 2; ++i)
-            if (column + i / 4 * 8 + i % 2 >= num_keys) scores[i] = NONE;
+            if (column + i / 4 * 8 + i % 2 >= num_keys[i / 2 % 2]) scores[i] = NONE;
     }
     float shift[2];
 #pragma unroll
@@ -157,11 +159,12 @@ __device__ __forceinline__ void softmax(
     }
 }
 
-__device__ __forceinline__ void weigh(const Arguments& a, const Places& places, int index, int end_index, int thread) {
+template <class Work> __device__ __forceinline__ void weigh(
+    const Tensors& t, Work work, const Places& places, int thread) {
     const int my_row = thread / 32 * 16 + thread % 32 / 4;
     int tile = 0;
-    for (int n = 0; index < end_index; ++index, ++n) {
-        const Item item = item_at(a, index);
+    Item item;
+    for (int n = 0; work.next(item); ++n) {
         float top[2] = {NONE, NONE}, mass[2] = {0, 0};
         wait(places.q_full, n & 1);
         int key = item.first_key;
@@ -172,7 +175,9 @@ __device__ __forceinline__ void weigh(const Arguments& a, const Places& places, 
             hold(scores);
             const bool is_last = key + KEYS >= item.end_key;
             if (is_last && thread % 32 == 0) arrive(places.q_free);
-            softmax(scores, decay, top, mass, item.end_key - key, a.scale);
+            const int seen = item.whole_keys - key;
+            const int num_keys[2] = {seen + my_row / BLOCK_HEADS, seen + (my_row + 8) / BLOCK_HEADS};
+            softmax(scores, decay, top, mass, num_keys, seen < KEYS, t.scale);
             u32 weights[KEYS / 4];
 #pragma unroll
             for (int i = 0; i < KEYS / 4; ++i) weights[i] = packed(scores[2 * i], scores[2 * i + 1]);
@@ -206,16 +211,16 @@ __device__ __forceinline__ void weigh(const Arguments& a, const Places& places, 
 // ---- the warpgroups that sum ----
 
 __device__ __forceinline__ void write(
-    const Arguments& a, const Item& item, int index, int head_tile, const float (&mass)[2], const float (&top)[2],
+    const Tensors& t, const Item& item, int head_tile, const float (&mass)[2], const float (&top)[2],
     const float (&sums)[PARTS][PART / 2], int first_column, int thread) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int head = head_tile * ROWS + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-        const int column = first_column + thread % 4 * 2;
-        if (head >= NUM_HEADS) continue;
-        if (item.num_stretches == 1) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + 8 * r, column = first_column + thread % 4 * 2;
+        const int token = row / BLOCK_HEADS, head = head_tile * ROWS + row % BLOCK_HEADS;
+        if (token >= item.num_tokens || head >= NUM_HEADS) continue;
+        if (item.part < 0) {
             const float inverse = mass[r] > 0 ? 1 / mass[r] : 0;
-            char* to = a.out + (((long long)item.sequence * NUM_HEADS + head) * RANK + column) * 2;
+            char* to = t.out + (((long long)(item.first_token + token) * NUM_HEADS + head) * RANK + column) * 2;
 #pragma unroll
             for (int i = 0; i < COLUMNS / 8; ++i) {
                 const float* two = sums[i / (PART / 8)] + i % (PART / 8) * 4 + 2 * r;
@@ -224,25 +229,25 @@ __device__ __forceinline__ void write(
                 *(u32*)(to + i * 16) = packed(y, z);
             }
         } else {
-            const long long part = (long long)index * NUM_HEADS + head;
-            float* to = a.sums + part * RANK + column;
+            const long long part = (long long)item.part * NUM_HEADS + head;
+            float* to = t.sums + part * RANK + column;
 #pragma unroll
             for (int i = 0; i < COLUMNS / 8; ++i) {
                 const float* two = sums[i / (PART / 8)] + i % (PART / 8) * 4 + 2 * r;
                 *(float2*)(to + i * 8) = make_float2(two[0], two[1]);
             }
-            if (column == 0) a.tops[part] = top[r], a.masses[part] = mass[r];
+            if (column == 0) t.tops[part] = top[r], t.masses[part] = mass[r];
         }
     }
 }
 
-__device__ __forceinline__ void sum(
-    const Arguments& a, const Places& places, int index, int end_index, int head_tile, int half, int thread) {
+template <class Work> __device__ __forceinline__ void sum(
+    const Tensors& t, Work work, const Places& places, int head_tile, int half, int thread) {
     const int my_row = thread / 32 * 16 + thread % 32 / 4;
     const u64 weights = descriptor(places.weights, 0);
     int tile = 0;
-    for (; index < end_index; ++index) {
-        const Item item = item_at(a, index);
+    Item item;
+    while (work.next(item)) {
         float sums[PARTS][PART / 2], mass[2], top[2];
 #pragma unroll
         for (int part = 0; part < PARTS; ++part)
@@ -281,11 +286,12 @@ __device__ __forceinline__ void sum(
             if (thread % 32 == 0) arrive(places.weights_free), arrive(places.tile_free + stage * 8);
             key += KEYS, ++tile;
         } while (key < item.end_key);
-        write(a, item, index, head_tile, mass, top, sums, half * COLUMNS, thread);
+        write(t, item, head_tile, mass, top, sums, half * COLUMNS, thread);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(4 * WARPGROUP, 1) hopper_latent(const __grid_constant__ Arguments a) {
+// All of a program, of 4 * WARPGROUP threads.
+template <class Work> __device__ __forceinline__ void attend(const Tensors& t, const Work& work, int head_tile) {
     extern __shared__ char unaligned[];
     __shared__ Row rows;
     __shared__ u64 barriers[4 + STAGES * (PIECES + 1)];
@@ -310,19 +316,16 @@ extern "C" __global__ void __launch_bounds__(4 * WARPGROUP, 1) hopper_latent(con
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
-    const int thread = threadIdx.x % WARPGROUP, head_tile = blockIdx.x % HEAD_TILES;
+    const int thread = threadIdx.x % WARPGROUP;
     const int warpgroup = __shfl_sync(~0u, (int)threadIdx.x / WARPGROUP, 0);
-    const int first = a.shares[blockIdx.x / HEAD_TILES * 2], end = a.shares[blockIdx.x / HEAD_TILES * 2 + 1];
     if (warpgroup == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        bring(a, places, first, end, head_tile, thread);
+        bring(t, work, places, head_tile, thread);
     } else if (warpgroup == 1) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
-        weigh(a, places, first, end, thread);
+        weigh(t, work, places, thread);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
-        sum(a, places, first, end, head_tile, warpgroup - 2, thread);
+        sum(t, work, places, head_tile, warpgroup - 2, thread);
     }
 }
