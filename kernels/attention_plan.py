@@ -74,6 +74,7 @@ class AttentionPlan:
     _decode_works: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _level_works: dict[tuple, level_work.LevelWork] = field(default_factory=dict)
     _prefill_works: dict[tuple, Tensor] = field(default_factory=dict)
+    _heavy_prefill_works: dict[tuple, Tensor] = field(default_factory=dict)
     _chunked: dict[tuple, AttentionPlan] = field(default_factory=dict)
 
     @cached_property
@@ -109,6 +110,16 @@ class AttentionPlan:
         if key not in self._prefill_works:
             self._prefill_works[key] = prefill_work.launch(self.query_start, **options)
         return self._prefill_works[key]
+
+    def heavy_prefill_work(self, **options) -> Tensor:
+        """The same, those first whose tokens see most keys: for programs that take them in turns."""
+        if len(self.seq_lens) == 1:  # of one sequence they stand so
+            return self.prefill_work(**options)
+        key = tuple(options.items())
+        if key not in self._heavy_prefill_works:
+            work = self.prefill_work(**options)
+            self._heavy_prefill_works[key] = prefill_work.heavy_first(work, self.query_start, self.seq_lens)
+        return self._heavy_prefill_works[key]
 
     def in_chunks(self, chunk: int, block_size: int, num_tokens: int) -> AttentionPlan:
         """The same tokens, each of which sees its own chunk; made by the first layer that asks.

@@ -1,5 +1,5 @@
 // Latent attention for sm_90a: what kernels of it share that are compiled with T_NAME ("bf16" or "f16"), NUM_HEADS, WIDTH,
-// RANK, BLOCK_SIZE, BLOCK_HEADS, KEYS of a tile, STAGES: places for tiles; PIECES that one arrives in.
+// RANK, BLOCK_HEADS, BLOCK_SIZE, KEYS of a tile, STAGES: places for tiles.
 //
 // A program takes item after item: 64 rows, BLOCK_HEADS heads of one token or of some, through a stretch of the keys of
 // their sequence. Of its four warpgroups one brings queries and latents, each latent once, as key and as value; one makes
@@ -13,7 +13,6 @@ constexpr int ROWS = 64, WARPGROUP = 128;
 constexpr int PANELS = (WIDTH + 63) / 64;  // of 64 columns, 128 bytes
 constexpr int Q_PANEL = ROWS * 128, KEY_PANEL = KEYS * 128, TILE_BYTES = PANELS * KEY_PANEL;
 constexpr int CHUNKS = WIDTH / 8, STEPS = WIDTH / 16;  // of 16 bytes, of a product
-constexpr int PIECE_PANELS = (PANELS + PIECES - 1) / PIECES;
 constexpr int COLUMNS = RANK / 2, PART = 128, PARTS = COLUMNS / PART;  // of a warpgroup that sums, of a product
 constexpr int HEAD_TILES = (NUM_HEADS + ROWS - 1) / ROWS;
 constexpr int AT_ONCE = WARPGROUP / 8, PASSES = KEYS / AT_ONCE;  // rows of a panel that are copied
@@ -40,7 +39,7 @@ struct Row {
     float decay[ROWS], mass[ROWS], top[ROWS];
 };
 
-// Where things lie in shared memory, and barriers: of STAGES, of tiles of STAGES * PIECES.
+// Where things lie in shared memory, and barriers: of tiles STAGES each.
 struct Places {
     u32 q, tiles, weights;
     u32 q_full, q_free, tile_full, tile_free, weights_full, weights_free;
@@ -96,9 +95,8 @@ template <class Work> __device__ __forceinline__ void bring(
                     if (panel * 8 + chunk < CHUNKS)
                         copy_row(to + stage * TILE_BYTES + panel * KEY_PANEL + pass * (AT_ONCE * 128),
                                  sources[pass] + panel * 128, 16);
-                if ((panel + 1) % PIECE_PANELS == 0 || panel == PANELS - 1)
-                    arrive_with_copies(places.tile_full + (stage * PIECES + panel / PIECE_PANELS) * 8);
             }
+            arrive_with_copies(places.tile_full + stage * 8);
             if (key == item.first_key) {  // after its first tile, for which there may be room before
                 wait(places.q_free, n & 1 ^ 1);
                 copy_queries(t, places.q, item, head_tile, thread);
@@ -114,13 +112,11 @@ template <class Work> __device__ __forceinline__ void bring(
 
 __device__ __forceinline__ void begin_scores(float (&scores)[KEYS / 2], const Places& places, int stage, u32 parity) {
     const u64 q = descriptor(places.q, 0), keys = descriptor(places.tiles + stage * TILE_BYTES, 0);
+    wait(places.tile_full + stage * 8, parity);
+    fence_async();
+    begin_products();
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        if (step % (PIECE_PANELS * 4) == 0) {
-            wait(places.tile_full + (stage * PIECES + step / (PIECE_PANELS * 4)) * 8, parity);
-            fence_for_tensor_cores();
-            if (step == 0) begin_products();
-        }
         const int inside = step % 4 * 32;
         multiply_shared(scores, q + (step / 4 * Q_PANEL + inside) / 16, keys + (step / 4 * KEY_PANEL + inside) / 16,
                         step > 0);
@@ -201,7 +197,7 @@ template <class Work> __device__ __forceinline__ void weigh(
                     if (is_last) places.rows->mass[my_row + 8 * r] = mass[r], places.rows->top[my_row + 8 * r] = top[r];
                 }
             }
-            fence_for_tensor_cores();
+            fence_async();
             arrive(places.weights_full);
             key += KEYS, ++tile;
         } while (key < item.end_key);
@@ -257,7 +253,7 @@ template <class Work> __device__ __forceinline__ void sum(
         do {
             const int stage = tile % STAGES;
             wait(places.weights_full, tile & 1);
-            fence_for_tensor_cores();
+            fence_async();
             const float decay[2] = {places.rows->decay[my_row], places.rows->decay[my_row + 8]};
 #pragma unroll
             for (int r = 0; r < 2; ++r) mass[r] = places.rows->mass[my_row + 8 * r], top[r] = places.rows->top[my_row + 8 * r];
@@ -294,7 +290,7 @@ template <class Work> __device__ __forceinline__ void sum(
 template <class Work> __device__ __forceinline__ void attend(const Tensors& t, const Work& work, int head_tile) {
     extern __shared__ char unaligned[];
     __shared__ Row rows;
-    __shared__ u64 barriers[4 + STAGES * (PIECES + 1)];
+    __shared__ u64 barriers[4 + 2 * STAGES];
     Places places;
     places.q = (shared_address(unaligned) + 1023) & ~1023u;
     places.tiles = places.q + PANELS * Q_PANEL;
@@ -311,8 +307,10 @@ template <class Work> __device__ __forceinline__ void attend(const Tensors& t, c
         init_barrier(places.q_free, 4);  // warps
         init_barrier(places.weights_full, WARPGROUP);
         init_barrier(places.weights_free, 8);
-        for (int i = 0; i < STAGES; ++i) init_barrier(places.tile_free + i * 8, 8);
-        for (int i = 0; i < STAGES * PIECES; ++i) init_barrier(places.tile_full + i * 8, WARPGROUP);
+        for (int i = 0; i < STAGES; ++i) {
+            init_barrier(places.tile_free + i * 8, 8);
+            init_barrier(places.tile_full + i * 8, WARPGROUP);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();

@@ -32,6 +32,10 @@ from cableway.kernels.registry import FLOATS, Call, are_contiguous, call, check,
 _MOST_SHARED_OUT = 1024
 """With more sequences a GPU is full without, and each one's parts would be kept: gigabytes for tokens of a prompt."""
 
+_FEW_HEADS = 16
+"""Of a sequence alone, which is latent_decode's: what counts is how soon programs have begun (H200, 8,192 keys: 21.5 us
+and 25.5)."""
+
 
 def ref(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank: int) -> Tensor:
     return attention_plan.ref(q, cache.expand(2, *cache.shape[1:]), plan, Scores(scale))[..., :rank].contiguous()
@@ -76,15 +80,16 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank:
     check(are_contiguous(plan.query_start, plan.seq_lens) and plan.block_table.stride(1) == 1, "the plan is strided")
     num_tokens, num_heads, width = q.shape
     shares_out = plan.may_have_singles and not plan.invariant and len(plan.seq_lens) <= _MOST_SHARED_OUT
-    is_common = not plan.invariant and hopper_latent.fits(q, rank)
+    is_for_hopper = hopper_latent.fits(q, plan, rank)
     if not shares_out:
         out = torch.empty(num_tokens, num_heads, rank, dtype=q.dtype, device=q.device)
     else:
-        decode = hopper_latent.decode if is_common else latent_decode.launch
+        is_alone = len(plan.seq_lens) == 1 and num_heads <= _FEW_HEADS
+        decode = hopper_latent.decode if is_for_hopper and not is_alone else latent_decode.launch
         out = decode(q, cache, plan, scale=scale, rank=rank)
         if plan.max_query_len == 1 and num_tokens == len(plan.seq_lens):
             return out
-    if is_common:
+    if is_for_hopper:
         hopper_latent.prefill(q, cache, plan, out, scale=scale, skips_singles=shares_out)
         return out
     is_hopper = gpu_capability() == 90 and q.dtype != torch.float32
@@ -127,6 +132,8 @@ MIXED = ((1, 40), (1, 90), (20, 20), (7, 30), (1, 9), (70, 75))
         *grid(spans=(((1, 130),) * 2,), num_heads=(16,), rank=(24,), width=(32,), dtype=FLOATS),
         *grid(spans=(UNEVEN,), num_heads=(3,), rank=(32,), width=(48,), dtype=FLOATS),
         *grid(spans=(UNEVEN,), num_heads=(40, 70), rank=(32,), width=(48,), dtype=(torch.bfloat16,)),
+        *grid(spans=(MIXED,), num_heads=(20,), rank=(256,), width=(288,), dtype=(torch.float16, torch.bfloat16)),
+        *grid(spans=(MIXED,), num_heads=(70,), rank=(512,), width=(576,), dtype=(torch.float16,)),
         *grid(spans=(MIXED,), num_heads=(4,), rank=(32,), width=(48,), dtype=FLOATS, invariant=(True,)),
     ],
     bench_cases=grid(

@@ -43,6 +43,14 @@ def ref(query_start: Tensor, *, num_tokens: int, tile: int, skips_singles: bool)
     return torch.tensor(items, dtype=torch.int32, device=query_start.device)
 
 
+def heavy_first(work: Tensor, query_start: Tensor, seq_lens: Tensor) -> Tensor:
+    """The items of `work`, those first whose tokens see most keys, and those with nothing to do last."""
+    sequence, first = work.long().unbind(1)
+    is_empty, sequence = sequence < 0, sequence.clamp(min=0)
+    num_seen = (seq_lens - query_start.diff())[sequence] + first
+    return work[num_seen.masked_fill(is_empty, -1).argsort(descending=True)]
+
+
 @jit(do_not_specialize=("query_start_ptr", "num_seqs", "num_items", "tile"))  # one compilation for steps of every size
 def _prefill_work(
     query_start_ptr, work_ptr, num_seqs, num_items, tile,

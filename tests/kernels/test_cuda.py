@@ -12,6 +12,7 @@ from cableway.kernels import (
     hopper_prefill,
     latent_attention,
     level_work,
+    prefill_work,
 )
 from cableway.kernels.attention_plan import make
 from cableway.kernels.cuda import CudaKernel
@@ -95,23 +96,24 @@ def test_linear_compiles(num_tokens, num_out, num_in, dtype, gated, biased, out_
 
 @pytest.mark.parametrize(("num_heads", "rank", "width"), [(16, 512, 576), (128, 512, 576), (40, 256, 288)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_latent_decode_compiles(num_heads, rank, width, dtype, monkeypatch: pytest.MonkeyPatch):
+def test_latent_compiles(num_heads, rank, width, dtype, monkeypatch: pytest.MonkeyPatch):
     found = []
 
     def only_compile(kernel, constants, arguments, *, num_programs, shared_bytes, **rest):
-        found.append((kernel.cubin(constants), num_programs, shared_bytes, len(arguments)))
+        found.append((kernel.cubin(constants)[:4], num_programs, len(arguments)))
+        assert shared_bytes <= (227 << 10) - 1024  # and what the file declares
 
     monkeypatch.setattr(CudaKernel, "__call__", only_compile)
     monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
+    monkeypatch.setattr(hopper_latent, "num_processors", lambda: 8)
     monkeypatch.setattr(hopper_latent, "_put_together", lambda out, *parts: None)
     monkeypatch.setattr(level_work, "launch", level_work.ref)
-    made = latent_attention.make(((1, 300), (1, 7)), num_heads, rank, width, dtype)
+    monkeypatch.setattr(prefill_work, "launch", prefill_work.ref)
+    made = latent_attention.make(((1, 300), (1, 7), (30, 50), (9, 9)), num_heads, rank, width, dtype)
     out = hopper_latent.decode(*made.args, **made.kwargs)
-    ((cubin, num_programs, shared_bytes, num_argument_bytes),) = found
-    assert cubin.startswith(b"\x7fELF")
-    assert shared_bytes <= (227 << 10) - 1024  # and what the file declares
-    assert num_argument_bytes == 11 * 8
-    assert (out.shape, num_programs) == ((2, num_heads, rank), 8)  # of a GPU without processors
+    assert out.shape == (41, num_heads, rank)
+    hopper_latent.prefill(*made.args, out, scale=made.kwargs["scale"], skips_singles=True)
+    assert found == [(b"\x7fELF", 8, 11 * 8), (b"\x7fELF", 8, 13 * 8)]
 
 
 def test_what_does_not_compile_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch):
