@@ -48,7 +48,7 @@ def heavy_first(work: Tensor, query_start: Tensor, seq_lens: Tensor) -> Tensor:
     sequence, first = work.long().unbind(1)
     is_empty, sequence = sequence < 0, sequence.clamp(min=0)
     num_seen = (seq_lens - query_start.diff())[sequence] + first
-    return work[num_seen.masked_fill(is_empty, -1).argsort(descending=True)]
+    return work[num_seen.clamp(min=0).masked_fill(is_empty, -1).argsort(descending=True)]
 
 
 @jit(do_not_specialize=("query_start_ptr", "num_seqs", "num_items", "tile"))  # one compilation for steps of every size

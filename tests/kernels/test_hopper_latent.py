@@ -1,4 +1,4 @@
-"""What puts the parts of cut sequences together; hopper_latent.cu itself needs a GPU, where test_registry.py runs it."""
+"""What puts the parts of cut sequences together; the rest of hopper_latent.py needs a GPU: test_registry.py has it."""
 
 import pytest
 import torch
