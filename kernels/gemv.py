@@ -1,12 +1,12 @@
 """One token through a linear layer, with what comes before it and after it.   y = gate(W p(x) + b)
 
-    p(x) = x, or with a residual   h = residual + x;   p(x) = h / sqrt(mean(h²) + eps) * (norm + offset)
+    p(x) = x, or with a residual   h = residual + x;   p(x) = h / sqrt(mean(h²) + eps) * norm
     gate(z) = z, or of halves   silu(z1) * z2
 
 x         [1, num_in]        bf16|f16|f32, contiguous
 weight    [rows, num_in]     dtype of x, contiguous; rows = num_out, or 2 * num_out where gated
 bias      [rows]             dtype of x, or None
-residual  [1, num_in]        f32, contiguous, or None; it is only read, and h is returned
+residual  [1, num_in]        f32, contiguous, or None; it is only read, and h is returned; `also_input`: and p(x)
 norm      [num_in]           f32, where there is a residual
 out       [1, num_out]       dtype of x, or f32, contiguous: where y is written, or None
 y         [1, num_out]       dtype of x, or of out
@@ -36,16 +36,16 @@ MOST_IN = 1 << 15
 
 def ref(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None,
-    norm: Tensor | None = None, eps: float = 0.0, offset: float = 0.0, gated: bool = False,
-    out: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    norm: Tensor | None = None, eps: float = 0.0, gated: bool = False, out: Tensor | None = None,
+    also_input: bool = False,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     h = x.float() if residual is None else x.float() + residual
-    p = h if residual is None else h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * (norm + offset)
+    p = h if residual is None else h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * norm
     z = p @ weight.float().T + (0.0 if bias is None else bias.float())
     if gated:
         z = F.silu(z[:, : z.shape[1] // 2]) * z[:, z.shape[1] // 2 :]
     y = z.to(x.dtype) if out is None else out.copy_(z)
-    return y if residual is None else (y, h)
+    return y if residual is None else (y, h, p.to(x.dtype)) if also_input else (y, h)
 
 
 @jit
@@ -58,9 +58,9 @@ def _product(weight, p, scale, bias_ptr, row, row_inside, HAS_BIAS: tl.constexpr
 
 @jit
 def _gemv(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_ptr, y_ptr, h_ptr, eps, offset,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_ptr, y_ptr, h_ptr, p_ptr, eps,
     NUM_IN: tl.constexpr, NUM_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
+    ALSO_INPUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -72,7 +72,7 @@ def _gemv(
     if GATED:
         up_weight = tl.load(weight_ptr + NUM_OUT * NUM_IN, mask=inside, other=0.0, eviction_policy="evict_first")
     if HAS_NORM:
-        norm = tl.load(norm_ptr + column, mask=column_inside, other=0.0) + offset
+        norm = tl.load(norm_ptr + column, mask=column_inside, other=0.0)
     if PDL:
         gdc_wait()
 
@@ -83,6 +83,8 @@ def _gemv(
             tl.store(h_ptr + column, p, mask=column_inside)
         scale = tl.rsqrt(tl.sum(p * p, 0) / NUM_IN + eps)
         p *= norm
+        if ALSO_INPUT and tl.program_id(0) == 0:
+            tl.store(p_ptr + column, (p * scale).to(p_ptr.dtype.element_ty), mask=column_inside)
     y = _product(weight, p, scale, bias_ptr, row, row_inside, HAS_BIAS)
     if GATED:
         up = _product(up_weight, p, scale, bias_ptr, NUM_OUT + row, row_inside, HAS_BIAS)
@@ -126,24 +128,25 @@ def _candidates(key: Key) -> Iterator[Tuning]:
 
 def launch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None,
-    norm: Tensor | None = None, eps: float = 0.0, offset: float = 0.0, gated: bool = False,
-    out: Tensor | None = None, tuned: Tuning | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    norm: Tensor | None = None, eps: float = 0.0, gated: bool = False, out: Tensor | None = None,
+    also_input: bool = False, tuned: Tuning | None = None,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     num_in, num_out = x.shape[1], weight.shape[0] // (1 + gated)
     rows, num_warps = tuned or tuning(Key(num_out, num_in, gated, x.element_size()))
     y = torch.empty(1, num_out, dtype=x.dtype, device=x.device) if out is None else out
     h = None if residual is None else torch.empty_like(residual)
+    p = torch.empty_like(x) if also_input else None
     _gemv[(triton.cdiv(num_out, rows),)](
-        x, weight, bias, residual, norm, y, h, eps, offset,
+        x, weight, bias, residual, norm, y, h, p, eps,
         NUM_IN=num_in, NUM_OUT=num_out, HAS_BIAS=bias is not None, HAS_NORM=residual is not None, GATED=gated,
-        ROWS=rows, BLOCK_IN=triton.next_power_of_2(num_in), num_warps=num_warps, **overlapping(),
+        ALSO_INPUT=also_input, ROWS=rows, BLOCK_IN=triton.next_power_of_2(num_in), num_warps=num_warps, **overlapping(),
     )  # fmt: skip
-    return y if h is None else (y, h)
+    return y if h is None else (y, h) if p is None else (y, h, p)
 
 
 def make(
     num_out: int, num_in: int, dtype: torch.dtype, normed: bool = False, gated: bool = False, biased: bool = False,
-    to_float32: bool = False, device="cpu",
+    to_float32: bool = False, also_input: bool = False, device="cpu",
 ):  # fmt: skip
     rows = num_out * (1 + gated)
     weight = (torch.randn(rows, num_in, device=device) / num_in**0.5).to(dtype)
@@ -153,7 +156,7 @@ def make(
         options["out"] = torch.empty(1, num_out, device=device)
     if normed:
         residual, norm = torch.randn(2, num_in, device=device)
-        options |= {"residual": residual[None], "norm": norm, "eps": 1e-5, "offset": 1.0}
+        options |= {"residual": residual[None], "norm": norm, "eps": 1e-5, "also_input": also_input}
     return call(x, weight, bias if biased else None, **options)
 
 
@@ -172,6 +175,7 @@ tuning = Tunable("gemv", Key, Tuning, rule=_rule, candidates=_candidates, make=_
         *grid(num_out=(5, 64), num_in=(64, 576), dtype=FLOATS, normed=(False, True), gated=(False, True)),
         *grid(num_out=(33,), num_in=(576,), dtype=FLOATS[1:], to_float32=(True,)),
         *grid(num_out=(33,), num_in=(100,), dtype=FLOATS, normed=(False, True), gated=(True, False), biased=(True,)),
+        *grid(num_out=(33,), num_in=(100,), dtype=FLOATS, normed=(True,), also_input=(True,)),
     ],
     bench_cases=[
         *grid(num_out=(4096,), num_in=(1024, 4096), dtype=(torch.bfloat16,), normed=(False, True)),
@@ -181,10 +185,11 @@ tuning = Tunable("gemv", Key, Tuning, rule=_rule, candidates=_candidates, make=_
 )
 def gemv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None,
-    norm: Tensor | None = None, eps: float = 0.0, offset: float = 0.0, gated: bool = False,
-    out: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """y [1, num_out], and h [1, num_in] f32 where there is a residual; ValueError when shapes or dtypes do not fit."""
+    norm: Tensor | None = None, eps: float = 0.0, gated: bool = False, out: Tensor | None = None,
+    also_input: bool = False,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """y [1, num_out], where there is a residual h [1, num_in] f32, and if asked for p(x) [1, num_in]; ValueError when
+    shapes or dtypes do not fit."""
     check(x.dim() == 2 and weight.dim() == 2 and x.shape[1:] == weight.shape[1:] and len(x) == 1, "x, weight")
     check(weight.shape[0] % (1 + gated) == 0 and x.shape[1] <= MOST_IN, "an odd number of rows, or too long ones")
     check(x.dtype == weight.dtype and x.dtype in FLOATS, "dtypes of x and weight do not fit")
@@ -197,5 +202,6 @@ def gemv(
     if out is not None:
         fits = out.shape == (1, weight.shape[0] // (1 + gated)) and out.dtype in (x.dtype, torch.float32)
         check(fits and out.is_contiguous(), "out does not fit")
-    options = {"residual": residual, "norm": norm, "eps": eps, "offset": offset, "gated": gated, "out": out}
+    check(residual is not None or not also_input, "x itself is what goes in")
+    options = {"residual": residual, "norm": norm, "eps": eps, "gated": gated, "out": out, "also_input": also_input}
     return (ref if x.is_cpu else launch)(x, weight, bias, **options)

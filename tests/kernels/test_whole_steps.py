@@ -99,6 +99,7 @@ def test_chunks_of_prompts_and_tokens_beside_them(name: str, tmp_path: Path, mon
     def logits() -> list[torch.Tensor]:
         session, a, b = harness.Session(harness.load(folder), num_seqs=2), prompt(40), prompt(40).flip(0)
         steps = [[(0, a[:27])], [(0, a[27:28]), (1, b[:20])], [(1, b[20:21]), (0, a[28:])], [(0, a[:1]), (1, b[21:22])]]
+        steps.append([(1, b[22:23])])
         return [part for chunks in steps for part in session.step(chunks)]
 
     expected = logits()

@@ -21,7 +21,7 @@ class Block:
     """A node of the tree; attributes that are blocks, or lists of blocks, are its children.
 
     Attributes:
-        takes_sum: its input goes into one product and nowhere else, and may be a Sum.
+        takes_sum: its input goes into one product first of all, and may be a Sum.
     """
 
     takes_sum = False

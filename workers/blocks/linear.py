@@ -35,6 +35,7 @@ class Linear(Slot):
         self._in = in_
         self._apply: Callable[[Tensor, Any], Tensor]
         self._fused: Callable[..., Tensor] | None = None
+        self._fused_and_input: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._write: Callable[[Tensor, Any, Tensor], None] | None = None
         self._params: Any
         self._bias: Tensor | None = None
@@ -48,6 +49,7 @@ class Linear(Slot):
         form = formats.choose([piece.encoding for piece in pieces], sum(self.local_sizes), columns.size, place)
         self._params, self._apply = form.finish(pieces), form.apply
         self._fused, self._write = getattr(form, "fused", None), getattr(form, "write", None)
+        self._fused_and_input = getattr(form, "fused_and_input", None)
         if any("bias" in leaves for leaves in parts.values()):
             biases = [parts[part]["bias"].piece(span).decode(place.dtype) for part, span in spans.items()]
             self._bias = torch.cat(biases).to(place.device)
@@ -60,6 +62,15 @@ class Linear(Slot):
         """x [T, in] -> [T, out], in the dtype of x; sizes are this rank's."""
         y = self._fused(x, self._params, self._bias, gated=False) if self._fused else self._multiply(x)
         return y if self._reduce is None else self._reduce(y)
+
+    def and_input(self, x: Tensor | Sum) -> tuple[Tensor, Tensor]:
+        """What `__call__` gives, and x as a tensor, where more than this is made of it."""
+        if isinstance(x, Tensor):
+            return self(x), x
+        if self._fused_and_input is None or self._reduce is not None:
+            x = x.tensor()
+            return self(x), x
+        return self._fused_and_input(x, self._params, self._bias)
 
     def gated(self, x: Tensor | Sum) -> Tensor:
         """silu(first half) * second half of what `__call__` gives, for outputs that are not summed over ranks."""

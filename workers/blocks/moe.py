@@ -15,7 +15,7 @@ from cableway.workers.blocks.block import Block, Slot
 from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mlp import Activation, ClampedGate
-from cableway.workers.formats.base import Place
+from cableway.workers.formats.base import Place, Sum
 from cableway.workers.formats.experts import Order
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
@@ -50,9 +50,9 @@ class Router(Block):
         some = groups if groups is not None and groups.kept < groups.num else None
         self._rule = {"top_k": top_k, "score": score, "groups": some, "renorm": renorm, "scale": scale}
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, E] -> weights [T, K] f32, experts [T, K] i32"""
-        return choose_experts(self.gate(x), None if self.correction is None else self.correction.weight, **self._rule)
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [T, X], of `gate` -> weights [T, K] f32, experts [T, K] i32"""
+        return choose_experts(logits, None if self.correction is None else self.correction.weight, **self._rule)
 
 
 class SparseMixer(Block):
@@ -66,8 +66,8 @@ class SparseMixer(Block):
         self.gate = Linear(Axis("experts", num_experts), Axis("embed", hidden_size))
         self.top_k, self.jitter = top_k, jitter
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.gate(x).float()
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.float()
         left, weights, experts = logits, [], []
         for _ in range(self.top_k):
             top, expert = left.max(-1, keepdim=True)
@@ -129,6 +129,8 @@ class MoE(Block):
         shared: an MLP that every token goes through. shared_gate: its result counts by a sigmoid of its own gate.
     """
 
+    takes_sum = True
+
     def __init__(
         self, hidden_size: int, ffn_size: int, num_experts: int, *, router: Router | SparseMixer,
         act: Activation | ClampedGate | None = None, bias: bool = False, shared: Any = None, shared_gate: bool = False,
@@ -147,22 +149,22 @@ class MoE(Block):
         super().prepare(place)
         self._reduce = place.mesh.all_reduce if place.mesh.is_cut(self.ffn) else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, E] -> [T, E]"""
+        logits, x = self.router.gate.and_input(x)
         other = None if self.shared is None else self.shared(x)
         gate = None if self.shared_gate is None else self.shared_gate(x)
+        weights, experts = self.router(logits)
         if self._reduce is None:
-            return self.routed(x, other, gate)
-        y = self._reduce(self.routed(x))
+            return self.routed(x, weights, experts, other, gate)
+        y = self._reduce(self.routed(x, weights, experts))
         return y if other is None else y.add_(other if gate is None else other * sigmoid(gate))
 
-    def routed(self, x: Tensor, *also: Tensor | None) -> Tensor:
-        """What this rank's share of the experts gives, and what is to be added."""
-        weights, experts = self.router(x)
-        return self.through(x, experts, weights, *also)
+    def routed(self, x: Tensor, weights: Tensor, experts: Tensor, *also: Tensor | None) -> Tensor:
+        """What this rank's share of the experts gives, and what is to be added: see `Experts.joined`.
 
-    def through(self, x: Tensor, experts: Tensor, weights: Tensor, *also: Tensor | None) -> Tensor:
-        """x [T, E], or [T * K, E] with a row for each of experts [T, K] -> their sum by weights [T, K] f32 [T, E]"""
+        x [T, E], or [T * K, E] with a row for each of experts [T, K]; weights [T, K] f32 -> [T, E]
+        """
         order = self.down.order(experts)
         return self.down.joined(self.inner(x, order), order, weights, *also)
 
@@ -191,10 +193,10 @@ class PlainMoE(MoE):
         self.narrow = Linear(inside, hidden, bias=bias) if latent else None
         self.widen = Linear(hidden, inside, bias=bias) if latent else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, E] -> [T, E]"""
-        weights, experts = self.router(x)
-        y = self.through(x if self.narrow is None else self.narrow(x), experts, weights)
+        logits, x = self.router.gate.and_input(x)
+        y = self.routed(x if self.narrow is None else self.narrow(x), *self.router(logits))
         if self._reduce is not None:
             y = self._reduce(y)
         return (y if self.widen is None else self.widen(y)).add_(self.shared(x))
@@ -206,19 +208,17 @@ class PlainMoE(MoE):
 class InputMoE(MoE):
     """Llama 4: what goes into an expert is weighted, not what comes out."""
 
-    def routed(self, x: Tensor, *also: Tensor | None) -> Tensor:
-        weights, experts = self.router(x)
+    def routed(self, x: Tensor, weights: Tensor, experts: Tensor, *also: Tensor | None) -> Tensor:
         weighted = (x[:, None] * weights[..., None].to(x.dtype)).flatten(0, 1)
-        return self.through(weighted, experts, torch.ones_like(weights), *also)
+        return super().routed(weighted, torch.ones_like(weights), experts, *also)
 
 
 class IdentityMoE(MoE):
     """LongCat: the router knows more experts than there are; the others give back what they are given."""
 
-    def routed(self, x: Tensor, *also: Tensor | None) -> Tensor:
-        weights, experts = self.router(x)
+    def routed(self, x: Tensor, weights: Tensor, experts: Tensor, *also: Tensor | None) -> Tensor:
         is_real = experts < self.num_experts
-        y = self.through(x, experts.where(is_real, 0), weights * is_real, *also)
+        y = super().routed(x, weights * is_real, experts.where(is_real, 0), *also)
         part = (~is_real * weights).sum(-1, keepdim=True) * x.float()
         return (y.float() + part / self._num_ranks).to(x.dtype)
 

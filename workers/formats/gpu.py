@@ -32,6 +32,13 @@ class OnGpu(Dense):
         y = F.linear(x, matrix, bias)
         return silu_mul(y) if gated else y
 
+    def fused_and_input(self, x: Sum, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`fused`, and the input itself, of which more is to be made."""
+        if len(x) == 1 and matrix.shape[1] <= MOST_IN:
+            return _one_sum(x, matrix, bias, also_input=True)
+        tensor = x.tensor()
+        return self.fused(tensor, matrix, bias, gated=False), tensor
+
     def write(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
         """The product in float32, unrounded, into `out` [T, out]."""
         if len(x) == 1 and matrix.shape[1] <= MOST_IN:
@@ -49,6 +56,10 @@ class Invariant(OnGpu):
         x = x.tensor() if isinstance(x, Sum) else x
         return few_rows(x, matrix, bias, gated=gated, invariant=True)
 
+    def fused_and_input(self, x: Sum, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        tensor = x.tensor()
+        return self.fused(tensor, matrix, bias, gated=False), tensor
+
     def write(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
         few_rows(x, matrix, out=out, invariant=True)
 
@@ -56,7 +67,11 @@ class Invariant(OnGpu):
 def _one_row(x: Tensor | Sum, matrix: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
     if not isinstance(x, Sum):
         return gemv(x, matrix, bias, gated=gated)
-    y, total = gemv(x.delta, matrix, bias, residual=x.residual, norm=x.norm.weight, eps=x.norm.eps, gated=gated)
+    return _one_sum(x, matrix, bias, gated=gated)[0]
+
+
+def _one_sum(x: Sum, matrix: Tensor, bias: Tensor | None, **options: bool) -> tuple[Tensor, ...]:
+    y, total, *also = gemv(x.delta, matrix, bias, residual=x.residual, norm=x.norm.weight, eps=x.norm.eps, **options)
     # While one program writes the sum others still read what it is made of: it takes the place of the old one here.
     x.residual.set_(total)
-    return y
+    return y, *also
