@@ -1,16 +1,25 @@
 """The least time a workload can take: FLOPs of its prompts at the matrix rate, then bytes of its decode steps.
 
 Both rates are measured on the machine at hand, in the same run. The weights are counted as the format stores them, the
-KV cache as the cache does.
+KV cache as the cache does; of experts those that one token chooses.
 """
 
 import subprocess
 import sys
+from math import prod
 from typing import Any, NamedTuple
 
 import msgspec
 
 from cableway.bench.workloads import BenchRequest
+from cableway.ipc.modelfiles import ModelFiles
+from cableway.workers import models
+from cableway.workers.blocks.block import Slot
+from cableway.workers.blocks.moe import Experts
+from cableway.workers.parallel import Mesh
+
+_STATE_BYTES = 8
+"""Of each number of a state, which a step reads and writes."""
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -21,24 +30,37 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 class Shape(NamedTuple):
-    """A dense decoder's dimensions, as the floor needs them."""
+    """What the floor needs of a model."""
 
-    body_params: int
+    body_params: int  # of matrices that a token goes through
     head_params: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    query_len: int  # numbers of a token's queries in all layers that attend
+    kept_len: int  # numbers that these layers keep of a token
+    state_len: int = 0  # float32 numbers of a sequence's recurrent states
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> "Shape":
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or hidden // heads
-        attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-        mlp = 3 * hidden * config["intermediate_size"]
-        layers = config["num_hidden_layers"]
-        return cls(layers * (attention + mlp), hidden * config["vocab_size"], layers, heads, kv_heads, head_dim)
+    def of(cls, files: ModelFiles) -> "Shape":
+        config, decoder = files.config, models.find(files.config).build(files.config)
+        states = [mixer.state(Mesh()) for mixer in decoder.mixers()]
+        heads, attending = config.get("num_attention_heads") or 0, [state for state in states if not state.state_len]
+        head_dim = config.get("head_dim") or config["hidden_size"] // max(heads, 1)
+        of_tokens = ("embed", "positions.table", "head")
+        return cls(
+            body_params=sum(_params(slot, config) for path, slot in decoder.slots() if path not in of_tokens),
+            head_params=config["hidden_size"] * config["vocab_size"],
+            query_len=len(attending) * heads * head_dim,
+            kept_len=sum(state.num_planes * state.num_kv_heads * state.head_dim for state in attending),
+            state_len=sum(state.state_len for state in states),
+        )
+
+
+def _params(slot: Slot, config: dict[str, Any]) -> int:
+    """Of a slot's matrices; of an expert's as many as one token chooses."""
+    rows = sum(axis.size for axis in slot.parts.values())
+    params = sum(rows * prod(dims) for dims in slot.leaves.values() if dims)
+    if isinstance(slot, Experts):
+        return params * config["num_experts_per_tok"] // len({part.partition(".")[0] for part in slot.parts})
+    return params
 
 
 def floor_s(
@@ -51,25 +73,25 @@ def floor_s(
     """
     flops = 0.0
     for prompt, _ in requests:
-        attention = 2 * shape.num_layers * shape.num_heads * shape.head_dim * len(prompt)
+        attention = 2 * shape.query_len * len(prompt)
         flops += len(prompt) * (2 * shape.body_params + attention) + 2 * shape.head_params
     outputs = sorted((output_len for _, output_len in requests), reverse=True)
     steps = sum(max(0, outputs[first] - 1) for first in range(0, len(outputs), max_num_seqs))
     context = sum((out - 1) * (len(prompt) + out / 2) for prompt, out in requests)
-    kv = context * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * kv_bytes
-    weights = steps * (shape.body_params + shape.head_params) * weight_bytes
-    return flops / rates.matmul_flop_s + (weights + kv) / rates.copy_bytes_s
+    kv = context * shape.kept_len * kv_bytes
+    states = sum(out - 1 for out in outputs) * _STATE_BYTES * shape.state_len
+    read = steps * (shape.body_params + shape.head_params) * weight_bytes
+    return flops / rates.matmul_flop_s + (read + kv + states) / rates.copy_bytes_s
 
 
 def step_floor_s(shape: Shape, rates: Rates, rows: int, length: int, item_bytes: int, kv_item_bytes: int) -> float:
     """Seconds below which no engine can do one step: `rows` tokens after `length` others each, or, where there are no
     rows, one prompt of `length`."""
-    width = shape.num_layers * shape.head_dim
     if not rows:
-        flops = length * (2 * shape.body_params + 2 * width * shape.num_heads * length) + 2 * shape.head_params
+        flops = length * (2 * shape.body_params + 2 * shape.query_len * length) + 2 * shape.head_params
         return flops / rates.matmul_flop_s
-    kv_bytes = rows * length * 2 * width * shape.num_kv_heads * kv_item_bytes
-    num_bytes = (shape.body_params + shape.head_params) * item_bytes + kv_bytes
+    kept_bytes = rows * (length * shape.kept_len * kv_item_bytes + _STATE_BYTES * shape.state_len)
+    num_bytes = (shape.body_params + shape.head_params) * item_bytes + kept_bytes
     flops = 2 * rows * (shape.body_params + shape.head_params)
     return max(num_bytes / rates.copy_bytes_s, flops / rates.matmul_flop_s)
 

@@ -125,7 +125,7 @@ def _on_gpu(
                 f"{shape} is more than the {config.max_num_batched_tokens} tokens of one step", param_hint="--shapes"
             )
     rates = measure_rates(config.device, config.dtype)
-    model = ModelShape.of(modelfiles.locate(config.model, config.load_format).config)
+    model = ModelShape.of(modelfiles.locate(config.model, config.load_format))
     runner = runners.build(config)
     for shape, (rows, length) in shapes.items():
         step = GpuStep(runner, config, sampling, rows, length)

@@ -17,7 +17,7 @@ from cableway.kernels.cuda import CudaKernel
 from tests import checkpoints
 
 triton = pytest.importorskip("triton")
-SHAPE = Shape(body_params=1000, head_params=500, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=8)
+SHAPE = Shape(body_params=1000, head_params=500, query_len=2 * 4 * 8, kept_len=2 * 2 * 8)
 
 
 def test_a_step_of_few_rows_is_bound_by_bytes_and_a_prompt_by_products():
@@ -27,6 +27,8 @@ def test_a_step_of_few_rows_is_bound_by_bytes_and_a_prompt_by_products():
     assert (
         step_floor_s(SHAPE, rates, rows=2, length=10, item_bytes=2, kv_item_bytes=2) == one + 10 * 2 * 2 * 8 * 2 / 100
     )
+    with_states = SHAPE._replace(state_len=25)
+    assert step_floor_s(with_states, rates, rows=1, length=10, item_bytes=2, kv_item_bytes=2) == one + 25 * 8 / 100
     in_8_bits = step_floor_s(SHAPE, rates, rows=2, length=10, item_bytes=2, kv_item_bytes=1)
     assert in_8_bits == one
     prompt = step_floor_s(SHAPE, rates, rows=0, length=10, item_bytes=2, kv_item_bytes=2)

@@ -2,11 +2,16 @@
 
 import array
 import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cableway.bench.floor import Rates, Shape, floor_s
 from cableway.bench.workloads import WORKLOADS, BenchRequest, workload
+from cableway.ipc.modelfiles import locate
+from tests import checkpoints
 
 DIGESTS = {
     "decode1": "e224d18e90cfa0f4",
@@ -34,21 +39,43 @@ def test_repeats_keep_lengths_but_share_no_prefix(name):
     assert all(0 <= token < 49152 for r in again for token in r.prompt)
 
 
-def test_floor_of_a_shape_counted_by_hand():
-    shape = Shape.of(
-        {
-            "hidden_size": 8,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "vocab_size": 100,
-        }
-    )
-    assert shape.body_params == 2 * (8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16)
-    assert shape.head_params == 800
+def test_floor_of_a_shape_counted_by_hand(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 100}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    files = locate(str(checkpoints.tiny(tmp_path / "model", "llama", **sizes, **heads)))
+    shape = Shape.of(files)
+    assert shape == (2 * (8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16), 800, 2 * 2 * 4, 2 * 2 * 4, 0)
     requests = [BenchRequest([1] * 10, 3), BenchRequest([1] * 10, 1)]
     rates = Rates(copy_bytes_s=1.0, matmul_flop_s=1e30)
     seconds = floor_s(requests, shape, rates, weight_bytes=2, kv_bytes=2, max_num_seqs=8)
     kv = 2 * (10 + 1.5) * 2 * 2 * 1 * 4 * 2
     assert seconds == pytest.approx(2 * (shape.body_params + 800) * 2 + kv)
+
+
+def test_a_state_is_read_and_written_by_every_step_but_the_first():
+    shape, rates = Shape(0, 0, 0, 0, state_len=5), Rates(copy_bytes_s=1.0, matmul_flop_s=1.0)
+    requests = [BenchRequest([1] * 10, 3), BenchRequest([1] * 10, 1)]
+    assert floor_s(requests, shape, rates, weight_bytes=2, kv_bytes=2, max_num_seqs=8) == 2 * 2 * 4 * 5
+
+
+def shape_of(folder: Path, **config: Any) -> Shape:
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "vocab_size": 10, **config}))
+    return Shape.of(locate(str(folder), "dummy"))
+
+
+def test_shape_of_a_recurrent_model(tmp_path):
+    sizes = {"num_heads": 4, "head_dim": 4, "state_size": 6, "n_groups": 1, "conv_kernel": 4}
+    found = shape_of(tmp_path, architectures=["Mamba2ForCausalLM"], num_hidden_layers=3, **sizes)
+    channels = 16 + 2 * 6
+    assert found.body_params == 3 * (8 * (16 + channels + 4) + 4 * channels + 8 * 16)
+    assert found[2:] == (0, 0, 3 * (3 * channels + 4 * 4 * 6))
+
+
+def test_of_experts_those_count_that_a_token_chooses(tmp_path):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    experts = {"num_experts": 6, "moe_intermediate_size": 5, "intermediate_size": 5}
+    found = [
+        shape_of(tmp_path, architectures=["Qwen3MoeForCausalLM"], num_experts_per_tok=k, **sizes, **experts)
+        for k in (1, 3)
+    ]
+    assert found[1].body_params - found[0].body_params == 2 * 3 * 8 * 5

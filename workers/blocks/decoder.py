@@ -52,6 +52,8 @@ class Decoder(Block):
         self.head = Linear(vocab, narrow, bias=head_bias)
         self.on_logits = on_logits
         self._mixers = tuple(self.mixers())
+        for number, mixer in enumerate(self._mixers):
+            mixer.number = number
         self._sees_embeddings = any(isinstance(layer, DetourLayer) for layer in self.layers)
         self._ropes: dict[Rope, None] = dict.fromkeys(rope for mixer in self._mixers for rope in mixer.ropes())
         if self._ropes:
@@ -70,8 +72,6 @@ class Decoder(Block):
     def prepare(self, place: Place) -> None:
         super().prepare(place)
         self._place = place
-        for number, mixer in enumerate(self._mixers):
-            mixer.number = number
         self._groups, self._group_of = _group([mixer.state(place.mesh) for mixer in self._mixers])
         self._scales = [mixer.scales() for mixer in self._mixers]
         divisors = self.rope_divisors.weight if self._ropes else None
