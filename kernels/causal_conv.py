@@ -1,15 +1,16 @@
 """Causal convolution over the tokens of each sequence, channel by channel, with the inputs before them as state.
 
-    y[t, c] = act(b[c] + sum over j of w[c, j] x[t - width + 1 + j, c]),   act = identity or silu
+    y[t, c] = act(b[c] + sum over j of w[j, c] x[t - width + 1 + j, c]),   act = identity or silu
 
 x       [num_tokens, channels]                   bf16|f16|f32  rows may be strided
-w       [channels, width]                        f32, contiguous
+w       [width, channels]                        f32, contiguous
 b       [channels] f32 or None
-states  [num_rows, channels * (width - 1)]       f32  rows may be strided; a channel's last inputs, oldest first
+states  [num_rows, (width - 1) * channels]       f32  rows may be strided; the last inputs, oldest first
 plan    a RecurrentPlan: see recurrence.py
 y       [num_tokens, channels]                   dtype of x, contiguous
 
-Sequences that bring many tokens are computed chunk by chunk (chunk_work.py), side by side.
+Of a sequence that brings many tokens, those after the first few see none of earlier steps, and are computed in chunks
+(chunk_work.py), side by side.
 Bound: bytes; reads x, writes y.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, scans, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, scans, tl, triton
 from cableway.kernels.recurrence import (
     LONG,
     MIXED,
@@ -32,188 +33,155 @@ from cableway.kernels.recurrence import (
 )
 from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
 
-_CHANNELS = _CHUNK = 64
+_CHUNK, _CHANNELS, _WARPS = 64, 64, 4
+_FEW_ROWS, _FEW_CHANNELS, _FEW_WARPS = 16, 256, 2
 
 
 def ref(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: RecurrentPlan, *, silu: bool) -> Tensor:
-    channels, width = w.shape
+    width, channels = w.shape
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for sequence, (start, end, length) in enumerate(plan.spans()):
         before = length - (end - start)
-        last = torch.zeros(channels, width - 1, device=x.device)
+        last = torch.zeros(width - 1, channels, device=x.device)
         if before > 0:
-            last = states[plan.row(sequence, before - 1)].view(channels, width - 1).clone()
+            last = states[plan.row(sequence, before - 1)].view(width - 1, channels).clone()
         for position in range(before, length):
-            seen = torch.cat((last, x[start + position - before].float()[:, None]), 1)
-            y[start + position - before] = (seen * w).sum(1) + (0 if b is None else b)
-            last = seen[:, 1:]
+            seen = torch.cat((last, x[start + position - before].float()[None]))
+            y[start + position - before] = (seen * w).sum(0) + (0 if b is None else b)
+            last = seen[1:]
             if plan.keeps(position, length):
                 states[plan.row(sequence, position)] = last.flatten()
     return (y * torch.sigmoid(y) if silu else y).to(x.dtype)
 
 
-@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most"))  # which vary between steps
-def _causal_conv(
-    x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr, x_stride, state_stride,
-    table_stride, channels, block_size, most,
-    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Some channels of one sequence that brings no more than `most` tokens, one after another."""
-    sequence = tl.program_id(0).to(tl.int64)
-    start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
-    if (length > 0) & (length - before <= most):
-        table_ptr += sequence * table_stride
-        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        inside = channel < channels
-        tap = tl.arange(0, BLOCK_WIDTH)  # of the inputs before a token; the last is the one right before it
-        kept = inside[:, None] & (tap < WIDTH - 1)[None, :]
-        place = channel[:, None] * (WIDTH - 1) + tap[None, :]
-        last = resumed(states_ptr, table_ptr, place, kept, before, state_stride, block_size)
-        taps = tl.load(w_ptr + channel[:, None] * WIDTH + tap[None, :], mask=kept, other=0.0)
-        newest = tl.load(w_ptr + channel * WIDTH + WIDTH - 1, mask=inside, other=0.0)
-        bias = tl.zeros((CHANNELS,), tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(b_ptr + channel, mask=inside, other=0.0)
-        for position in range(before, length):
-            token = start + position - before
-            x = tl.load(x_ptr + token * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
-            y = bias + tl.sum(last * taps, 1) + newest * x
-            if SILU:
-                y = y * tl.sigmoid(y)
-            tl.store(y_ptr + token * channels + channel, y.to(y_ptr.dtype.element_ty), mask=inside)
-            # Inputs move by one, and x is the newest: a column is the sum over those that are its right neighbour.
-            moves = (tap[None, :] == tap[:, None] + 1)[None, :, :]
-            moved = tl.sum(tl.where(moves, last[:, None, :], 0.0), 2)
-            last = tl.where((tap == WIDTH - 2)[None, :], x[:, None], moved)
-            keep(states_ptr, table_ptr, place, kept, last, position + 1, length, state_stride, block_size)
-
-
 @jit
 def _inputs(
     x_ptr, states_ptr, table_ptr, start, before, position, position_inside, channel, channel_inside, x_stride,
-    state_stride, block_size, WIDTH: tl.constexpr, IS_FIRST: tl.constexpr,
+    state_stride, channels, block_size, WIDTH: tl.constexpr, IS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Inputs [positions, channels] f32, zeros before the first. IS_FIRST: some may be of earlier steps."""
-    is_new = position_inside & (position >= before)
-    token = start + position - before
-    x = rows_of(x_ptr, token, is_new, x_stride, channel, channel_inside).to(tl.float32)
+    is_new = position_inside & (position >= before) if IS_FIRST else position_inside
+    x = rows_of(x_ptr, start + position - before, is_new, x_stride, channel, channel_inside).to(tl.float32)
     if IS_FIRST:
         nth = position - before + WIDTH - 1  # of those that are kept
         is_old = position_inside & (position >= 0) & (nth >= 0) & (position < before)
-        place = channel[None, :] * (WIDTH - 1) + nth[:, None]
+        place = nth[:, None] * channels + channel[None, :]
         inside = is_old[:, None] & channel_inside[None, :]
         x += resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size)
     return x
 
 
 @jit
-def _keep_inputs(
-    x_ptr, states_ptr, table_ptr, start, before, num_done, channel, channel_inside, x_stride, state_stride, block_size,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, IS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Write the state after `num_done` tokens."""
-    nth = tl.arange(0, BLOCK_WIDTH)
-    last = _inputs(
-        x_ptr, states_ptr, table_ptr, start, before, num_done - (WIDTH - 1) + nth, nth < WIDTH - 1, channel,
-        channel_inside, x_stride, state_stride, block_size, WIDTH, IS_FIRST,
-    )  # fmt: skip
-    if IS_FIRST:
-        tl.debug_barrier()  # every thread has read what is written over
-    place = channel[None, :] * (WIDTH - 1) + nth[:, None]
-    inside = (nth < WIDTH - 1)[:, None] & channel_inside[None, :]
-    keep(states_ptr, table_ptr, place, inside, last, num_done, num_done, state_stride, block_size)
-
-
-@jit
 def _convolve(
     x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr, start, before, first, end, length, channel, channel_inside,
     x_stride, state_stride, channels, block_size,
-    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     IS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Positions first … end - 1 of a sequence, and what is kept after some of them. IS_FIRST: first is `before`."""
-    position = first + tl.arange(0, CHUNK)
-    is_new = position < end
-    y = tl.zeros((CHUNK, channel.shape[0]), tl.float32)
+    """Positions first … end - 1 of a sequence, and what is kept after them. IS_FIRST: first is `before`."""
+    position = first + tl.arange(0, ROWS)
+    is_own = position < end
+    y = tl.zeros((ROWS, channel.shape[0]), tl.float32)
     if HAS_BIAS:
         y += tl.load(b_ptr + channel, mask=channel_inside, other=0.0)[None, :]
     for tap in tl.static_range(WIDTH):
         x = _inputs(
-            x_ptr, states_ptr, table_ptr, start, before, position - (WIDTH - 1 - tap), is_new, channel, channel_inside,
-            x_stride, state_stride, block_size, WIDTH, IS_FIRST,
+            x_ptr, states_ptr, table_ptr, start, before, position - (WIDTH - 1 - tap), is_own, channel, channel_inside,
+            x_stride, state_stride, channels, block_size, WIDTH, IS_FIRST and tap < WIDTH - 1,
         )  # fmt: skip
-        y += x * tl.load(w_ptr + channel * WIDTH + tap, mask=channel_inside, other=0.0)[None, :]
+        y += x * tl.load(w_ptr + tap * channels + channel, mask=channel_inside, other=0.0)[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
     place = (start + position - before)[:, None] * channels + channel[None, :]
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=is_new[:, None] & channel_inside[None, :])
-    # The sequence may go on from the state of the very block that its first new tokens are in: the one program that
-    # reads it also writes it.
-    block = first // block_size
-    num_done = tl.minimum((block + 1) * block_size, length)
-    if IS_FIRST or ((num_done <= end) & (block != before // block_size)):
-        _keep_inputs(
-            x_ptr, states_ptr, table_ptr, start, before, num_done, channel, channel_inside, x_stride, state_stride,
-            block_size, WIDTH, BLOCK_WIDTH, IS_FIRST,
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=is_own[:, None] & channel_inside[None, :])
+    nth = tl.arange(0, BLOCK_WIDTH)
+    kept, is_kept = nth[:, None] * channels + channel[None, :], (nth < WIDTH - 1)[:, None] & channel_inside[None, :]
+    last_block = (end - 1) // block_size
+    for back in range(last_block - first // block_size + 1):
+        # The last block goes first: the sequence may have gone on from the state of the very block it now begins with.
+        num_done = tl.minimum((last_block - back + 1) * block_size, length)
+        if num_done <= end:
+            last = _inputs(
+                x_ptr, states_ptr, table_ptr, start, before, num_done - (WIDTH - 1) + nth, nth < WIDTH - 1, channel,
+                channel_inside, x_stride, state_stride, channels, block_size, WIDTH, IS_FIRST,
+            )  # fmt: skip
+            if IS_FIRST:
+                tl.debug_barrier()  # every thread has read what is written over
+            keep(states_ptr, table_ptr, kept, is_kept, last, num_done, num_done, state_stride, block_size)
+
+
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most"))  # which vary between steps
+def _causal_conv(
+    x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr, x_stride, state_stride,
+    table_stride, channels, block_size, most,
+    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Some channels of one sequence: of its first WIDTH - 1 tokens, or of all where it brings no more than `most`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    sequence = tl.program_id(0).to(tl.int64)
+    start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
+    if length > 0:
+        table_ptr += sequence * table_stride
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        end = tl.where(length - before <= most, length, before + WIDTH - 1)
+        _convolve(
+            x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr, start, before, before, tl.minimum(before + ROWS, end),
+            length, channel, channel < channels, x_stride, state_stride, channels, block_size,
+            WIDTH, HAS_BIAS, SILU, ROWS, BLOCK_WIDTH, True,
         )  # fmt: skip
-    if (end == length) & (num_done < length):
-        _keep_inputs(
-            x_ptr, states_ptr, table_ptr, start, before, length, channel, channel_inside, x_stride, state_stride,
-            block_size, WIDTH, BLOCK_WIDTH, False,
-        )  # fmt: skip
+        for first in range(before + ROWS, end, ROWS):
+            _convolve(
+                x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr, start, before, first, tl.minimum(first + ROWS, end),
+                length, channel, channel < channels, x_stride, state_stride, channels, block_size,
+                WIDTH, HAS_BIAS, SILU, ROWS, BLOCK_WIDTH, False,
+            )  # fmt: skip
 
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "work_ptr"))  # which vary between steps
 def _chunk_conv(
     x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr, work_ptr, first_items_ptr,
     x_stride, state_stride, table_stride, channels, block_size,
-    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, CHUNK: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of CHUNK tokens of a sequence that brings many; they are counted from its first new one."""
+    """Some channels of ROWS tokens of a sequence that brings many, counted from the first that sees new ones alone."""
     item = tl.program_id(0)
     sequence = tl.load(work_ptr + item * 2).to(tl.int64)
     if sequence >= 0:
         start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
-        first = before + (item - tl.load(first_items_ptr + sequence)) * CHUNK
-        end = tl.minimum(first + CHUNK, length)
-        table_ptr += sequence * table_stride
-        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        if first == before:
+        first = before + WIDTH - 1 + (item - tl.load(first_items_ptr + sequence)) * ROWS
+        if first < length:
+            channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
             _convolve(
-                x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr, start, before, first, end, length,
-                channel, channel < channels, x_stride, state_stride, channels, block_size,
-                WIDTH, HAS_BIAS, SILU, CHUNK, BLOCK_WIDTH, True,
-            )  # fmt: skip
-        elif first < length:
-            _convolve(
-                x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr, start, before, first, end, length,
-                channel, channel < channels, x_stride, state_stride, channels, block_size,
-                WIDTH, HAS_BIAS, SILU, CHUNK, BLOCK_WIDTH, False,
+                x_ptr, w_ptr, b_ptr, states_ptr, y_ptr, table_ptr + sequence * table_stride, start, before, first,
+                tl.minimum(first + ROWS, length), length, channel, channel < channels, x_stride, state_stride,
+                channels, block_size, WIDTH, HAS_BIAS, SILU, ROWS, BLOCK_WIDTH, False,
             )  # fmt: skip
 
 
 def launch(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: RecurrentPlan, *, silu: bool) -> Tensor:
-    (num_tokens, channels), width = x.shape, w.shape[1]
+    (num_tokens, channels), width = x.shape, len(w)
     y = torch.empty(num_tokens, channels, dtype=x.dtype, device=x.device)
     tensors = (x, w, w if b is None else b, states, y, plan.query_start, plan.seq_lens, plan.block_table)
-    strides = (x.stride(0), states.stride(0), plan.block_table.stride(0))
+    sizes = (x.stride(0), states.stride(0), plan.block_table.stride(0), channels, plan.block_size)
     constants = {
-        "WIDTH": width, "HAS_BIAS": b is not None, "SILU": silu, "CHANNELS": _CHANNELS,
-        "BLOCK_WIDTH": triton.next_power_of_2(max(width - 1, 1)),
+        "WIDTH": width, "HAS_BIAS": b is not None, "SILU": silu, "BLOCK_WIDTH": triton.next_power_of_2(width - 1),
     }  # fmt: skip
-    chunk, num_parts = plan.chunk_len(_CHUNK), triton.cdiv(channels, _CHANNELS)
-    # Of the chunks of a sequence, and of what is kept of it, only the first sees inputs of earlier steps.
-    in_chunks = plan.has_chunks and width - 1 <= min(chunk, plan.most_singly)
-    if in_chunks:
-        work, first_items = plan.chunk_work(num_tokens, chunk)
-        _chunk_conv[(len(work), num_parts)](
-            *tensors, work, first_items, *strides, channels, plan.block_size, **constants, CHUNK=chunk, num_warps=8
-        )
-    _causal_conv[(plan.num_seqs, num_parts)](
-        *tensors, *strides, channels, plan.block_size, plan.most_singly if in_chunks else plan.max_query_len,
-        **constants, num_warps=2,
+    in_chunks = plan.has_chunks and width - 1 <= plan.most_singly
+    most = plan.most_singly if in_chunks else plan.max_query_len
+    _causal_conv[(plan.num_seqs, triton.cdiv(channels, _FEW_CHANNELS))](
+        *tensors, *sizes, most, **constants, ROWS=triton.next_power_of_2(min(most, max(_FEW_ROWS, width - 1))),
+        CHANNELS=_FEW_CHANNELS, num_warps=_FEW_WARPS, **overlapping(),
     )  # fmt: skip
+    if in_chunks:
+        chunk = plan.chunk_len(_CHUNK)
+        work, first_items = plan.chunk_work(num_tokens, chunk)
+        _chunk_conv[(len(work), triton.cdiv(channels, _CHANNELS))](
+            *tensors, work, first_items, *sizes, **constants, ROWS=chunk, CHANNELS=_CHANNELS, num_warps=_WARPS
+        )
     return y
 
 
@@ -223,7 +191,7 @@ def make(
     """`spans`: (new tokens, length) of each sequence."""
     plan, num_rows = make_plan(spans, block_size, device)
     x = torch.randn(sum(new for new, _ in spans), channels + 5, device=device).to(dtype)[:, :channels]
-    w, b = torch.randn(channels, width, device=device), torch.randn(channels, device=device)
+    w, b = torch.randn(width, channels, device=device), torch.randn(channels, device=device)
     states = torch.randn(num_rows, channels * (width - 1) + 3, device=device)[:, : channels * (width - 1)]
     return call(x, w, b if bias else None, states, plan, silu=silu)
 
@@ -266,14 +234,14 @@ EDGES = ((70, 133), (10, 74), (65, 130), (64, 128), (130, 194), (62, 64))
 )
 def causal_conv(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: RecurrentPlan, *, silu: bool) -> Tensor:
     """Convolve x [T, C], and leave the states that follow; ValueError when shapes or dtypes do not fit."""
-    check(x.dim() == 2 and w.dim() == 2 and w.shape[0] == x.shape[1] and w.shape[1] > 1, "x and w do not fit")
+    check(x.dim() == 2 and w.dim() == 2 and w.shape[1] == x.shape[1] and len(w) > 1, "x and w do not fit")
     check(x.dtype in FLOATS and x.stride(1) == 1 and w.dtype == torch.float32 and w.is_contiguous(), "x or w")
-    fits = b is None or (b.shape == w.shape[:1] and b.dtype == torch.float32 and b.is_contiguous())
+    fits = b is None or (b.shape == w.shape[1:] and b.dtype == torch.float32 and b.is_contiguous())
     check(fits, "b does not fit w")
-    check_states(states, w.shape[0] * (w.shape[1] - 1), plan)
+    check_states(states, w.shape[1] * (len(w) - 1), plan)
     if not x.is_cpu:
         return launch(x, w, b, states, plan, silu=silu)
-    (num_tokens, channels), width = x.shape, w.shape[1]
+    (num_tokens, channels), width = x.shape, len(w)
     y = torch.empty(num_tokens, channels, dtype=x.dtype)
     parts = -(-channels // _CHANNELS)
     scans.run(

@@ -30,31 +30,51 @@ if TYPE_CHECKING:
 
 _CHUNK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 _MOST_KEY_DIM = 128
+_LEAST_COLUMNS = 64
+"""Of tiles of 16 bits; some may be spare. How operands of products lie in shared memory depends on the width of
+their rows; where a kernel has two of the narrower ways, ptxas 12.8, which Triton 3.6 brings, makes code that takes an
+address from a register that nothing wrote."""
+_STATE_DIM, _STATE_WARPS, _STATE_STAGES = 32, 4, 2
 
 
 @jit
 def _inverse(below, ROWS: tl.constexpr):
-    """The inverse of 1 + below, a matrix [ROWS, ROWS] f32 that is zero on its diagonal and above it: row after row.
+    """The inverse of 1 + below, a matrix [ROWS, ROWS] f32 that is zero on its diagonal and above it.
 
-    A series of powers would need a few products only, but where keys are alike its terms grow far beyond their sum.
+    Blocks on the diagonal are inverted row after row, side by side, and then joined: a series of powers of the whole
+    would need a few products only, but where keys are alike its terms grow far beyond their sum.
     """
-    row = tl.arange(0, ROWS)
-    inverse = tl.where(row[:, None] == row[None, :], below * 0.0 + 1.0, 0.0)
-    for r in range(1, ROWS):
-        is_row = (row == r)[:, None]
-        of_row = tl.sum(tl.where(is_row, below, 0.0), 0)
-        known = tl.sum(of_row[:, None] * inverse, 0)
-        inverse = tl.where(is_row, inverse - known[None, :], inverse)
+    BLOCK: tl.constexpr = 16
+    PARTS: tl.constexpr = ROWS // BLOCK
+    PRECISION: tl.constexpr = "tf32x3" if ROWS == 64 else "ieee"
+    row, i = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    is_diagonal = row[:, None] // BLOCK == row[None, :] // BLOCK
+    blocks = tl.sum(tl.reshape(tl.where(is_diagonal, below, 0.0), (PARTS, BLOCK, PARTS, BLOCK)), 2)
+    inverse = tl.where((i[:, None] == i[None, :])[None, :, :], blocks * 0.0 + 1.0, 0.0)
+    for r in range(1, BLOCK):
+        is_row = (i == r)[None, :, None]
+        of_row = tl.sum(tl.where(is_row, blocks, 0.0), 1)
+        known = tl.sum(of_row[:, :, None] * inverse, 1)
+        inverse = tl.where(is_row, inverse - known[:, None, :], inverse)
+    across = tl.broadcast_to(inverse[:, :, None, :], (PARTS, BLOCK, PARTS, BLOCK))
+    inverse = tl.where(is_diagonal, tl.reshape(across, (ROWS, ROWS)), 0.0)
+    if PARTS > 1:
+        # Now (1 + m)^-1 inverse, where m has no blocks on its diagonal: its PARTS-th power is zero.
+        m = tl.dot(inverse, tl.where(is_diagonal, 0.0, below), input_precision=PRECISION)
+        if PARTS > 2:
+            inverse += tl.dot(tl.dot(m, m, input_precision=PRECISION), inverse, input_precision=PRECISION)
+        inverse -= tl.dot(m, inverse, input_precision=PRECISION)
     return inverse
 
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "work_ptr"))  # which vary between steps
 def _delta_factors(
-    k_ptr, v_ptr, g_ptr, beta_ptr, u_ptr, w_ptr, query_start_ptr, seq_lens_ptr, work_ptr, k_stride, v_stride,
+    k_ptr, v_ptr, g_ptr, beta_ptr, u_ptr, w_ptr, decay_ptr, query_start_ptr, seq_lens_ptr, work_ptr, k_stride,
+    v_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
-    """u and w of one head for the tokens of one chunk."""
+    """u, w and s of one head for the tokens of one chunk."""
     item, head = tl.program_id(0), tl.program_id(1)
     sequence, chunk = tl.load(work_ptr + item * 2), tl.load(work_ptr + item * 2 + 1)
     if sequence >= 0:
@@ -66,6 +86,7 @@ def _delta_factors(
         k = rows_of(k_ptr + head // GROUP * KEY_DIM, token, is_new, k_stride, n, n < KEY_DIM)
         beta = tl.load(beta_ptr + token * NUM_HEADS + head, mask=is_new, other=0.0)
         decay = tl.cumsum(tl.load(g_ptr + token * NUM_HEADS + head, mask=is_new, other=0.0), 0)
+        tl.store(decay_ptr + token * NUM_HEADS + head, decay, mask=is_new)
         apart = tl.where(row[:, None] > row[None, :], decay[:, None] - decay[None, :], float("-inf"))
         below = tl.dot(k, tl.trans(k), input_precision="ieee") * tl.exp(apart) * beta[:, None]
         solved = _inverse(below, ROWS).to(k.dtype)
@@ -83,7 +104,7 @@ def _delta_factors(
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most_singly"))  # which vary between steps
 def _delta_states(
-    k_ptr, g_ptr, u_ptr, w_ptr, states_ptr, chunk_states_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
+    k_ptr, decay_ptr, u_ptr, w_ptr, states_ptr, chunk_states_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
     first_items_ptr, k_stride, state_stride, table_stride, block_size, most_singly,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
@@ -108,7 +129,7 @@ def _delta_states(
             k = rows_of(k_ptr + head // GROUP * KEY_DIM, token, is_new, k_stride, n, n_inside)
             w = rows_of(w_ptr, of_head, is_new, KEY_DIM, n, n_inside)
             u = rows_of(u_ptr, of_head, is_new, HEAD_DIM, dim, dim_inside)
-            g = tl.load(g_ptr + of_head, mask=is_new, other=0.0)
+            decay = tl.load(decay_ptr + of_head, mask=is_new, other=0.0)
             narrow = h.to(k.dtype)
             chunk_place = ((item * NUM_HEADS + head) * KEY_DIM + n)[:, None] * HEAD_DIM + dim[None, :]
             tl.store(chunk_states_ptr + chunk_place, narrow, mask=inside)
@@ -117,8 +138,8 @@ def _delta_states(
                 u_ptr + of_head[:, None] * HEAD_DIM + dim[None, :], e.to(k.dtype),
                 mask=is_new[:, None] & dim_inside[None, :],
             )  # fmt: skip
-            total = tl.sum(g, 0)
-            taken = (e * tl.exp(total - tl.cumsum(g, 0))[:, None]).to(k.dtype)
+            total = tl.min(decay, 0)  # the last one: none adds to a state
+            taken = (e * tl.exp(total - decay)[:, None]).to(k.dtype)
             h = h * tl.exp(total) + tl.dot(tl.trans(k), taken, input_precision="ieee")
             num_done = tl.minimum((chunk + 1) * CHUNK, length)
             keep(states_ptr, table_ptr, place, inside, h, num_done, length, state_stride, block_size)
@@ -127,7 +148,8 @@ def _delta_states(
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "work_ptr"))  # which vary between steps
 def _delta_outputs(
-    q_ptr, k_ptr, g_ptr, e_ptr, y_ptr, chunk_states_ptr, query_start_ptr, seq_lens_ptr, work_ptr, q_stride, k_stride,
+    q_ptr, k_ptr, decay_ptr, e_ptr, y_ptr, chunk_states_ptr, query_start_ptr, seq_lens_ptr, work_ptr, q_stride,
+    k_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +174,7 @@ def _delta_outputs(
             e = rows_of(e_ptr, of_head, is_new, HEAD_DIM, dim, dim_inside)
             chunk_place = ((item * NUM_HEADS + head) * KEY_DIM + n)[:, None] * HEAD_DIM + dim[None, :]
             h = tl.load(chunk_states_ptr + chunk_place, mask=n_inside[:, None] & dim_inside[None, :], other=0.0)
-            decay = tl.cumsum(tl.load(g_ptr + of_head, mask=is_new, other=0.0), 0)
+            decay = tl.load(decay_ptr + of_head, mask=is_new, other=0.0)
             apart = tl.where(row[:, None] >= row[None, :], decay[:, None] - decay[None, :], float("-inf"))
             weights = (products * tl.exp(apart)).to(e.dtype)
             y = tl.dot(q, h, input_precision="ieee") * tl.exp(decay)[:, None]
@@ -175,24 +197,26 @@ def launch(
     work, first_items = plan.chunk_work(num_tokens, chunk)
     u = torch.empty(v.shape, dtype=k.dtype, device=k.device)
     w = torch.empty(num_tokens, num_heads, key_dim, dtype=k.dtype, device=k.device)
+    decay = torch.empty_like(g)
     chunk_states = torch.empty(len(work), num_heads, key_dim, head_dim, dtype=k.dtype, device=k.device)
-    rows, most_dim = max(chunk, 16), max(triton.next_power_of_2(head_dim), 16)
+    rows, least = max(chunk, 16), 16 if k.dtype == torch.float32 else _LEAST_COLUMNS
+    block_dim = max(triton.next_power_of_2(head_dim), least)
     sizes = {
         "NUM_HEADS": num_heads, "GROUP": num_heads // num_k_heads, "HEAD_DIM": head_dim, "KEY_DIM": key_dim,
-        "CHUNK": chunk, "ROWS": rows, "BLOCK_KEY": max(triton.next_power_of_2(key_dim), 16),
+        "CHUNK": chunk, "ROWS": rows, "BLOCK_KEY": max(triton.next_power_of_2(key_dim), least),
     }  # fmt: skip
     starts = (plan.query_start, plan.seq_lens)
     _delta_factors[(len(work), num_heads)](
-        k, v, g, beta, u, w, *starts, work, k.stride(0), v.stride(0), **sizes, BLOCK_DIM=min(most_dim, 64),
+        k, v, g, beta, u, w, decay, *starts, work, k.stride(0), v.stride(0), **sizes, BLOCK_DIM=min(block_dim, 64),
         num_warps=4,
     )  # fmt: skip
-    block_dim = min(most_dim, 32)
-    _delta_states[(plan.num_seqs, num_heads, triton.cdiv(head_dim, block_dim))](
-        k, g, u, w, states, chunk_states, *starts, plan.block_table, first_items, k.stride(0), states.stride(0),
-        plan.block_table.stride(0), plan.block_size, plan.most_singly, **sizes, BLOCK_DIM=block_dim,
-        num_warps=4, num_stages=2,
+    state_dim = min(block_dim, _STATE_DIM)
+    _delta_states[(plan.num_seqs, num_heads, triton.cdiv(head_dim, state_dim))](
+        k, decay, u, w, states, chunk_states, *starts, plan.block_table, first_items, k.stride(0), states.stride(0),
+        plan.block_table.stride(0), plan.block_size, plan.most_singly, **sizes, BLOCK_DIM=state_dim,
+        num_warps=_STATE_WARPS, num_stages=_STATE_STAGES,
     )  # fmt: skip
     _delta_outputs[(len(work), num_k_heads)](
-        q, k, g, u, y, chunk_states, *starts, work, q.stride(0), k.stride(0), **sizes, BLOCK_DIM=min(most_dim, 64),
-        num_warps=4, num_stages=2,
+        q, k, decay, u, y, chunk_states, *starts, work, q.stride(0), k.stride(0), **sizes,
+        BLOCK_DIM=min(block_dim, 64), num_warps=4, num_stages=2,
     )  # fmt: skip

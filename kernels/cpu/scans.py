@@ -81,9 +81,9 @@ def convolve(begin, end, arguments):
     for item in range(begin, end):
         sequence, first = item // num_parts, item % num_parts * part_len
         size = min(part_len, channels - first)
-        h, offset = last[1:, :size].T, first * (width - 1)
         start, before, length = _span(plan, sequence)
-        _resume(plan, sequence, before, offset, h)
+        for j in range(1, width):
+            _resume(plan, sequence, before, (j - 1) * channels + first, last[j : j + 1, :size])
         for position in range(before, length):
             token = start + position - before
             for j in range(width - 1):
@@ -94,13 +94,14 @@ def convolve(begin, end, arguments):
                 out[i] = bias[first + i] if b else float32(0)
             for j in range(width):
                 for i in range(size):
-                    out[i] += weight[(first + i) * width + j] * last[j, i]
+                    out[i] += weight[j * channels + first + i] * last[j, i]
             if silu:
                 for i in range(size):
                     out[i] = out[i] / (float32(1) + exp(-out[i]))
             write(y, token * channels + first, size, kind, out)
             if _is_kept(plan, position, length):
-                _keep(plan, sequence, position, offset, h)
+                for j in range(1, width):
+                    _keep(plan, sequence, position, (j - 1) * channels + first, last[j : j + 1, :size])
 
 
 @loop(19)

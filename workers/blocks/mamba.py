@@ -37,7 +37,7 @@ class CausalConv(Slot):
             pieces = [parts[part][leaf].piece(span).decode(torch.float32) for part, span in spans.items()]
             return torch.cat(pieces).to(place.device)
 
-        self._weight = joined("weight").squeeze(1).contiguous()
+        self._weight = joined("weight").squeeze(1).T.contiguous()
         if "bias" in self.leaves:
             self._bias = joined("bias")
 

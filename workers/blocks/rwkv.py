@@ -32,7 +32,7 @@ class Shifted(Recurrent):
 
     def prepare(self, place: Place) -> None:
         super().prepare(place)
-        self._taps = torch.tensor([1.0, 0.0], device=place.device).repeat(self.hidden_size, 1)  # of a convolution
+        self._taps = torch.tensor([[1.0], [0.0]], device=place.device).repeat(1, self.hidden_size)  # of a convolution
 
     def mixed(self, x: Tensor, step: Step) -> Iterator[Tensor]:
         """x [T, E] -> what each projection sees [T, E]"""
