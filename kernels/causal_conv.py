@@ -33,7 +33,7 @@ from cableway.kernels.recurrence import (
 )
 from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
 
-_CHUNK, _CHANNELS, _WARPS = 64, 64, 4
+_CHUNK, _CHANNELS, _WARPS = 32, 128, 4
 _FEW_ROWS, _FEW_CHANNELS, _FEW_WARPS = 16, 256, 2
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import delta_chunks
-from cableway.kernels.lang import jit, scans, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, scans, tl, triton
 from cableway.kernels.recurrence import LONG, MIXED, RecurrentPlan, check_states, keep, make_plan, resumed, span
 from cableway.kernels.registry import (
     FLOATS,
@@ -64,9 +64,12 @@ def _delta_scan(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
     q_stride, k_stride, v_stride, state_stride, table_stride, block_size, most,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr,
-    DECAYS_BY_KEY: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
+    DECAYS_BY_KEY: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some numbers of one head's values, of one sequence that brings no more than `most` tokens, one after another."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
     if (length > 0) & (length - before <= most):
@@ -107,6 +110,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Ten
         plan.most_singly if in_chunks else plan.max_query_len,
         NUM_HEADS=num_heads, GROUP=num_heads // num_k_heads, HEAD_DIM=head_dim, KEY_DIM=key_dim,
         DECAYS_BY_KEY=g.dim() == 3, BLOCK_DIM=block_dim, BLOCK_KEY=triton.next_power_of_2(key_dim), num_warps=4,
+        **overlapping(),
     )  # fmt: skip
     return y
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels.lang import jit, loops, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, loops, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
 
 _ELEMENTS = 1024
@@ -37,22 +37,27 @@ def ref(x: Tensor, z: Tensor, w: Tensor | None, *, eps: float = 0.0, gates_first
 def _gated_norm(
     x_ptr, z_ptr, w_ptr, y_ptr, z_stride, num_rows, eps,
     NUM_GROUPS: tl.constexpr, SIZE: tl.constexpr, NUM_WEIGHTS: tl.constexpr, GATES_FIRST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some groups, counted token by token."""
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < num_rows)[:, None] & (column < SIZE)[None, :]
     place = row[:, None] * SIZE + column[None, :]
     z_place = (row // NUM_GROUPS * z_stride + row % NUM_GROUPS * SIZE)[:, None] + column[None, :]
+    if NUM_WEIGHTS > 0:
+        w = tl.load(w_ptr + (row % NUM_WEIGHTS)[:, None] * SIZE + column[None, :], mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + z_place, mask=inside, other=0.0).to(tl.float32)
     gate = z * tl.sigmoid(z)
     if GATES_FIRST or NUM_WEIGHTS == 0:
         x *= gate
     if NUM_WEIGHTS > 0:
-        w_place = (row % NUM_WEIGHTS)[:, None] * SIZE + column[None, :]
-        x *= tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None] * tl.load(w_ptr + w_place, mask=inside, other=0.0)
+        x *= tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None] * w
         if not GATES_FIRST:
             x *= gate
     tl.store(y_ptr + place, x.to(y_ptr.dtype.element_ty), mask=inside)
@@ -66,7 +71,7 @@ def launch(x: Tensor, z: Tensor, w: Tensor | None, *, eps: float = 0.0, gates_fi
     _gated_norm[(triton.cdiv(num_tokens * num_groups, rows),)](
         x, z, x if w is None else w, y, z.stride(0), num_tokens * num_groups, eps,
         NUM_GROUPS=num_groups, SIZE=size, NUM_WEIGHTS=0 if w is None else len(w), GATES_FIRST=gates_first,
-        ROWS=rows, BLOCK=block, num_warps=min(max(rows * block // 512, 1), 16),
+        ROWS=rows, BLOCK=block, num_warps=min(max(rows * block // 512, 1), 16), **overlapping(),
     )  # fmt: skip
     return y
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import channel_scan, state_chunks
-from cableway.kernels.lang import jit, scans, tl, triton
+from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, scans, tl, triton
 from cableway.kernels.recurrence import LONG, MIXED, RecurrentPlan, check_states, keep, make_plan, resumed, span
 from cableway.kernels.registry import (
     FLOATS,
@@ -64,9 +64,12 @@ def _state_scan(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
     x_stride, b_stride, c_stride, state_stride, table_stride, block_size, most,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_DECAYS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    STATE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr,
+    STATE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some channels of one head of one sequence that brings no more than `most` tokens, one after another."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
     if (length > 0) & (length - before <= most):
@@ -109,6 +112,7 @@ def launch(
         plan.most_singly if in_chunks else plan.max_query_len,
         NUM_HEADS=num_heads, GROUP=num_heads // num_groups, NUM_DECAYS=num_decays, HEAD_DIM=head_dim, STATE=state,
         BLOCK_DIM=block_dim, BLOCK_STATE=triton.next_power_of_2(state), num_warps=4 if block_dim * state > 1024 else 1,
+        **overlapping(),
     )  # fmt: skip
     return y
 

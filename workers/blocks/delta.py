@@ -6,11 +6,13 @@ Key: T tokens, E hidden.
 import torch
 from torch import Tensor
 
+from cableway.kernels.delta_inputs import delta_inputs
 from cableway.kernels.delta_scan import delta_scan
 from cableway.kernels.gated_norm import gated_norm
 from cableway.kernels.rms_norm import rms_norm
+from cableway.kernels.time_steps import time_steps
 from cableway.workers.blocks.adapted import Adapter
-from cableway.workers.blocks.gates import sigmoid, softplus
+from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mamba import CausalConv, Recurrent
 from cableway.workers.blocks.norm import RMSNorm
@@ -48,24 +50,18 @@ class GatedDeltaNet(Recurrent):
         super().prepare(place)
         keys, values = place.mesh.span(self.keys).size, place.mesh.span(self.values).size
         self._sizes = (2 * keys + values, values)
-        self._conv_sizes = (keys, keys, values)
+        self._conv_sizes = (2 * keys, values)
         self._conv_len = self.conv.state_len(place.mesh)
         self._a = -self.a_log.weight.exp()
-        self._lengths = _lengths(self.key_dim, place)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         states, plan = step.recurrent(self.number)
-        b, a = self.steps(x).float().chunk(2, 1)
+        ba = self.steps(x)
         x, z = self.project(x).split(self._sizes, 1)
-        q, k, v = self.conv(x, states[:, : self._conv_len], step, self.number).split(self._conv_sizes, 1)
-        q, k = (
-            rms_norm(part.unflatten(1, (-1, self.key_dim)), length, eps=1e-6 / self.key_dim)
-            for part, length in zip((q, k), self._lengths, strict=True)
-        )
-        g = softplus(a + self.dt_bias.weight).mul_(self._a)
-        v, beta = v.unflatten(1, (-1, self.head_dim)), sigmoid(b).mul_(self.most).contiguous()
-        y = delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan)
+        qk, v = self.conv(x, states[:, : self._conv_len], step, self.number).split(self._conv_sizes, 1)
+        q, k, g, beta = delta_inputs(qk, ba, self.dt_bias.weight, self._a, key_dim=self.key_dim, most=self.most)
+        y = delta_scan(q, k, v.unflatten(1, (-1, self.head_dim)), g, beta, states[:, self._conv_len :], plan)
         return self.out(gated_norm(y, z, self.norm.weight[None], eps=self.norm.eps, gates_first=False))
 
 
@@ -90,14 +86,17 @@ class KeyedDeltaNet(Recurrent):
     def prepare(self, place: Place) -> None:
         super().prepare(place)
         self._conv_len = self.conv.state_len(place.mesh)
-        self._a = -self.a_log.weight.exp()[:, None]
-        self._lengths = _lengths(self.head_dim, place)
+        self._a = -self.a_log.weight.exp().repeat_interleave(self.head_dim)
+        # Weights of RMS norms: of queries, whose length is 1 / sqrt(head_dim) then, and of keys, whose length is 1.
+        self._lengths = [
+            torch.full((self.head_dim,), self.head_dim**power, device=place.device) for power in (-1, -0.5)
+        ]
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         states, plan = step.recurrent(self.number)
         beta = sigmoid(self.beta(x).float())
-        g = softplus(self.decay(x).float() + self.dt_bias.weight).unflatten(1, (-1, self.head_dim)).mul_(self._a)
+        g = time_steps(self.decay(x), self.dt_bias.weight, self._a).unflatten(1, (-1, self.head_dim))
         gate = self.gate(x)
         heads = self.conv(self.project(x), states[:, : self._conv_len], step, self.number)
         q, k, v = heads.unflatten(1, (3, -1, self.head_dim)).unbind(1)
@@ -106,8 +105,3 @@ class KeyedDeltaNet(Recurrent):
         )
         y = self.norm(delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan))
         return self.out(y.flatten(1).mul_(sigmoid(gate)))
-
-
-def _lengths(key_dim: int, place: Place) -> list[Tensor]:
-    """Weights of RMS norms of queries, whose length is 1 / sqrt(key_dim) then, and of keys, whose length is 1."""
-    return [torch.full((key_dim,), key_dim**power, device=place.device) for power in (-1, -0.5)]

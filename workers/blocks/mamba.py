@@ -11,9 +11,9 @@ from torch import Tensor
 from cableway.kernels.causal_conv import causal_conv
 from cableway.kernels.gated_norm import gated_norm
 from cableway.kernels.state_scan import state_scan
+from cableway.kernels.time_steps import time_steps
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Mixer, Slot
-from cableway.workers.blocks.gates import softplus
 from cableway.workers.blocks.linear import HeadLinear, Linear, Table, Vector
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place
@@ -117,7 +117,7 @@ class Mamba(Recurrent):
         x, z = self.project(x).chunk(2, 1)
         x = self.conv(x, states[:, : self._conv_len], step, self.number)
         dt, b, c = self.selected(x)
-        heads, dt = x.unflatten(1, (dt.shape[1], -1)), softplus(dt.float())
+        heads, dt = x.unflatten(1, (dt.shape[1], -1)), time_steps(dt, None, None)
         y = state_scan(heads, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
         return self.out(gated_norm(y, z, None))
 
@@ -189,7 +189,7 @@ class Mamba2(Recurrent):
         z, x, dt = self.project(x).split(self._sizes, 1)
         x = self.conv(x, states[:, : self._conv_len], step, self.number)
         x, b, c = x.split(self._conv_sizes, 1)
-        dt = softplus(dt.float() + self.dt_bias.weight).clamp_(*self.limit)
+        dt = time_steps(dt, self.dt_bias.weight, None, low=self.limit[0], high=self.limit[1])
         x, b, c = x.unflatten(1, (-1, self.head_dim)), *(part.unflatten(1, (-1, self.state_size)) for part in (b, c))
         y = state_scan(x, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
         return self.out(self._gated(y, z))
