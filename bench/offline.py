@@ -1,4 +1,8 @@
-"""`cableway bench offline`: time the engine on the shared workloads, beside the floor of the machine it runs on."""
+"""`cableway bench offline`: time the engine on the shared workloads, beside the floor of the machine it runs on.
+
+With --beside what another engine printed in the same run stands beside it: JSON lines with `engine`, `version` and
+`start_s`, then for each workload `workload`, `seconds`, `output_tok_s` and `input_tok_s`.
+"""
 
 import json
 import platform
@@ -26,7 +30,7 @@ class Record(msgspec.Struct, kw_only=True):
     """One timed workload: a line of bench/results/*.jsonl. `seconds` is the median of `runs_s`."""
 
     run_id: str
-    engine: str = "cableway"
+    engine: str
     version: str
     commit: str
     device: str
@@ -42,6 +46,23 @@ class Record(msgspec.Struct, kw_only=True):
     config: dict[str, Any]
 
 
+class Peer(msgspec.Struct):
+    """Another engine."""
+
+    engine: str
+    version: str
+    start_s: float
+
+
+class PeerTiming(msgspec.Struct):
+    """What it did of one workload."""
+
+    workload: str
+    seconds: float
+    output_tok_s: float
+    input_tok_s: float
+
+
 @click.command("offline")
 @click.option("--model", default="smollm2-135m", show_default=True, help="Alias, .gguf file, folder or hub id.")
 @click.option("--workload", "names", default="decode1", show_default=True, help="Comma-separated names.")
@@ -53,20 +74,25 @@ class Record(msgspec.Struct, kw_only=True):
 @click.option("--batch-invariant", is_flag=True)
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Timed runs; one more warms up.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line a workload.")
+@click.option("--beside", type=click.Path(path_type=Path, exists=True), help="JSON lines of another engine.")
 @click.option("--record", type=click.Path(path_type=Path), help="Append the JSON lines to this file.")
-def command(model: str, names: str, repeats: int, as_json: bool, record: Path | None, **options: Any) -> None:
+def command(
+    model: str, names: str, repeats: int, as_json: bool, beside: Path | None, record: Path | None, **options: Any
+) -> None:
     """Time workloads: token ids in, tokens out, no HTTP."""
     chosen = names.split(",")
     if unknown := [name for name in chosen if name not in WORKLOADS]:
         raise click.BadParameter(f"{', '.join(unknown)}; known: {', '.join(WORKLOADS)}", param_hint="--workload")
+    peer, timings = _read_peer(beside) if beside else (None, {})
     files = locate(model, options["load_format"])
     console = Console(stderr=as_json)
     records = _time_all(files, model, chosen, repeats, options, console)
-    lines = [json.dumps(msgspec.to_builtins(entry)) for entry in records]
+    peers = [_beside(entry, peer, timings[entry.workload]) for entry in records if peer and entry.workload in timings]
+    lines = [json.dumps(msgspec.to_builtins(entry)) for entry in (*records, *peers)]
     if as_json:
         click.echo("\n".join(lines))
     else:
-        console.print(_table(records))
+        console.print(_table(records, peers))
     if record:
         with record.open("a") as file:
             file.writelines(line + "\n" for line in lines)
@@ -85,6 +111,7 @@ def _time_all(
     rates = measure_rates(device, dtype)
     shared = {
         "run_id": uuid.uuid4().hex[:12],
+        "engine": "cableway",
         "version": cableway.__version__,
         "commit": _commit(),
         "device": _device_name(device),
@@ -143,6 +170,32 @@ def _record(name: str, runs_s: list[float], files: ModelFiles, rates: Rates, sha
     )
 
 
+def _read_peer(path: Path) -> tuple[Peer, dict[str, PeerTiming]]:
+    """What another engine printed: itself, and its timings by workload."""
+    try:
+        first, *rest = path.read_bytes().splitlines()
+        timings = [msgspec.json.decode(line, type=PeerTiming) for line in rest]
+        return msgspec.json.decode(first, type=Peer), {timing.workload: timing for timing in timings}
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise click.BadParameter(f"{path}: {error}", param_hint="--beside") from None
+
+
+def _beside(ours: Record, peer: Peer, timing: PeerTiming) -> Record:
+    """The other engine's record of the same workload on the same machine."""
+    return Record(
+        **msgspec.structs.asdict(peer),
+        **msgspec.structs.asdict(timing),
+        run_id=ours.run_id,
+        commit="",
+        device=ours.device,
+        model=ours.model,
+        runs_s=[timing.seconds],
+        floor_s=ours.floor_s,
+        floor_fraction=round(ours.floor_s / timing.seconds, 3),
+        config={},
+    )
+
+
 def _commit() -> str:
     """Short hash of the checkout this runs from; empty when installed from a wheel."""
     folder = Path(__file__).resolve().parent
@@ -158,13 +211,19 @@ def _device_name(device: str) -> str:
     return f"{models[0].partition(':')[2].strip() if models else platform.machine()} x{len(models) or 1}"
 
 
-def _table(records: list[Record]) -> Table:
+def _table(records: list[Record], peers: list[Record]) -> Table:
     first = records[0]
-    table = Table(
-        "workload", "seconds", "out tok/s", "in tok/s", "floor s", "of floor",
-        title=f"{first.model} on {first.device}, {first.config['dtype']}, started in {first.start_s} s",
-    )  # fmt: skip
+    title = f"{first.model} on {first.device}, {first.config['dtype']}, started in {first.start_s} s"
+    columns = ["workload", "seconds", "out tok/s", "in tok/s", "floor s", "of floor"]
+    if peers:
+        title += f"; {peers[0].engine} {peers[0].version} in {peers[0].start_s} s"
+        columns += ["its seconds", "its of floor", "ratio"]
+    table = Table(*columns, title=title)
+    theirs = {entry.workload: entry for entry in peers}
     for entry in records:
         figures = (entry.seconds, entry.output_tok_s, entry.input_tok_s, entry.floor_s)
-        table.add_row(entry.workload, *(f"{figure:,}" for figure in figures), f"{entry.floor_fraction:.0%}")
+        row = [entry.workload, *(f"{figure:,}" for figure in figures), f"{entry.floor_fraction:.0%}"]
+        if its := theirs.get(entry.workload):
+            row += [f"{its.seconds:,}", f"{its.floor_fraction:.0%}", f"{its.seconds / entry.seconds:.2f}"]
+        table.add_row(*row)
     return table
