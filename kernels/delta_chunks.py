@@ -23,18 +23,15 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.recurrence import keep, resumed, rows_of, span
+from cableway.kernels.recurrence import keep, resumed, rows_of, span, tile_width
 
 if TYPE_CHECKING:
     from cableway.kernels.recurrence import RecurrentPlan
 
 _CHUNK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 _MOST_KEY_DIM = 128
-_LEAST_COLUMNS = 64
-"""Of tiles of 16 bits; some may be spare. How operands of products lie in shared memory depends on the width of
-their rows; where a kernel has two of the narrower ways, ptxas 12.8, which Triton 3.6 brings, makes code that takes an
-address from a register that nothing wrote."""
-_STATE_DIM, _STATE_WARPS, _STATE_STAGES = 32, 4, 2
+_STATE_DIM = 32
+"""Of a head's values, that a program takes through a sequence."""
 
 
 @jit
@@ -199,11 +196,10 @@ def launch(
     w = torch.empty(num_tokens, num_heads, key_dim, dtype=k.dtype, device=k.device)
     decay = torch.empty_like(g)
     chunk_states = torch.empty(len(work), num_heads, key_dim, head_dim, dtype=k.dtype, device=k.device)
-    rows, least = max(chunk, 16), 16 if k.dtype == torch.float32 else _LEAST_COLUMNS
-    block_dim = max(triton.next_power_of_2(head_dim), least)
+    block_dim = tile_width(head_dim, k.dtype)
     sizes = {
         "NUM_HEADS": num_heads, "GROUP": num_heads // num_k_heads, "HEAD_DIM": head_dim, "KEY_DIM": key_dim,
-        "CHUNK": chunk, "ROWS": rows, "BLOCK_KEY": max(triton.next_power_of_2(key_dim), least),
+        "CHUNK": chunk, "ROWS": max(chunk, 16), "BLOCK_KEY": tile_width(key_dim, k.dtype),
     }  # fmt: skip
     starts = (plan.query_start, plan.seq_lens)
     _delta_factors[(len(work), num_heads)](
@@ -214,7 +210,7 @@ def launch(
     _delta_states[(plan.num_seqs, num_heads, triton.cdiv(head_dim, state_dim))](
         k, decay, u, w, states, chunk_states, *starts, plan.block_table, first_items, k.stride(0), states.stride(0),
         plan.block_table.stride(0), plan.block_size, plan.most_singly, **sizes, BLOCK_DIM=state_dim,
-        num_warps=_STATE_WARPS, num_stages=_STATE_STAGES,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     _delta_outputs[(len(work), num_k_heads)](
         q, k, decay, u, y, chunk_states, *starts, work, q.stride(0), k.stride(0), **sizes,

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import chunk_work
-from cableway.kernels.lang import jit, tl
+from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.registry import check
 
+_LEAST_COLUMNS = 64
+"""Of tiles of 16 bits. How operands of products lie in shared memory depends on the width of their rows; where a kernel
+has two of the narrower ways, ptxas 12.8, which Triton 3.6 brings, makes code that takes an address from a register that
+nothing wrote."""
 _FEW_TOKENS = 8
 """A sequence that brings more in one step is taken chunk by chunk by kernels that can, not token by token."""
 
@@ -94,6 +98,11 @@ def make_plan(spans: tuple[tuple[int, int], ...], block_size: int, device: str) 
     starts = torch.tensor((0, *query_lens), device=device).cumsum(0).int()
     lengths = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     return RecurrentPlan(starts, lengths, table, block_size, max(query_lens)), table.numel()
+
+
+def tile_width(num_columns: int, dtype: torch.dtype) -> int:
+    """Columns of a tile that is an operand of products and holds so many, the rest to spare."""
+    return max(triton.next_power_of_2(num_columns), 16 if dtype == torch.float32 else _LEAST_COLUMNS)
 
 
 @jit

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.recurrence import keep, resumed, rows_of, span
+from cableway.kernels.recurrence import keep, resumed, rows_of, span, tile_width
 
 if TYPE_CHECKING:
     from cableway.kernels.recurrence import RecurrentPlan
@@ -123,8 +123,8 @@ def launch(
     (num_tokens, num_heads, head_dim), (_, num_groups, state) = x.shape, b.shape
     chunk = plan.chunk_len(_CHUNK)
     work, first_items = plan.chunk_work(num_tokens, chunk)
-    block_dim = min(max(triton.next_power_of_2(head_dim), 16), _BLOCK_DIM)
-    block_state = max(triton.next_power_of_2(state), 16)
+    block_dim = min(tile_width(head_dim, x.dtype), _BLOCK_DIM)
+    block_state = tile_width(state, x.dtype)
     block_part = min(block_state, _BLOCK_STATE)
     num_parts = triton.cdiv(head_dim, block_dim)
     chunk_states = torch.empty(len(work), num_heads, head_dim, state, dtype=x.dtype, device=x.device)
