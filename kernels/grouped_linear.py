@@ -174,7 +174,7 @@ def tile_rows_for(num_rows: int, num_groups: int, *, invariant: bool = False) ->
     if invariant:
         return INVARIANT_ROWS
     mean = num_rows / num_groups
-    return 16 if mean <= 8 else 32 if mean <= 24 else 64 if mean <= 96 else 128
+    return 16 if mean <= 8 else 32 if mean <= 24 else 64 if mean <= 48 else 128
 
 
 def _rule(key: Key) -> Tuning:
@@ -187,7 +187,7 @@ def _rule(key: Key) -> Tuning:
     if key.tile_rows < 64 or key.item_bytes == 4 or gpu_capability() != 90:
         return Tuning(64, block_in, 4, 3 if key.tile_rows == 64 else 2 if key.tile_rows > 64 else 4, key.tile_rows < 64)
     if key.tile_rows == 64:
-        return Tuning(128, block_in, 8, 3)
+        return Tuning(64, block_in, 4, 4) if key.gated else Tuning(128, block_in, 8, 3)
     in_tiles = key.gated and key.num_in * key.item_bytes % 16 == 0
     return Tuning(128 if key.gated else 256, block_in, 8, 4, in_tiles=in_tiles)
 
