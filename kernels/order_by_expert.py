@@ -145,17 +145,6 @@ def launch(experts: Tensor, *, num_experts: int, tile_rows: int) -> tuple[Tensor
     return rows, tiles
 
 
-def _on_cpu(experts: Tensor, *, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor]:
-    flat = experts.flatten()
-    rows = flat.argsort(stable=True).int()
-    tiles, first = [], 0
-    for expert, count in enumerate(flat.bincount(minlength=num_experts).tolist()):
-        tiles += [(expert, at, min(at + tile_rows, first + count)) for at in range(first, first + count, tile_rows)]
-        first += count
-    tiles += [(-1, 0, 0)] * (most_tiles(len(flat), num_experts, tile_rows) - len(tiles))
-    return rows, torch.tensor(tiles, dtype=torch.int32).view(-1, 3)
-
-
 def make(num_tokens: int, num_experts: int, top_k: int, tile_rows: int, likely: int = 0, device="cpu"):
     """`likely`: so many experts alone are chosen; 0 = any."""
     experts = torch.randint(likely or num_experts, (num_tokens, top_k), device=device, dtype=torch.int32)
@@ -182,4 +171,4 @@ def order_by_expert(experts: Tensor, *, num_experts: int, tile_rows: int) -> tup
     """experts [num_tokens, top_k] -> rows, tiles; ValueError when experts are not i32, or tile_rows no size."""
     check(experts.dim() == 2 and experts.dtype == torch.int32 and are_contiguous(experts), "experts: [tokens, k] i32")
     check(num_experts > 0 and tile_rows > 0, "no experts, or empty tiles")
-    return (_on_cpu if experts.is_cpu else launch)(experts, num_experts=num_experts, tile_rows=tile_rows)
+    return (ref if experts.is_cpu else launch)(experts, num_experts=num_experts, tile_rows=tile_rows)

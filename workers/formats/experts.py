@@ -1,6 +1,7 @@
 """Matrices of many experts, of which each row is multiplied by its own."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class Order(NamedTuple):
 
     experts: Tensor  # [T, K] i32
     rows: Tensor | None = None
-    tiles: Any = None
+    tiles: Any = None  # on a CPU a list, one an expert
     tile_rows: int = 0
 
 
@@ -34,8 +35,10 @@ class OneByOne:
         return [self._form.finish(pieces) for pieces in experts]
 
     def order(self, experts: Tensor, num_experts: int) -> Order:
-        rows, tiles = order_by_expert(experts, num_experts=num_experts, tile_rows=max(experts.numel(), 1))
-        return Order(experts, rows, [tile for tile in tiles.tolist() if tile[0] >= 0])
+        flat = experts.flatten()
+        counts = flat.bincount(minlength=num_experts).tolist()
+        spans = zip(range(num_experts), accumulate(counts, initial=0), accumulate(counts), strict=False)
+        return Order(experts, flat.argsort(stable=True), [span for span in spans if span[1] < span[2]])
 
     def inward(self, x: Tensor, params: list[Any], bias: Tensor | None, order: Order, *, gated: bool) -> Tensor:
         y = self._apply(x.index_select(0, order.rows // (len(order.rows) // len(x))), params, bias, order)
@@ -46,7 +49,7 @@ class OneByOne:
         other: Tensor | None, gate: Tensor | None,
     ) -> Tensor:  # fmt: skip
         y = self._apply(x, params, bias, order)
-        y = torch.empty_like(y).index_copy_(0, order.rows.long(), y).view(*order.experts.shape, -1)
+        y = torch.empty_like(y).index_copy_(0, order.rows, y).view(*order.experts.shape, -1)
         y = (y.float() * weights[..., None]).sum(1).to(x.dtype)
         return y if other is None else sum_experts(y[:, None], other, gate)
 
