@@ -1,13 +1,13 @@
 """The least time a workload can take: FLOPs of its prompts at the matrix rate, then bytes of its decode steps.
 
 Both rates are measured on the machine at hand, in the same run. The weights are counted as the format stores them, the
-KV cache as the cache does; of experts those that one token chooses.
+KV cache as the cache does; of experts those that tokens hit who choose independently of each other.
 """
 
 import subprocess
 import sys
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -16,6 +16,7 @@ from cableway.ipc.modelfiles import ModelFiles
 from cableway.workers import models
 from cableway.workers.blocks.block import Slot
 from cableway.workers.blocks.moe import Experts
+from cableway.workers.models.config import read
 from cableway.workers.parallel import Mesh
 
 _STATE_BYTES = 8
@@ -37,30 +38,41 @@ class Shape(NamedTuple):
     query_len: int  # numbers of a token's queries in all layers that attend
     kept_len: int  # numbers that these layers keep of a token
     state_len: int = 0  # float32 numbers of a sequence's recurrent states
+    expert_params: int = 0  # of all experts together
+    chosen_frac: float = 1.0  # of experts, by a token
 
     @classmethod
     def of(cls, files: ModelFiles) -> "Shape":
-        config, decoder = files.config, models.find(files.config).build(files.config)
+        config, architecture = files.config, models.find(files.config)
+        c = read(config, architecture.config)
+        decoder = architecture.spec(c)
         states = [mixer.state(Mesh()) for mixer in decoder.mixers()]
         heads, attending = config.get("num_attention_heads") or 0, [state for state in states if not state.state_len]
         head_dim = config.get("head_dim") or config["hidden_size"] // max(heads, 1)
-        of_tokens = ("embed", "positions.table", "head")
+        slots = [slot for path, slot in decoder.slots() if path not in ("embed", "positions.table", "head")]
+        top_k = getattr(c, "num_experts_per_tok", 0)
+        chosen_frac = top_k / c.num_experts if top_k else 1.0
+        expert_params = sum(_params(slot) for slot in slots if isinstance(slot, Experts))
+        others = sum(_params(slot) for slot in slots if not isinstance(slot, Experts))
         return cls(
-            body_params=sum(_params(slot, config) for path, slot in decoder.slots() if path not in of_tokens),
+            body_params=others + round(expert_params * chosen_frac),
             head_params=config["hidden_size"] * config["vocab_size"],
             query_len=len(attending) * heads * head_dim,
             kept_len=sum(state.num_planes * state.num_kv_heads * state.head_dim for state in attending),
             state_len=sum(state.state_len for state in states),
+            expert_params=expert_params,
+            chosen_frac=chosen_frac,
         )
 
+    def read_params(self, rows: float) -> float:
+        """Of the body, by a step of so many tokens."""
+        left_by_one = 1 - self.chosen_frac
+        return self.body_params + self.expert_params * (left_by_one - left_by_one**rows)
 
-def _params(slot: Slot, config: dict[str, Any]) -> int:
-    """Of a slot's matrices; of an expert's as many as one token chooses."""
-    rows = sum(axis.size for axis in slot.parts.values())
-    params = sum(rows * prod(dims) for dims in slot.leaves.values() if dims)
-    if isinstance(slot, Experts):
-        return params * config["num_experts_per_tok"] // len({part.partition(".")[0] for part in slot.parts})
-    return params
+
+def _params(slot: Slot) -> int:
+    """Of a slot's matrices."""
+    return sum(axis.size for axis in slot.parts.values()) * sum(prod(dims) for dims in slot.leaves.values() if dims)
 
 
 def floor_s(
@@ -76,12 +88,15 @@ def floor_s(
         attention = 2 * shape.query_len * len(prompt)
         flops += len(prompt) * (2 * shape.body_params + attention) + 2 * shape.head_params
     outputs = sorted((output_len for _, output_len in requests), reverse=True)
-    steps = sum(max(0, outputs[first] - 1) for first in range(0, len(outputs), max_num_seqs))
+    read_params = 0.0
+    for first in range(0, len(outputs), max_num_seqs):
+        steps = [max(0, output - 1) for output in outputs[first : first + max_num_seqs]]
+        for rows, (most, fewer) in enumerate(zip(steps, [*steps[1:], 0], strict=True), 1):
+            read_params += (most - fewer) * (shape.read_params(rows) + shape.head_params)
     context = sum((out - 1) * (len(prompt) + out / 2) for prompt, out in requests)
     kv = context * shape.kept_len * kv_bytes
     states = sum(out - 1 for out in outputs) * _STATE_BYTES * shape.state_len
-    read = steps * (shape.body_params + shape.head_params) * weight_bytes
-    return flops / rates.matmul_flop_s + (read + kv + states) / rates.copy_bytes_s
+    return flops / rates.matmul_flop_s + (read_params * weight_bytes + kv + states) / rates.copy_bytes_s
 
 
 def step_floor_s(shape: Shape, rates: Rates, rows: int, length: int, item_bytes: int, kv_item_bytes: int) -> float:
@@ -91,7 +106,7 @@ def step_floor_s(shape: Shape, rates: Rates, rows: int, length: int, item_bytes:
         flops = length * (2 * shape.body_params + 2 * shape.query_len * length) + 2 * shape.head_params
         return flops / rates.matmul_flop_s
     kept_bytes = rows * (length * shape.kept_len * kv_item_bytes + _STATE_BYTES * shape.state_len)
-    num_bytes = (shape.body_params + shape.head_params) * item_bytes + kept_bytes
+    num_bytes = (shape.read_params(rows) + shape.head_params) * item_bytes + kept_bytes
     flops = 2 * rows * (shape.body_params + shape.head_params)
     return max(num_bytes / rates.copy_bytes_s, flops / rates.matmul_flop_s)
 

@@ -5,6 +5,7 @@ With --beside what another engine printed in the same run stands beside it: JSON
 """
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -146,7 +147,7 @@ def _time_one(llm: "cableway.LLM", name: str, vocab: int, repeats: int, console:
 def _record(name: str, runs_s: list[float], files: ModelFiles, rates: Rates, shared: dict[str, Any]) -> Record:
     requests = workload(name, files.config["vocab_size"])
     shape, item_bytes = Shape.of(files), _ITEM_BYTES[shared["config"]["dtype"]]
-    params = shape.body_params + shape.head_params
+    params = shape.read_params(math.inf) + shape.head_params
     on_disk = sum(Path(path).stat().st_size for path in files.weights)
     weight_bytes = min(item_bytes, on_disk / params) if on_disk else item_bytes
     least_s = floor_s(

@@ -3,6 +3,7 @@
 import array
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_floor_of_a_shape_counted_by_hand(tmp_path):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
     files = locate(str(checkpoints.tiny(tmp_path / "model", "llama", **sizes, **heads)))
     shape = Shape.of(files)
-    assert shape == (2 * (8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16), 800, 2 * 2 * 4, 2 * 2 * 4, 0)
+    assert shape[:5] == (2 * (8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16), 800, 2 * 2 * 4, 2 * 2 * 4, 0)
     requests = [BenchRequest([1] * 10, 3), BenchRequest([1] * 10, 1)]
     rates = Rates(copy_bytes_s=1.0, matmul_flop_s=1e30)
     seconds = floor_s(requests, shape, rates, weight_bytes=2, kv_bytes=2, max_num_seqs=8)
@@ -68,7 +69,7 @@ def test_shape_of_a_recurrent_model(tmp_path):
     found = shape_of(tmp_path, architectures=["Mamba2ForCausalLM"], num_hidden_layers=3, **sizes)
     channels = 16 + 2 * 6
     assert found.body_params == 3 * (8 * (16 + channels + 4) + 4 * channels + 8 * 16)
-    assert found[2:] == (0, 0, 3 * (3 * channels + 4 * 4 * 6))
+    assert found[2:5] == (0, 0, 3 * (3 * channels + 4 * 4 * 6))
 
 
 def test_of_experts_those_count_that_a_token_chooses(tmp_path):
@@ -79,3 +80,14 @@ def test_of_experts_those_count_that_a_token_chooses(tmp_path):
         for k in (1, 3)
     ]
     assert found[1].body_params - found[0].body_params == 2 * 3 * 8 * 5
+    assert [shape.read_params(1) for shape in found] == pytest.approx([shape.body_params for shape in found])
+    all_experts = found[1].body_params + 3 * 3 * 8 * 5
+    assert found[1].read_params(2) == pytest.approx(all_experts - 6 / 4 * 3 * 8 * 5)
+    assert found[0].read_params(math.inf) == found[1].read_params(math.inf) == all_experts
+
+
+def test_steps_read_the_experts_that_their_rows_hit():
+    shape, rates = Shape(10, 0, 0, 0, expert_params=20, chosen_frac=0.5), Rates(copy_bytes_s=1.0, matmul_flop_s=1e30)
+    requests = [BenchRequest([1], 3), BenchRequest([1], 2)]
+    floor = floor_s(requests, shape, rates, weight_bytes=2, kv_bytes=2, max_num_seqs=8)
+    assert floor == pytest.approx(2 * ((10 + 20 * (0.5 - 0.25)) + 10))
