@@ -34,7 +34,8 @@ _TOKEN_STRIDE = (_ROWS + 4) * 4  # of sums
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether this is faster than others, and rows begin at multiples of 16 bytes."""
-    is_aligned = x.stride(0) % 8 == 0 and weight.shape[0] % 16 == 0 and weight.shape[1] % 8 == 0
+    is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == x.stride(0) % 8 == weight.shape[1] % 8 == 0
+    is_aligned = is_aligned and weight.shape[0] % 16 == 0
     is_small = len(x) <= _MOST_TOKENS and weight.nbytes <= _MOST_BYTES
     return is_small and is_aligned and x.element_size() == 2 and gpu_capability() == 90
 
