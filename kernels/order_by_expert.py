@@ -126,7 +126,7 @@ _FEW_ROWS = 4096  # that each program counts by itself
 
 
 def launch(experts: Tensor, *, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor]:
-    num_rows, width = experts.numel(), max(triton.next_power_of_2(num_experts), 16)
+    num_rows, width = experts.numel(), max(triton.next_power_of_2(num_experts), 32)
     is_counted = num_rows > _FEW_ROWS
     block = 512 if is_counted else 128
     num_programs = triton.cdiv(num_rows, block)
