@@ -13,7 +13,7 @@ import msgspec
 from cableway.enginecore.kv.groups import Paged
 from cableway.enginecore.limits import Limits
 from cableway.enginecore.scheduler import Memory, Scheduler
-from cableway.ipc.messages import Choice, FromWorker, Generate, Sampling, StepPlan, StepResult, ints
+from cableway.ipc.messages import Choice, FromWorker, Generate, Sampling, StepPlan, StepResult, StepResults, ints
 
 AIM_US = 1000.0
 _PROMPT_LEN = 100
@@ -46,12 +46,13 @@ def measure(rows: int, frontends: int, steps: int, depth: int) -> Timing:
     results: list[bytes] = []
 
     def plan() -> None:
-        while scheduler.num_in_flight <= depth and (message := scheduler.plan(0.0)):
+        while scheduler.has_room(depth) and (message := scheduler.plan(0.0)):
             encode(message)
             results.append(encode(_result(message)))
 
     def commit() -> None:
-        scheduler.commit(decode(results.pop(0)))
+        for result in decode(results.pop(0)).results:
+            scheduler.commit(result)
         for _, message in scheduler.take_messages():
             encode(message)
 
@@ -68,9 +69,9 @@ def measure(rows: int, frontends: int, steps: int, depth: int) -> Timing:
     return Timing(rows, frontends, statistics.median(plan_us), statistics.median(commit_us))
 
 
-def _result(plan: StepPlan) -> StepResult:
+def _result(plan: StepPlan) -> StepResults:
     drawn = sum(memoryview(plan.samples).cast("i"))
-    return StepResult(plan.epoch, plan.step, ints(range(1, drawn + 1)), elapsed_us=1)
+    return StepResults([StepResult(plan.epoch, plan.step, ints(range(1, drawn + 1)), elapsed_us=1)])
 
 
 @click.command()

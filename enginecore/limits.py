@@ -18,6 +18,7 @@ class Limits(NamedTuple):
     max_queued_tokens: int
     prefix_cache: bool = True
     by_priority: bool = False
+    plans_runs: bool = False  # whether workers may go on by themselves for some steps
 
 
 class Refusal(NamedTuple):

@@ -23,10 +23,12 @@ from cableway.ipc.messages import (
     Ping,
     Ready,
     Refused,
+    RunLeft,
     Sleep,
     Status,
     StepPlan,
     StepResult,
+    StepResults,
     ToCore,
     Wake,
     Welcome,
@@ -122,6 +124,8 @@ class EngineCore:
 
     def _fall_asleep(self) -> None:
         """When no step is in flight any more: what runs goes back to the queue, where nothing is held against it."""
+        if plan := self._scheduler.cut_run():
+            self._tell_workers(plan)
         if self._scheduler.kv is not None and not self._scheduler.num_in_flight:
             self._log.info("falling_asleep", num_requeued=len(self._scheduler.running))
             self._scheduler.stop()
@@ -129,8 +133,8 @@ class EngineCore:
             self._tell_workers(Sleep())
 
     def _submit_steps(self) -> None:
-        while self._scheduler.num_in_flight <= self._depth and (plan := self._scheduler.plan(self._clock())):
-            if self._scheduler.num_in_flight == 1:
+        while self._scheduler.has_room(self._depth) and (plan := self._scheduler.plan(self._clock())):
+            if self._scheduler.num_in_flight == plan.num_steps:
                 self._progress_s = self._clock()
             self._tell_workers(plan)
 
@@ -257,8 +261,12 @@ class EngineCore:
         peer, message = arrival.peer, arrival.message
         rank = self._workers.rank(peer)
         match message:
-            case StepResult() if rank == 0:
-                self._take_result(peer, message)
+            case StepResults(results) if rank == 0:
+                for result in results:
+                    self._take_result(peer, result)
+            case RunLeft(_, step) if rank == 0:
+                if not self._scheduler.leave_run(message):
+                    self._log.warning("late_result_ignored", epoch=message.epoch, step=step)
             case Hello():
                 self._worker_joins(peer, message)
             case PeerDown():
@@ -363,6 +371,8 @@ def _limits(settings: config.CoreConfig) -> Limits:
         max_queued_tokens=settings.max_queued_tokens,
         prefix_cache=settings.prefix_cache,
         by_priority=settings.scheduling_policy == "priority",
+        # Several workers would all have to leave a run at the same step; and a run is planned ahead.
+        plans_runs=settings.stream_interval_s > 0 and settings.num_workers == 1 and settings.overlap > 0,
     )
 
 

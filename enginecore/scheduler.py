@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from cableway.enginecore import runs
 from cableway.enginecore.kv.groups import Encoder, Group
 from cableway.enginecore.kv.manager import KVManager, Match
 from cableway.enginecore.limits import SHUTTING_DOWN, Limits, Refusal, length_refusal, refusal
@@ -21,7 +22,7 @@ from cableway.enginecore.request import Family, Request, State
 from cableway.enginecore.step import Step, new_row
 from cableway.enginecore.trials import QUARANTINED, Trials
 from cableway.enginecore.waiting import WaitingQueue
-from cableway.ipc.messages import Failed, Generate, IfLost, StepPlan, StepResult, Tokens, unpack_ints
+from cableway.ipc.messages import Failed, Generate, IfLost, RunLeft, StepPlan, StepResult, Tokens, unpack_ints
 
 
 class Memory(NamedTuple):
@@ -70,10 +71,20 @@ class Scheduler:
         self._free_rows: list[int] = []
         self._freed_rows: list[int] = []  # to be told to the workers
         self._blocked: tuple[Request | None, int] = None, 0  # who could not be admitted, for want of how many blocks
+        self._is_overtaken = False  # somebody came or left since the last plan
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._in_flight)
+        """Steps that are planned and have no result yet."""
+        return sum(step.num_steps for step in self._in_flight)
+
+    def has_room(self, depth: int) -> bool:
+        """Whether to plan on: at most `depth` steps are in flight, or a run that the next plan is to cut short."""
+        return self.num_in_flight <= depth or self._cuts_run
+
+    @property
+    def _cuts_run(self) -> bool:
+        return self._is_overtaken and bool(self._in_flight) and self._in_flight[-1].num_steps > 1
 
     @property
     def num_live(self) -> int:
@@ -104,6 +115,7 @@ class Scheduler:
             request.frontend, request.outbox, request.family = frontend, outbox, family
             live[choice.key] = request
             self._queue_of(request).push(request)
+            self._is_overtaken = True
             self._finish_if_ended(request)
         return duplicates
 
@@ -192,18 +204,32 @@ class Scheduler:
         self.trials.judge()  # whoever stood trial may have left since the last commit, and its row with it
         if self.trials.are_due(now_s):
             return self._plan_trial(self.kv, now_s)
-        step = Step(self.num_steps, self._limits.max_num_batched_tokens)
+        step = Step(self.num_steps, self._limits.max_num_batched_tokens, self._num_steps(self.kv))
         num_preemptions = self.num_preemptions
         behind = self._plan_decodes(step)
         if behind or self.waiting.num_requests:
             self._plan_prompts(step, self.kv, behind, num_preemptions, now_s)
-        return self._launch(step, self.kv) if step.requests else None
+        return self._launch(step, self.kv) if step.requests or self._cuts_run else None
+
+    def _num_steps(self, kv: KVManager) -> int:
+        """How many steps the next plan is for: one at a time while anybody waits."""
+        somebody_waits = self.waiting.num_requests or self.trials.waiting.num_requests
+        if somebody_waits or not self._limits.plans_runs or len(self.running) > self._limits.max_num_batched_tokens:
+            return 1
+        return runs.num_steps(self.running, kv)
+
+    def cut_run(self) -> StepPlan | None:
+        """An empty plan, with which the workers leave the run that is in flight; None when there is none."""
+        if self.kv is None or not self._in_flight or self._in_flight[-1].num_steps == 1:
+            return None
+        return self._launch(Step(self.num_steps, 0), self.kv)
 
     def _launch(self, step: Step, kv: KVManager) -> StepPlan:
         message = step.message(self._workers_epoch, len(kv.groups), self._freed_rows, kv.copies)
         self._freed_rows, kv.copies = [], []
         self._in_flight.append(step)
-        self.num_steps += 1
+        self.num_steps += step.num_steps
+        self._is_overtaken = False
         return message
 
     def _plan_trial(self, kv: KVManager, now_s: float) -> StepPlan | None:
@@ -241,25 +267,25 @@ class Scheduler:
         self._vacate(request)
 
     def _plan_decodes(self, step: Step) -> list[Request]:
-        """Begin the step with the requests that have one token to compute and draw the next; returns those that have
-        more to compute, or nothing to draw.
+        """Begin the step, or run, with the requests that have one token to compute and draw the next; returns those
+        that have more to compute, or nothing to draw.
 
         PERF: 0.2 µs a row, most of which only have their `num_planned` counted up.
         """
         behind = []
-        rows, budget = step.requests, step.budget
+        rows, budget, num_steps = step.requests, step.budget, step.num_steps
         for request in self.running:  # whom `_reserve` preempts is always the last of these
-            planned = request.num_planned
-            if planned >= request.decodes_until:
-                if planned >= request.compute_limit:
+            planned = request.num_planned + num_steps
+            if planned > request.decodes_until:
+                if planned > request.compute_limit:
                     continue  # its last token is being drawn
                 if request.num_left > 1 or request.only_scores:
                     behind.append(request)
                     continue
-                if planned >= request.num_slots and not self._reserve(step, request, planned + 1):
+                if planned > request.num_slots and not self._reserve(step, request, planned):
                     continue
                 request.decodes_until = min(request.num_slots, request.compute_limit)
-            request.num_planned = planned + 1
+            request.num_planned = planned
             rows.append(request)
             budget -= 1
             if not budget:
@@ -388,16 +414,34 @@ class Scheduler:
         step = self._in_flight[0]
         if len(result.token_ids) != 4 * sum(step.samples):
             raise BadResult(f"{len(result.token_ids)} bytes of token ids for {sum(step.samples)} rows")
-        self._in_flight.popleft()
         if result.logprobs or result.failed:
             self._take_extras(step, result)
         self._take_tokens(step, unpack_ints(result.token_ids).tolist())
+        step.number, step.num_steps = step.number + 1, step.num_steps - 1
+        self._step_ended(step)
+        self.trials.judge()
+        return True
+
+    def leave_run(self, left: RunLeft) -> bool:
+        """What is left of a run will not be done; False when no such run is in flight (late, or twice)."""
+        for step in self._in_flight:
+            num_steps = left.step - step.number  # that are still done
+            if left.epoch == self._workers_epoch and 0 <= num_steps < step.num_steps:
+                for request in step.requests:
+                    request.num_planned -= step.num_steps - num_steps
+                step.num_steps = num_steps
+                self._step_ended(step)
+                return True
+        return False
+
+    def _step_ended(self, step: Step) -> None:
+        """The step was the last of its run, or is not; and requests may have waited for it."""
+        if not step.num_steps:
+            self._in_flight.remove(step)
         if self._draining:
             draining, self._draining = self._draining, []
             for request in draining:
                 self._vacate(request)
-        self.trials.judge()
-        return True
 
     def _take_extras(self, step: Step, result: StepResult) -> None:
         """Log-probabilities and failures, which name rows and positions; frontends know keys and indices."""
@@ -452,6 +496,7 @@ class Scheduler:
             self._queue_of(request).forget(request)
         elif state is State.RUNNING:
             del self.running[bisect.bisect_left(self.running, request.order, key=_order)]
+            self._is_overtaken |= request.is_in_flight
             self._vacate(request)
 
     def _queue_of(self, request: Request) -> WaitingQueue:

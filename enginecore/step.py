@@ -1,16 +1,20 @@
-"""One step: being drafted, then in flight until the workers' result is committed."""
+"""One step, or a run of steps: being drafted, then in flight until the workers' results are committed."""
 
 from cableway.enginecore.request import Request
 from cableway.ipc.messages import NewRow, StepPlan, ints
 
 
 class Step:
-    """Which requests compute how many tokens, and draw one afterwards or not. Lists are parallel, one entry a row."""
+    """Which requests compute how many tokens, and draw one afterwards or not. Lists are parallel, one entry a row.
 
-    __slots__ = ("budget", "counts", "grown", "new", "number", "requests", "samples")
+    In a run of `num_steps` > 1 each computes one token and draws one, as many times.
+    """
 
-    def __init__(self, number: int, budget: int):
-        self.number = number
+    __slots__ = ("budget", "counts", "grown", "new", "num_steps", "number", "requests", "samples")
+
+    def __init__(self, number: int, budget: int, num_steps: int = 1):
+        self.number = number  # of the first that has no result yet
+        self.num_steps = num_steps  # that have none
         self.budget = budget  # tokens that may still be added
         self.requests: list[Request] = []
         self.counts: list[int] = []
@@ -55,6 +59,7 @@ class Step:
             blocks=ints(blocks),
             num_new_blocks=ints(num_new_blocks),
             copies=ints(copies),
+            num_steps=self.num_steps,
         )
 
 

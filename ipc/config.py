@@ -64,6 +64,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prefix_cache: Annotated[bool, Meta(description="share the KV of common prefixes")] = True
     scheduling_policy: Annotated[str, Meta(pattern="^(fcfs|priority)$", description="who is served first")] = "fcfs"
     overlap: Annotated[int, Meta(ge=0, le=1, description="steps planned ahead of the one that runs")] = 1
+    stream_interval_s: Annotated[
+        float,
+        Meta(ge=-1, description="tokens drawn within so long may come together; 0 = each alone, -1 = 0.03 on a CPU"),
+    ] = -1
     batch_invariant: Annotated[bool, Meta(description="bit-equal results in any batch, at some cost")] = False
     enforce_eager: Annotated[bool, Meta(description="no CUDA graphs: slower steps, a sooner start")] = False
     max_seq_len_to_capture: Annotated[
@@ -160,6 +164,7 @@ class CoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool
     scheduling_policy: str
     overlap: int
+    stream_interval_s: float
     max_queued_requests: int
     max_queued_tokens: int
     lease_s: float
@@ -187,6 +192,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: bool
     enforce_eager: bool
     num_threads: int
+    stream_interval_s: float
     seed: int
     log: LogConfig
     patience: Patience = Patience()

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Ints = bytes
 """Little-endian int32, packed."""
@@ -282,7 +282,8 @@ class NewRow(Message, frozen=True):
 
 
 class StepPlan(Message, frozen=True, tag="plan"):
-    """What every worker does in one step. `rows`, `num_tokens`, `samples` are parallel, one entry a scheduled row.
+    """What every worker does in one step, or in a run of steps. `rows`, `num_tokens`, `samples` are parallel, one entry
+    a scheduled row.
 
     Applied in this order: `freed`, `new`, `copies`, `blocks`, then the forward pass.
     """
@@ -297,6 +298,10 @@ class StepPlan(Message, frozen=True, tag="plan"):
     blocks: Ints  # new block ids, by row, then by state group, in order
     num_new_blocks: Ints  # [num_rows * num_groups] how many of `blocks` each row and group gets
     copies: Ints  # pairs (from_block, to_block): copy before the forward pass
+    num_steps: int = 1
+    """More than 1: a run. Steps `step + 1` and so on compute the token that each row drew in the one before, and draw
+    the next. The worker does them without being told, and leaves the run when a row draws a token that ends it, or
+    another plan comes."""
 
 
 class Shutdown(Message, frozen=True, tag="shutdown"):
@@ -339,8 +344,8 @@ class Compiled(Message, frozen=True, tag="compiled"):
     num: int
 
 
-class StepResult(Message, frozen=True, tag="result"):
-    """What a step drew. `token_ids` has one entry a row with `samples`, in the plan's order."""
+class StepResult(Message, frozen=True):
+    """What one step drew. `token_ids` has one entry a row with `samples`, in the plan's order."""
 
     epoch: int
     step: int
@@ -350,4 +355,17 @@ class StepResult(Message, frozen=True, tag="result"):
     failed: list[Failed] = []  # `key` is the row: this row alone could not be sampled (a NaN in its logits, say)
 
 
-FromWorker = Hello | Ping | Ready | StepResult | Compiled
+class StepResults(Message, frozen=True, tag="results"):
+    """What steps drew, in order; those of a run are told together."""
+
+    results: list[StepResult]
+
+
+class RunLeft(Message, frozen=True, tag="run_left"):
+    """Step `step` of a run will not be done, nor those after it; the worker goes on with the next plan."""
+
+    epoch: int
+    step: int
+
+
+FromWorker = Hello | Ping | Ready | StepResults | RunLeft | Compiled

@@ -28,6 +28,7 @@ _LEAST_BLOCK_SIZE = 8
 _CPU_BATCHED_TOKENS = 512
 _CUDA_BATCHED_TOKENS = 8192
 _MOST_FRONTENDS = 4
+_CPU_STREAM_INTERVAL_S = 0.03
 _SCALED_ROPE = ("linear", "dynamic", "yarn")
 _ROUNDED_BY_BFLOAT16 = ("float32", "float16")
 
@@ -52,6 +53,7 @@ def resolve(options: Options) -> Config:
     max_num_batched_tokens, batch_note = _max_num_batched_tokens(options, device)
     num_threads, threads_note = _num_threads(options)
     frontends, frontends_note = _frontends(options, device)
+    stream_interval_s, interval_note = _stream_interval_s(options, device)
     values = {name: getattr(options, name) for name in options.__struct_fields__} | {
         "model": os.path.abspath(files.path),
         "device": device,
@@ -61,6 +63,7 @@ def resolve(options: Options) -> Config:
         "max_num_batched_tokens": max_num_batched_tokens,
         "num_threads": num_threads,
         "frontends": frontends,
+        "stream_interval_s": stream_interval_s,
         "vocab_size": _vocab_size(files.config),
         "chat_template": _existing_file("chat_template", options.chat_template),
         "uds": os.path.abspath(options.uds) if options.uds else "",
@@ -78,7 +81,11 @@ def resolve(options: Options) -> Config:
         frontend=_cut(FrontendConfig, values),
         core=_cut(CoreConfig, values),
         worker=_cut(WorkerConfig, values),
-        notes=list(filter(None, (device_note, dtype_note, length_note, batch_note, threads_note, frontends_note))),
+        notes=[
+            note
+            for note in (device_note, dtype_note, length_note, batch_note, threads_note, frontends_note, interval_note)
+            if note
+        ],
     )
 
 
@@ -180,6 +187,16 @@ def _frontends(options: Options, device: str) -> tuple[int, str]:
         return 1, "frontends = 1: enough for a CPU"
     number = min(max(machine.num_cores() // 2, 1), _MOST_FRONTENDS)
     return number, f"frontends = {number}: half of the physical cores, {_MOST_FRONTENDS} at most"
+
+
+def _stream_interval_s(options: Options, device: str) -> tuple[float, str]:
+    """Processes that are woken for each token take from a model that is computed on the same cores."""
+    if options.stream_interval_s >= 0:
+        return options.stream_interval_s, ""
+    if device != "cpu":
+        return 0.0, ""
+    seconds = _CPU_STREAM_INTERVAL_S
+    return seconds, f"stream_interval_s = {seconds}: tokens drawn within that come together, where nobody waits"
 
 
 def _existing_file(name: str, path: str) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,36 @@ from cableway.ipc.messages import (
     Ping,
     Ready,
     Refused,
+    RunLeft,
     Shutdown,
     Sleep,
     StateGroup,
     StepPlan,
+    StepResult,
+    StepResults,
     Wake,
     Welcome,
 )
 from cableway.ipc.modelfiles import ModelError
+from cableway.workers.plans import Plans
 
 _LEAST_SHARE = 0.25
 _QUIET_S = 0.2
 """Without messages for so long, a worker does what would make somebody wait: far more than between the steps of one."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that was begun.
+
+    Args:
+        share: how long it may take, as `_share` tells.
+        begun: a `runner.Begun`.
+    """
+
+    share: float
+    begun: Any
+    is_of_run: bool
 
 
 class Worker:
@@ -72,7 +91,10 @@ class Worker:
         self._log = logger
         self._load_s = load_s
         self._epoch: int | None = None
-        self._begun: deque[tuple[float, Any]] = deque()  # (how long it may take, as `_share` tells; a `runner.Begun`)
+        self._plans = Plans()
+        self._begun: deque[_Step] = deque()
+        self._done: list[StepResult] = []  # of a run, not told yet
+        self._done_since_s = 0.0
         self._exit_code: int | None = None
         self._stop_at_s: float | None = None
         self._wake_up, self._wake = os.pipe()
@@ -91,18 +113,17 @@ class Worker:
                 os.read(self._wake_up, 1)
             for arrival in self._endpoint.receive():
                 self._handle(arrival.message)
-            while self._begun and (len(self._begun) > self._runner.num_ahead or self._begun[0][1].is_done):
-                self._finish()
+            self._compute()
             if self._stop_at_s is not None and (self._epoch is None or time.monotonic() >= self._stop_at_s):
                 self._exit_code = self._exit_code or EXIT_STOPPED
         return self._exit_code
 
     def _wait(self, sources: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
-        """Wait for messages. While the device computes, only look: the next step is begun before it ends.
+        """Wait for messages. While there are steps to do, only look: the next one is begun before the device is idle.
 
         When none have come for a while there is time to make the steps to come faster.
         """
-        if self._begun:
+        if self._begun or self._plans:
             return wait(sources, 0)
         self._lifeline.idle()
         may_prepare = self._may_prepare and self._stop_at_s is None
@@ -118,9 +139,7 @@ class Worker:
         match message:
             case StepPlan():
                 if message.epoch == self._epoch:
-                    share = self._share(message)
-                    self._lifeline.beat(share)
-                    self._begun.append((share, self._runner.begin(message)))
+                    self._plans.add(message)
             case PeerUp():
                 version, config = messages.PROTOCOL_VERSION, self._config
                 self._endpoint.send(Hello(version, "worker", self._rank, os.getpid(), config.engine))
@@ -132,7 +151,7 @@ class Worker:
                 self._set_asleep(False)
             case PeerDown():
                 self._log.warning("core_lost", epoch=self._epoch)
-                self._epoch = None
+                self._set_epoch(None)
             case Refused(reason) | Undecodable(reason):
                 self._log.error("refused_by_core", reason=reason)
                 self._exit_code = EXIT_FAILED
@@ -141,20 +160,62 @@ class Worker:
             case Ping():
                 pass
 
+    def _compute(self) -> None:
+        """Begin a step, if the device is to have more, and finish what it has done."""
+        if self._plans.is_run_overtaken:
+            self._leave_run()
+        if self._plans and len(self._begun) <= self._runner.num_ahead:
+            plan, is_of_run = self._plans.take()
+            share = self._share(plan)
+            self._lifeline.beat(share)
+            self._begun.append(_Step(share, self._runner.begin(plan), is_of_run))
+        while self._begun and (len(self._begun) > self._runner.num_ahead or self._begun[0].begun.is_done):
+            self._finish()
+
+    def _leave_run(self) -> None:
+        """Do no more of the run that was begun."""
+        self._tell()
+        if (left := self._plans.leave_run()) is not None:
+            self._endpoint.send(RunLeft(left.epoch, left.step))
+
     def _finish(self) -> None:
         """Wait for the oldest step that was begun. One of a former life of the core was for nothing."""
-        _, begun = self._begun.popleft()
-        result = self._runner.finish(begun)
+        step = self._begun.popleft()
+        result = self._runner.finish(step.begun)
         if result.epoch == self._epoch:
-            self._endpoint.send(result)
-        self._lifeline.beat(self._begun[0][0] if self._begun else 0.0)
+            self._done.append(result)
+            if step.is_of_run and self._runner.has_ended(step.begun):
+                self._leave_run()
+            elif not step.is_of_run or self._is_time_to_tell(result.elapsed_us / 1e6):
+                self._tell()
+        self._lifeline.beat(self._begun[0].share if self._begun else 0.0)
         if (num := self._compilations.num) != self._num_compilations_told:
             self._endpoint.send(Compiled(num - self._num_compilations_told))
             self._log.warning("compiled_after_ready", num=num - self._num_compilations_told)
             self._num_compilations_told = num
 
-    def _welcome(self, epoch: int) -> None:
+    def _is_time_to_tell(self, step_s: float) -> bool:
+        """Whether what a run has drawn can wait no longer: another step of `step_s` would be too long, or the core has
+        to plan on while the last step is done."""
+        now_s = time.monotonic()
+        if len(self._done) == 1:
+            self._done_since_s = now_s
+        is_late = now_s + step_s - self._done_since_s > self._config.stream_interval_s
+        return is_late or len(self._begun) + self._plans.num_steps <= 1
+
+    def _tell(self) -> None:
+        if self._done:
+            self._endpoint.send(StepResults(self._done))
+            self._done = []
+
+    def _set_epoch(self, epoch: int | None) -> None:
+        """Nothing that another life of the core has planned counts any more."""
         self._epoch = epoch
+        self._plans.clear()
+        self._done = []
+
+    def _welcome(self, epoch: int) -> None:
+        self._set_epoch(epoch)
         self._runner.forget()
         self._tell_ready()
         self._log.info("core_joined", epoch=epoch)

@@ -75,6 +75,7 @@ class Rows:
         self._source_lens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.num_tokens = np.zeros(max_num_seqs, np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
+        self.stop_ids: list[frozenset[int]] = [frozenset()] * max_num_seqs  # tokens that end a row
         self._num_computed = np.zeros(max_num_seqs, np.int32)
         self._num_blocks = np.zeros((max_num_seqs, num_groups), np.int32)
         self._block_size = block_size
@@ -91,6 +92,7 @@ class Rows:
         self.num_tokens[new.row] = len(tokens)
         self.num_prompt_tokens[new.row] = new.num_prompt_tokens
         self._num_computed[new.row] = new.num_computed
+        self.stop_ids[new.row] = frozenset(unpack(new.sampling.eos_token_ids + new.sampling.stop_token_ids).tolist())
         self._source_lens[new.row] = new.source_len
         for group, packed in enumerate(new.blocks):
             blocks = unpack(packed)

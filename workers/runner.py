@@ -203,6 +203,13 @@ class Runner:
         self._finished_ns = now_ns
         return StepResult(begun.epoch, begun.step, token_ids, elapsed_us, logprobs, failed)
 
+    def has_ended(self, begun: "Begun") -> bool:
+        """Whether a row of a finished step ended with it: it drew a token that stops it, or its logits are broken."""
+        if begun.drawn is None:
+            return False
+        drawn = zip(begun.chunks.rows[begun.drawing].tolist(), begun.drawn.token_ids.tolist(), strict=True)
+        return any(token_id < 0 or token_id in self._rows.stop_ids[row] for row, token_id in drawn)
+
     def _change_rows(self, plan: StepPlan) -> None:
         """What happens to rows, blocks and sources before the forward pass."""
         for row in unpack(plan.freed).tolist():

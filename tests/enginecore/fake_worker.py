@@ -14,13 +14,16 @@ from cableway.ipc.messages import (
     Generate,
     Logprobs,
     NewRow,
+    RunLeft,
     Sampling,
     StateGroup,
     StepPlan,
     StepResult,
+    StepResults,
     ints,
     unpack_ints,
 )
+from cableway.workers.plans import rest_of_run
 
 VOCAB = 50
 EOS = 0
@@ -76,8 +79,18 @@ class FakeWorker:
         self.memory: dict[tuple[int, int], tuple[int, int]] = {}  # (block, offset) -> (group, prefix hash)
         self.rows: dict[int, Row] = {}
         self.num_computed = self.num_encoded = 0
+        self.has_ended = False  # whether a row drew a token that ends it, in the last step
+
+    def run(self, plan: StepPlan) -> list[StepResults | RunLeft]:
+        """What it says when it carries out a plan that no other follows: a run is left when a row ends."""
+        results = [self.execute(plan)]
+        while (rest := rest_of_run(plan)) and not self.has_ended:
+            plan = rest
+            results.append(self.execute(plan))
+        return [StepResults(results), *([RunLeft(rest.epoch, rest.step)] if rest else [])]
 
     def execute(self, plan: StepPlan) -> StepResult:
+        """One step, the first where the plan is of a run."""
         for row in unpack_ints(plan.freed):
             del self.rows[row]
         for new in plan.new:
@@ -139,6 +152,7 @@ class FakeWorker:
             assert count > 0
             self._find_source(self.rows[row])
             self._write(self.rows[row], count)
+        self.has_ended = False
         drawn: list[int] = []
         logprobs: list[Logprobs] = []
         for number, count, samples in scheduled:
@@ -155,6 +169,8 @@ class FakeWorker:
                     logprobs.append(_logprobs(number, len(row.tokens), [token]))
                 row.tokens.append(token)
                 drawn.append(token)
+                stop_ids = row.new.sampling.eos_token_ids + row.new.sampling.stop_token_ids
+                self.has_ended |= token in unpack_ints(stop_ids)
         return StepResult(plan.epoch, plan.step, ints(drawn), elapsed_us=1, logprobs=logprobs)
 
     def _write(self, row: Row, count: int) -> None:

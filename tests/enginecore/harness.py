@@ -18,6 +18,7 @@ from cableway.ipc.messages import (
     Finish,
     Generate,
     IfLost,
+    RunLeft,
     Sampling,
     Standing,
     StateGroup,
@@ -26,6 +27,7 @@ from cableway.ipc.messages import (
     ints,
     unpack_ints,
 )
+from cableway.workers.plans import rest_of_run
 
 FRONTEND = b"frontend.0"
 PAGED = StateGroup("paged", 1)
@@ -86,11 +88,13 @@ class Harness:
         by_priority: bool = False,
         max_queued_requests: int = 1000,
         max_queued_tokens: int = 100_000,
+        plans_runs: bool = False,
         epoch: int = 7,
     ):
         limits = Limits(
-            max_num_seqs, budget, max_model_len, max_queued_requests, max_queued_tokens, prefix_cache, by_priority
-        )
+            max_num_seqs, budget, max_model_len, max_queued_requests, max_queued_tokens, prefix_cache, by_priority,
+            plans_runs,
+        )  # fmt: skip
         self.depth, self.groups, self.num_blocks, self.block_size = depth, list(groups), num_blocks, block_size
         self.budget, self.max_num_seqs, self.epoch = budget, max_num_seqs, epoch
         self.scheduler = Scheduler(limits, epoch)
@@ -140,15 +144,22 @@ class Harness:
             self.history.append(plan)
         return plan
 
-    def finish_step(self) -> None:
-        """The worker executes the oldest plan, and its result is committed."""
+    def finish_step(self, leaves: bool = False) -> None:
+        """The worker executes a step of the oldest plan, and its result is committed. A run is left when a row has
+        ended, another plan waits, or the worker likes to."""
         assert self.worker is not None
-        assert self.scheduler.commit(self.worker.execute(self.plans.popleft()))
+        plan = self.plans.popleft()
+        assert self.scheduler.commit(self.worker.execute(plan))
+        if rest := rest_of_run(plan):
+            if leaves or self.worker.has_ended or self.plans:
+                assert self.scheduler.leave_run(RunLeft(rest.epoch, rest.step))
+            else:
+                self.plans.appendleft(rest)
         self.deliver()
 
     def turn(self) -> bool:
         """One turn of the loop; False when there was nothing to do."""
-        while len(self.plans) <= self.depth and self.plan():
+        while self.scheduler.has_room(self.depth) and self.plan():
             pass
         if not self.plans:
             if not self.scheduler.trials.waiting.num_requests:
@@ -207,12 +218,13 @@ class Harness:
         assert scheduler.running == sorted(scheduler.running, key=lambda request: request.order)
         for request in owners:
             steps = [step for step in scheduler._in_flight if request in step.requests]
-            num_pending = sum(step.samples[step.requests.index(request)] for step in steps)
+            num_pending = sum(step.samples[step.requests.index(request)] * step.num_steps for step in steps)
             assert 0 <= request.num_computed <= request.num_planned
             if request.state is not State.FINISHED:  # what is drawn for one that has ended is dropped
                 assert request.num_planned <= len(request.tokens) + num_pending
             assert request.num_planned <= request.num_slots
             assert request.is_in_flight == bool(steps)
+            assert sum(step.num_steps for step in steps) <= request.num_planned - request.num_computed
         for request in scheduler.waiting:
             assert request.state is State.WAITING
             assert not request.tables

@@ -30,15 +30,18 @@ from cableway.ipc.messages import (
     Ping,
     Ready,
     Refused,
+    RunLeft,
     Standing,
     Status,
     StepPlan,
     StepResult,
+    StepResults,
     Tokens,
     Welcome,
     ints,
     unpack_ints,
 )
+from cableway.workers.plans import rest_of_run
 
 NUM_BLOCKS, BLOCK_SIZE, BUDGET, MAX_NUM_SEQS, MAX_MODEL_LEN, LEASE_S = 16, 4, 8, 3, 40, 5.0
 DEATHS_THAT_CONVICT = 4  # two make a suspect, two more while it is alone
@@ -150,6 +153,7 @@ class Worker(Peer):
     def __init__(self, name: bytes):
         super().__init__(name)
         self.plans: deque[StepPlan] = deque()
+        self.done: list[StepResult] = []
         self.epoch = None
 
     def connect(self) -> None:
@@ -160,19 +164,32 @@ class Worker(Peer):
         match message:
             case Welcome(_, epoch):
                 self.epoch = epoch
+                self.plans.clear()
+                self.done = []
                 self.body = FakeWorker([PAGED], NUM_BLOCKS, BLOCK_SIZE, BUDGET, MAX_NUM_SEQS)
                 self.outgoing.append(Ready(0, NUM_BLOCKS, BLOCK_SIZE, [PAGED], MAX_NUM_SEQS, 0.1))
             case StepPlan():
                 self.plans.append(message)
 
     def step(self) -> None:
+        """One step. What it drew is told now, or some steps later where it is of a run."""
         plan = self.plans.popleft()
-        if plan.epoch == self.epoch:
-            self.outgoing.append(self.body.execute(plan))
+        if plan.epoch != self.epoch:
+            return
+        self.done.append(self.body.execute(plan))
+        rest = rest_of_run(plan)
+        if rest and not self.plans and not self.body.has_ended:
+            self.plans.append(rest)
+            if len(self.done) % 3:
+                return
+        self.outgoing.append(StepResults(self.done))
+        self.done = []
+        if rest and rest not in self.plans:
+            self.outgoing.append(RunLeft(rest.epoch, rest.step))
 
 
 class CoreMachine(RuleBasedStateMachine):
-    @initialize(overlap=st.integers(0, 1), prefix_cache=st.booleans())
+    @initialize(overlap=st.integers(0, 1), prefix_cache=st.booleans(), stream_interval_s=st.sampled_from([0, 1]))
     def begin(self, **options):
         self.options, self.now_s, self.names, self.num_deaths = options, 0.0, itertools.count(), 0
         self.frontends: list[Frontend] = []
@@ -289,8 +306,10 @@ class CoreMachine(RuleBasedStateMachine):
     def a_step_of_another_life_has_the_same_number(self, life):
         step = self.core._scheduler._in_flight[0]
         drawn = ints([VOCAB] * sum(step.samples))
-        result = StepResult(self.core._workers_epoch + life, step.number, drawn, 1)
-        self.core._to_workers.arrived.append(Arrival(self.worker.name, result))
+        epoch = self.core._workers_epoch + life
+        results = StepResults([StepResult(epoch, step.number, drawn, 1)])
+        for message in (results, RunLeft(epoch, step.number)):
+            self.core._to_workers.arrived.append(Arrival(self.worker.name, message))
 
     @precondition(lambda self: self.worker and self.worker.plans)
     @rule()
@@ -324,7 +343,7 @@ class CoreMachine(RuleBasedStateMachine):
             return
         scheduler = self.core._scheduler
         kv, owners = scheduler.kv, [*scheduler.running, *scheduler._draining]
-        assert scheduler.num_in_flight <= self.core._depth + 1
+        assert len(scheduler._in_flight) <= self.core._depth + 2  # one to be cut short, and what cuts it
         queued = [*scheduler.waiting, *scheduler.trials.waiting]
         live = [request for requests in scheduler._live.values() for request in requests.values()]
         assert sorted(map(id, live)) == sorted(id(r) for r in [*queued, *owners] if r.state.value != "finished")

@@ -34,6 +34,7 @@ from cableway.ipc.messages import (
     Status,
     StepPlan,
     StepResult,
+    StepResults,
     ToFrontend,
     Tokens,
     ToWorker,
@@ -69,7 +70,7 @@ class WorkerThread:
         self.go, self.dead = threading.Event(), threading.Event()
         self.epochs, self.refusals, self.plans = [], [], []
         self.asleep = False
-        self.stray: list[StepResult] = []  # sent before anything else, once
+        self.stray: list[StepResults] = []  # sent before anything else, once
         if not hold:
             self.go.set()
         self._address = config.workers_address(settings.runtime_dir, settings.engine)
@@ -110,9 +111,9 @@ class WorkerThread:
                 if message.epoch == self.epochs[-1] and not self.dead.is_set():
                     while self.stray:
                         endpoint.send(self.stray.pop())
-                    result = self.worker.execute(message)
-                    if self.rank == 0:
-                        endpoint.send(result)
+                    for said in self.worker.run(message):
+                        if self.rank == 0:
+                            endpoint.send(said)
 
     def _begin(self, endpoint):
         """Empty, and all that it had is forgotten."""
@@ -198,6 +199,7 @@ def core_settings(folder, **changes):
         prefix_cache=True,
         scheduling_policy="fcfs",
         overlap=1,
+        stream_interval_s=0.03,
         max_queued_requests=100,
         max_queued_tokens=10_000,
         lease_s=30.0,
@@ -264,9 +266,9 @@ def events(core):
     return [entry["event"] for entry in core.logs]
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
-def test_requests_of_two_frontends(folder, workers, clients, overlap):
-    settings = core_settings(folder, overlap=overlap)
+@pytest.mark.parametrize(("overlap", "stream_interval_s"), [(0, 0.03), (1, 0), (1, 0.03)])
+def test_requests_of_two_frontends(folder, workers, clients, overlap, stream_interval_s):
+    settings = core_settings(folder, overlap=overlap, stream_interval_s=stream_interval_s)
     with running(settings) as core:
         workers(settings)
         first, second = clients(settings), clients(settings)
@@ -401,8 +403,8 @@ def test_late_and_foreign_results_are_ignored(settings, workers, clients):
         client.send(asked)
         client.until(lambda: client.ask_status().num_running)
         worker.stray = [
-            StepResult(core.epoch - 1, 0, ints([9]), 1),  # another life
-            StepResult(core.epoch, 99, ints([9]), 1),  # a step never planned
+            StepResults([StepResult(core.epoch - 1, 0, ints([9]), 1)]),  # another life
+            StepResults([StepResult(core.epoch, 99, ints([9]), 1)]),  # a step never planned
         ]
         worker.go.set()
         client.until(lambda: client.finished)
@@ -416,7 +418,7 @@ def test_a_worker_that_talks_nonsense_is_refused(settings, workers, clients):
         asked = generate([5, 6, 7], [0])
         client.send(asked)
         client.until(lambda: client.ask_status().num_running)
-        worker.stray = [StepResult(core.epoch, 0, ints([1, 2, 3]), 1)]  # three tokens for one row
+        worker.stray = [StepResults([StepResult(core.epoch, 0, ints([1, 2, 3]), 1)])]  # three tokens for one row
         worker.go.set()
         client.until(lambda: worker.refusals)
         worker.die()
@@ -440,7 +442,10 @@ def test_a_second_worker_of_a_rank_takes_it_over(settings, workers, clients):
 @pytest.mark.parametrize(
     ("hello", "reason"),
     [
-        ({"version": PROTOCOL_VERSION + 1}, "protocol version 2 does not fit the core's 1"),
+        (
+            {"version": PROTOCOL_VERSION + 1},
+            f"protocol version {PROTOCOL_VERSION + 1} does not fit the core's {PROTOCOL_VERSION}",
+        ),
         ({"role": "worker"}, "role"),
         ({"engine": "other"}, "engine"),
     ],

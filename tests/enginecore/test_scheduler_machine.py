@@ -34,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth=st.integers(0, 2),
         prefix_cache=st.booleans(),
         by_priority=st.booleans(),
+        plans_runs=st.booleans(),
     )
     def begin(self, **options):
         self.harness = Harness(max_model_len=MAX_MODEL_LEN, **options)
@@ -83,15 +84,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.harness.received[at]
         self.harness.scheduler.drop(frontend)
 
-    @precondition(lambda self: self.harness.worker and len(self.harness.plans) <= self.harness.depth)
+    @precondition(lambda self: self.harness.worker and self.harness.scheduler.has_room(self.harness.depth))
     @rule()
     def plan(self):
         self.harness.plan()
 
     @precondition(lambda self: self.harness.plans)
-    @rule()
-    def step_ends(self):
-        self.harness.finish_step()
+    @rule(leaves=st.booleans())
+    def step_ends(self, leaves):
+        self.harness.finish_step(leaves)
 
     @rule(turns=st.integers(1, 5))
     def some_turns(self, turns):

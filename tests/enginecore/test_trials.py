@@ -33,7 +33,7 @@ class Killer(Harness):
                 self.kill_times_s.pop(0)
                 self.die()
                 continue
-            while len(self.plans) <= self.depth and self.plan():
+            while self.scheduler.has_room(self.depth) and self.plan():
                 pass
             self.check()
             if self.plans:

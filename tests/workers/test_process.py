@@ -28,6 +28,7 @@ from cableway.ipc.messages import (
     Shutdown,
     StepPlan,
     StepResult,
+    StepResults,
     Welcome,
     ints,
     unpack_ints,
@@ -87,6 +88,11 @@ class Core:
         assert isinstance(arrival.message, kind), arrival
         return arrival.message
 
+    def expect_result(self) -> StepResult:
+        """Of a step that is told alone."""
+        (result,) = self.expect(StepResults).results
+        return result
+
     def join(self, epoch: int) -> Ready:
         """Meet the worker as the core of this epoch."""
         hello = self.expect(Hello)
@@ -128,7 +134,7 @@ def test_plans_are_carried_out_across_the_lives_of_the_core(worker, core, oracle
     core.send(first_plan(11, prompt))
     for step in (1, 2):
         core.send(next_plan(11, step))
-    results = [core.expect(StepResult) for _ in range(3)]
+    results = [core.expect_result() for _ in range(3)]
     assert [(r.epoch, r.step) for r in results] == [(11, 0), (11, 1), (11, 2)]
     assert [unpack_ints(r.token_ids).tolist() for r in results] == [[token] for token in expected]
 
@@ -137,7 +143,7 @@ def test_plans_are_carried_out_across_the_lives_of_the_core(worker, core, oracle
         assert second.join(epoch=12).num_blocks == ready.num_blocks
         second.send(next_plan(11, 3))  # a plan of the former life
         second.send(first_plan(12, prompt))
-        result = second.expect(StepResult)
+        result = second.expect_result()
         assert (result.epoch, result.step, unpack_ints(result.token_ids).tolist()) == (12, 0, expected[:1])
         second.send(Shutdown())
         second.expect(PeerDown)
@@ -157,7 +163,7 @@ def test_a_drained_worker_stays_until_its_core_is_gone(worker, core, oracle):
     os.kill(worker.pid, signal.SIGTERM)
     prompt = prompt_of(9)
     core.send(first_plan(5, prompt))
-    assert unpack_ints(core.expect(StepResult).token_ids).tolist() == expected_greedy(oracle, prompt, 1)
+    assert unpack_ints(core.expect_result().token_ids).tolist() == expected_greedy(oracle, prompt, 1)
     core.close()
     assert worker.wait(TIMEOUT_S) == EXIT_STOPPED
 
