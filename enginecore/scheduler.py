@@ -7,7 +7,6 @@ message, `commit` takes a step's result; any number of steps may be in flight be
 import bisect
 import itertools
 import operator
-from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -63,28 +62,24 @@ class Scheduler:
         self.num_steps = self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = 0
         self._limits = limits
         self._epoch = self._workers_epoch = epoch
+        self._next_number = 0
         self._arrivals = itertools.count()
         self._live: dict[bytes, dict[int, Request]] = {}  # frontend -> key -> request
         self._outboxes: dict[bytes, Outbox] = {}
-        self._in_flight: deque[Step] = deque()
+        self._in_flight = runs.InFlight()
         self._draining: list[Request] = []  # preempted or finished, but in a step in flight
         self._free_rows: list[int] = []
         self._freed_rows: list[int] = []  # to be told to the workers
         self._blocked: tuple[Request | None, int] = None, 0  # who could not be admitted, for want of how many blocks
-        self._is_overtaken = False  # somebody came or left since the last plan
 
     @property
     def num_in_flight(self) -> int:
         """Steps that are planned and have no result yet."""
-        return sum(step.num_steps for step in self._in_flight)
+        return self._in_flight.num_steps
 
     def has_room(self, depth: int) -> bool:
         """Whether to plan on: at most `depth` steps are in flight, or a run that the next plan is to cut short."""
-        return self.num_in_flight <= depth or self._cuts_run
-
-    @property
-    def _cuts_run(self) -> bool:
-        return self._is_overtaken and bool(self._in_flight) and self._in_flight[-1].num_steps > 1
+        return self._in_flight.num_steps <= depth or self._in_flight.has_run_to_cut
 
     @property
     def num_live(self) -> int:
@@ -115,7 +110,7 @@ class Scheduler:
             request.frontend, request.outbox, request.family = frontend, outbox, family
             live[choice.key] = request
             self._queue_of(request).push(request)
-            self._is_overtaken = True
+            self._in_flight.is_overtaken = True
             self._finish_if_ended(request)
         return duplicates
 
@@ -204,12 +199,12 @@ class Scheduler:
         self.trials.judge()  # whoever stood trial may have left since the last commit, and its row with it
         if self.trials.are_due(now_s):
             return self._plan_trial(self.kv, now_s)
-        step = Step(self.num_steps, self._limits.max_num_batched_tokens, self._num_steps(self.kv))
+        step = Step(self._next_number, self._limits.max_num_batched_tokens, self._num_steps(self.kv))
         num_preemptions = self.num_preemptions
         behind = self._plan_decodes(step)
         if behind or self.waiting.num_requests:
             self._plan_prompts(step, self.kv, behind, num_preemptions, now_s)
-        return self._launch(step, self.kv) if step.requests or self._cuts_run else None
+        return self._launch(step, self.kv) if step.requests or self._in_flight.has_run_to_cut else None
 
     def _num_steps(self, kv: KVManager) -> int:
         """How many steps the next plan is for: one at a time while anybody waits."""
@@ -220,16 +215,15 @@ class Scheduler:
 
     def cut_run(self) -> StepPlan | None:
         """An empty plan, with which the workers leave the run that is in flight; None when there is none."""
-        if self.kv is None or not self._in_flight or self._in_flight[-1].num_steps == 1:
+        if self.kv is None or not self._in_flight.ends_with_run:
             return None
-        return self._launch(Step(self.num_steps, 0), self.kv)
+        return self._launch(Step(self._next_number, 0), self.kv)
 
     def _launch(self, step: Step, kv: KVManager) -> StepPlan:
         message = step.message(self._workers_epoch, len(kv.groups), self._freed_rows, kv.copies)
         self._freed_rows, kv.copies = [], []
-        self._in_flight.append(step)
-        self.num_steps += step.num_steps
-        self._is_overtaken = False
+        self._in_flight.launch(step)
+        self._next_number += step.num_steps
         return message
 
     def _plan_trial(self, kv: KVManager, now_s: float) -> StepPlan | None:
@@ -241,7 +235,7 @@ class Scheduler:
         self._clear_out(request)
         match = kv.lookup(request) if request is not self.trials.current else None
         num_computed = match.num_tokens if match else request.num_computed
-        step = Step(self.num_steps, self._limits.max_num_batched_tokens)
+        step = Step(self._next_number, self._limits.max_num_batched_tokens)
         count = min(len(request.tokens) - num_computed, step.budget)
         if self.trials.announces(request, (num_computed, num_computed + count), now_s, alone=True):
             self.wants_turn = True
@@ -417,27 +411,20 @@ class Scheduler:
         if result.logprobs or result.failed:
             self._take_extras(step, result)
         self._take_tokens(step, unpack_ints(result.token_ids).tolist())
-        step.number, step.num_steps = step.number + 1, step.num_steps - 1
-        self._step_ended(step)
+        self._in_flight.done()
+        self.num_steps += 1
+        self._vacate_drained()
         self.trials.judge()
         return True
 
     def leave_run(self, left: RunLeft) -> bool:
-        """What is left of a run will not be done; False when no such run is in flight (late, or twice)."""
-        for step in self._in_flight:
-            num_steps = left.step - step.number  # that are still done
-            if left.epoch == self._workers_epoch and 0 <= num_steps < step.num_steps:
-                for request in step.requests:
-                    request.num_planned -= step.num_steps - num_steps
-                step.num_steps = num_steps
-                self._step_ended(step)
-                return True
-        return False
+        """What is left of a run will not be done; False when it is not in flight (late, or twice)."""
+        if left.epoch != self._workers_epoch or not self._in_flight.leave(left.step):
+            return False
+        self._vacate_drained()
+        return True
 
-    def _step_ended(self, step: Step) -> None:
-        """The step was the last of its run, or is not; and requests may have waited for it."""
-        if not step.num_steps:
-            self._in_flight.remove(step)
+    def _vacate_drained(self) -> None:
         if self._draining:
             draining, self._draining = self._draining, []
             for request in draining:
@@ -496,7 +483,7 @@ class Scheduler:
             self._queue_of(request).forget(request)
         elif state is State.RUNNING:
             del self.running[bisect.bisect_left(self.running, request.order, key=_order)]
-            self._is_overtaken |= request.is_in_flight
+            self._in_flight.is_overtaken |= request.is_in_flight
             self._vacate(request)
 
     def _queue_of(self, request: Request) -> WaitingQueue:

@@ -24,6 +24,7 @@ from cableway.ipc.messages import (
     NewRow,
     Ready,
     Refused,
+    RunLeft,
     Sampling,
     Shutdown,
     StepPlan,
@@ -188,3 +189,67 @@ def test_a_broken_model_is_one_line_and_exit_code_3(resolved: Config, checkpoint
     assert process.returncode == EXIT_UNMENDABLE
     assert len(errors.strip().splitlines()) == 1
     assert "model.safetensors" in errors
+
+
+def run_plan(epoch: int, step: int, num_steps: int) -> StepPlan:
+    return msgspec.structs.replace(next_plan(epoch, step), num_steps=num_steps)
+
+
+def drawn_in(results: StepResults) -> list[tuple[int, int]]:
+    """(step, token) of each step."""
+    return [(result.step, *unpack_ints(result.token_ids).tolist()) for result in results.results]
+
+
+class TestRuns:
+    """Prompt and first token are a step, and a run of others follows."""
+
+    @pytest.fixture
+    def resolved(self, resolved: Config) -> Config:
+        """Told in between only at the end of a run."""
+        patient = msgspec.structs.replace(resolved.worker, stream_interval_s=1000.0)
+        config = msgspec.structs.replace(resolved, worker=patient)
+        (Path(config.worker.runtime_dir) / "config.json").write_bytes(msgspec.json.encode(config))
+        return config
+
+    def test_tokens_are_told_together_and_before_the_last(self, worker, core, oracle):
+        prompt = prompt_of(9)
+        expected = list(enumerate(expected_greedy(oracle, prompt, 7)))
+        core.join(epoch=3)
+        core.send(first_plan(3, prompt))
+        core.send(run_plan(3, 1, 4))
+        assert drawn_in(core.expect(StepResults)) == expected[:1]
+        assert drawn_in(core.expect(StepResults)) == expected[1:4]
+        assert drawn_in(core.expect(StepResults)) == expected[4:5]  # nothing else is planned
+        core.send(run_plan(3, 5, 2))
+        assert drawn_in(core.expect(StepResults)) == expected[5:6]
+        assert drawn_in(core.expect(StepResults)) == expected[6:]
+
+    def test_a_row_that_ends_ends_the_run(self, worker, core, oracle):
+        prompt = prompt_of(9)
+        tokens = expected_greedy(oracle, prompt, 7)
+        plan = first_plan(3, prompt)
+        sampling = msgspec.structs.replace(plan.new[0].sampling, stop_token_ids=ints([tokens[2]]))
+        new = msgspec.structs.replace(plan.new[0], sampling=sampling)
+        core.join(epoch=3)
+        core.send(msgspec.structs.replace(plan, new=[new]))
+        core.send(run_plan(3, 1, 6))
+        assert drawn_in(core.expect(StepResults)) == [(0, tokens[0])]
+        num_steps = tokens.index(tokens[2], 1)
+        assert drawn_in(core.expect(StepResults)) == list(enumerate(tokens))[1 : num_steps + 1]
+        assert core.expect(RunLeft) == RunLeft(3, num_steps + 1)
+
+    def test_another_plan_ends_a_run_at_once(self, worker, core, oracle):
+        """What the core hears is in order, and its row goes on from where the run was left."""
+        prompt, num_steps = prompt_of(9), 40
+        new = msgspec.structs.replace(first_plan(3, prompt).new[0], blocks=[ints(range(1, 8))])
+        expected = list(enumerate(expected_greedy(oracle, prompt, num_steps)))
+        core.join(epoch=3)
+        core.send(msgspec.structs.replace(first_plan(3, prompt), new=[new]))
+        core.send(run_plan(3, 1, num_steps))
+        core.send(next_plan(3, 1 + num_steps))
+        assert drawn_in(core.expect(StepResults)) == expected[:1]
+        before = core.expect(StepResults)
+        left = core.expect(RunLeft)
+        assert drawn_in(before) == expected[1 : left.step]
+        ((step, token),) = drawn_in(core.expect(StepResults))
+        assert (step, token) == (1 + num_steps, expected[left.step][1])
