@@ -242,5 +242,6 @@ _elsewhere(commands, "models", "cableway.workers.listing", "List the architectur
 _elsewhere(commands, "tune", "cableway.bench.tune", "Measure configurations of kernels on this machine's GPU.")
 _elsewhere(bench, "kernels", "cableway.bench.kernels", "Time every kernel beside what the machine can copy.")
 _elsewhere(bench, "offline", "cableway.bench.offline", "Time the engine without HTTP.")
+_elsewhere(bench, "overhead", "cableway.bench.overhead", "Compare a token over HTTP with the step that makes it.")
 _elsewhere(bench, "serve", "cableway.bench.serve", "Load any OpenAI server and time its answers.")
 _elsewhere(bench, "step", "cableway.bench.step", "Show where the time of a step goes.")

@@ -63,6 +63,17 @@ def test_numbers_of_the_kv_cache(tmp_path: Path, said: str, resolved_to: str) ->
     assert resolved(tmp_path, dtype="float16", kv_cache_dtype=said).worker.kv_cache_dtype == resolved_to
 
 
+@pytest.mark.parametrize(
+    ("values", "seconds"),
+    [({}, 0.03), ({"stream_interval_s": 0}, 0), ({"stream_interval_s": 1.5}, 1.5), ({"device": "cuda"}, 0)],
+)
+def test_tokens_come_together_where_they_are_made_on_a_cpu(
+    tmp_path: Path, values: dict[str, Any], seconds: float
+) -> None:
+    config = resolved(tmp_path, **values)
+    assert config.core.stream_interval_s == config.worker.stream_interval_s == seconds
+
+
 def test_served_names_replace_the_models_own(tmp_path: Path) -> None:
     config = resolved(tmp_path, served_model_name=["a", "b"])
     assert list(config.frontend.engines) == ["a", "b"]
