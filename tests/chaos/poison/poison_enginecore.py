@@ -16,7 +16,7 @@ class Scheduler(scheduler.Scheduler):
         if plan is not None:
             step = self._in_flight[-1]
             for request, count in zip(step.requests, step.counts, strict=True):
-                if is_deadly(request.tokens, request.num_planned - count, request.num_planned):
+                if is_deadly(request.tokens, request.num_planned - count * step.num_steps, request.num_planned):
                     os.kill(os.getpid(), signal.SIGKILL)
         return plan
 
