@@ -109,10 +109,12 @@ class Worker:
         """Serve until told to stop; the exit code."""
         sources = inputs([*self._endpoint.sockets, self._wake_up])
         while self._exit_code is None:
-            if (self._wake_up, zmq.POLLIN) in self._wait(sources):
+            woken = self._wait(sources)
+            if (self._wake_up, zmq.POLLIN) in woken:
                 os.read(self._wake_up, 1)
-            for arrival in self._endpoint.receive():
-                self._handle(arrival.message)
+            if woken:
+                for arrival in self._endpoint.receive():
+                    self._handle(arrival.message)
             self._compute()
             if self._stop_at_s is not None and (self._epoch is None or time.monotonic() >= self._stop_at_s):
                 self._exit_code = self._exit_code or EXIT_STOPPED
