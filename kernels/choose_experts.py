@@ -118,6 +118,7 @@ def _choose_experts(
 
 
 _NUMBERS_A_WARP = 512
+_FEW_TOKENS = 512  # that have a warp each
 
 
 def launch(
@@ -127,7 +128,7 @@ def launch(
     num_tokens, num_experts = logits.shape
     num_groups, kept, best = groups or (1, 0, 0)
     blocks, size = triton.next_power_of_2(num_groups), triton.next_power_of_2(num_experts // num_groups)
-    tokens = min(max(_NUMBERS_A_WARP // (blocks * size), 1), 4)
+    tokens = 1 if num_tokens <= _FEW_TOKENS else min(max(_NUMBERS_A_WARP // (blocks * size), 1), 4)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     experts = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits.device)
     _choose_experts[(triton.cdiv(num_tokens, tokens),)](
@@ -183,6 +184,7 @@ def make(
             num_tokens=(5,), num_experts=(64, 160), top_k=(6,), dtype=FLOATS[:2], score=SCORES, corrected=(True,),
             groups=((8, 3, 2), (4, 2, 1), (1, 1, 2)), renorm=(1e-20,), scale=(2.5,), strided=(True,),
         ),
+        *grid(num_tokens=(515,), num_experts=(6,), top_k=(2,), dtype=FLOATS[:1], renorm=(0.0,)),
         *grid(num_tokens=(3,), num_experts=(512,), top_k=(10,), dtype=FLOATS, renorm=(0.0,)),
     ],
     bench_cases=[
