@@ -11,7 +11,7 @@ import torch
 
 from cableway.kernels.cuda import CudaKernel
 from cableway.kernels.registry import Case, Kernel, kernels
-from tests.kernels import laws
+from tests.kernels import laws, machine_code
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(laws.INTERPRETED, reason="the interpreter's own session does not start another")
@@ -71,6 +71,8 @@ def compiled(
         assert all(0 < size < limit for size, limit in zip(grid, (1 << 31, 1 << 16, 1 << 16), strict=False))
         binary = run(function, *args, grid=grid, warmup=True, **kwargs)
         assert binary.metadata.target.arch == capability
+        if capability == HOPPER:
+            assert not machine_code.unwritten(binary.asm["cubin"])
         found.append((binary.asm["cubin"], binary.metadata.shared))
 
     def only_compile_cuda(function, constants, arguments, *, shared_bytes=0, **sizes):
@@ -97,6 +99,18 @@ def assert_compiles(kernel: Kernel, cases: list[Case], capability: int, monkeypa
     for cubin, shared_bytes in found:
         assert cubin.startswith(b"\x7fELF")
         assert shared_bytes <= MOST_SHARED_BYTES[capability]
+
+
+def test_a_register_that_nothing_wrote_is_seen():
+    lines = [
+        "UMOV UR4, 0x400",
+        "@P0 LDG.E R2, desc[UR4][R6.64]",
+        "UIADD3 UR6, UP0, UR13, 0x20, URZ",
+        "STS [R5+UR6], R2",
+        "HGMMA.64x64x16.F32.BF16 R24, R100, gdesc[UR4].tnspB, R24, gsb0",
+    ]
+    code = "\n".join(f"        /*00{i}0*/                   {line} ;" for i, line in enumerate(lines))
+    assert machine_code.unwritten_in(code) == {13: "UIADD3 UR6, UP0, UR13, 0x20, URZ"}
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
