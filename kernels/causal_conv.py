@@ -172,9 +172,10 @@ def launch(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: Recurre
     }  # fmt: skip
     in_chunks = plan.has_chunks and width - 1 <= plan.most_singly
     most = plan.most_singly if in_chunks else plan.max_query_len
+    # One compilation for one token, and hardly more than another for all other numbers of them.
+    rows = 1 if most == 1 else triton.next_power_of_2(min(max(most, _FEW_ROWS // 2), max(_FEW_ROWS, width - 1)))
     _causal_conv[(plan.num_seqs, triton.cdiv(channels, _FEW_CHANNELS))](
-        *tensors, *sizes, most, **constants, ROWS=triton.next_power_of_2(min(most, max(_FEW_ROWS, width - 1))),
-        CHANNELS=_FEW_CHANNELS, num_warps=_FEW_WARPS, **overlapping(),
+        *tensors, *sizes, most, **constants, ROWS=rows, CHANNELS=_FEW_CHANNELS, num_warps=_FEW_WARPS, **overlapping(),
     )  # fmt: skip
     if in_chunks:
         chunk = plan.chunk_len(_CHUNK)

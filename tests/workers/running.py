@@ -43,6 +43,7 @@ def worker_config(model: Path | str, **overrides: Any) -> WorkerConfig:
         "enforce_eager": False,
         "num_threads": 1,
         "seed": 0,
+        "stream_interval_s": 0.0,
         "log": LogConfig("warning", True),
     }
     return WorkerConfig(**fields | overrides)
