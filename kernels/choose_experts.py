@@ -77,7 +77,7 @@ def _choose_experts(
     logits_ptr, correction_ptr, weights_ptr, experts_ptr, num_tokens, logits_stride, renorm, scale,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, IS_SOFTMAX: tl.constexpr, HAS_CORRECTION: tl.constexpr,
     HAS_RENORM: tl.constexpr, NUM_GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
-    TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """For TOKENS tokens. Columns are GROUPS groups of SIZE experts, of which some may not be."""
     column = tl.arange(0, GROUPS * SIZE)
@@ -104,17 +104,19 @@ def _choose_experts(
     choice = tl.where(is_expert[None, :], choice, float("-inf"))
     if KEPT > 0:
         choice = _only_groups(choice, NUM_GROUPS, GROUPS, KEPT, BEST)
-    slot = tl.full((TOKENS, GROUPS * SIZE), TOP_K, tl.int32)  # of an expert among those chosen
+    slot = tl.arange(0, SLOTS)[None, :]
+    weights, experts = tl.zeros((TOKENS, SLOTS), tl.float32), tl.zeros((TOKENS, SLOTS), tl.int32)
     for k in tl.static_range(TOP_K):
         is_at = column[None, :] == tl.argmax(choice, 1)[:, None]
-        slot = tl.where(is_at, k, slot)
+        weights = tl.where(slot == k, tl.sum(tl.where(is_at, scores, 0.0), 1)[:, None], weights)
+        experts = tl.where(slot == k, tl.sum(tl.where(is_at, expert[None, :], 0), 1)[:, None], experts)
         choice = tl.where(is_at, float("-inf"), choice)
-    is_chosen = slot < TOP_K
     if HAS_RENORM:
-        scores = scores / (tl.sum(tl.where(is_chosen, scores, 0.0), 1)[:, None] + renorm)
+        weights = weights / (tl.sum(weights, 1)[:, None] + renorm)
     place = token[:, None] * TOP_K + slot
-    tl.store(weights_ptr + place, scores * scale, mask=is_token[:, None] & is_chosen)
-    tl.store(experts_ptr + place, tl.broadcast_to(expert[None, :], place.shape), mask=is_token[:, None] & is_chosen)
+    inside = is_token[:, None] & (slot < TOP_K)
+    tl.store(weights_ptr + place, weights * scale, mask=inside)
+    tl.store(experts_ptr + place, experts, mask=inside)
 
 
 _NUMBERS_A_WARP = 512
@@ -135,7 +137,7 @@ def launch(
         logits, correction, weights, experts, num_tokens, logits.stride(0), renorm or 0.0, scale,
         NUM_EXPERTS=num_experts, TOP_K=top_k, IS_SOFTMAX=score == "softmax", HAS_CORRECTION=correction is not None,
         HAS_RENORM=renorm is not None, NUM_GROUPS=num_groups, KEPT=kept if kept < num_groups else 0, BEST=best,
-        TOKENS=tokens, GROUPS=blocks, SIZE=size, num_warps=1, **overlapping(),
+        TOKENS=tokens, GROUPS=blocks, SIZE=size, SLOTS=triton.next_power_of_2(top_k), num_warps=1, **overlapping(),
     )  # fmt: skip
     return weights, experts
 

@@ -113,12 +113,13 @@ def _order_by_expert(
     row = first + tl.arange(0, ROWS)
     mine = tl.load(experts_ptr + row, mask=row < num_rows, other=0)
     place = tl.load(places_ptr + mine)
+    num_earlier = tl.zeros((ROWS, AT_ONCE), tl.int32)
     for at in range(first, tl.minimum(first + ROWS, num_rows), AT_ONCE):
         other = at + tl.arange(0, AT_ONCE)
         theirs = tl.load(experts_ptr + other, mask=other < num_rows, other=-1)
         is_earlier = (theirs[None, :] == mine[:, None]) & (other[None, :] < row[:, None])
-        place += tl.sum(is_earlier.to(tl.int32), 1)
-    tl.store(rows_ptr + place, row, mask=row < num_rows)
+        num_earlier += is_earlier.to(tl.int32)
+    tl.store(rows_ptr + place + tl.sum(num_earlier, 1), row, mask=row < num_rows)
     _write_tiles(tiles_ptr, num_tiles, start, total, TILE_ROWS, AT_ONCE)
 
 
