@@ -493,15 +493,15 @@ def test_garbage_harms_nobody(settings, workers, clients):
 
 def test_abort_frees_the_row_and_says_nothing(settings, workers, clients):
     with running(settings):
-        workers(settings)
-        client = clients(settings)
+        worker, client = workers(settings, hold=True), clients(settings)
         client.send(generate([5, 6, 7], [0], max_tokens=60, eos_token_ids=b""))
-        client.until(lambda: client.output)
+        client.until(lambda: client.ask_status().num_running)
         client.send(Abort(ints([0])))
         client.until(lambda: not client.ask_status().num_running)
-        seen = len(client.output[0])
-        client.ask_status()
-        assert (len(client.output[0]), client.finished) == (seen, {})
+        worker.go.set()
+        client.send(generate([5, 6, 7], [1]))
+        client.until(lambda: client.finished)
+        assert client.output.keys() == client.finished.keys() == {1}
 
 
 def test_a_frontend_that_dies_takes_its_requests_along(settings, workers, clients):
