@@ -23,6 +23,7 @@ from rich.table import Table
 import cableway
 from cableway.bench import serve
 from cableway.bench.driver import Driver
+from cableway.ipc import garbage
 from cableway.ipc.child import python_module
 from cableway.ipc.config import Options
 from cableway.ipc.messages import Sampling
@@ -42,6 +43,7 @@ def measure(model: str, num_tokens: int, rounds: int, **options: Any) -> list[di
         ways = dict(zip(WAYS, (step, offline, http), strict=True))
         for way in ways.values():
             way(8)
+        garbage.settle()  # as a worker has done
         return [{name: way(num_tokens) for name, way in ways.items()} for _ in range(rounds)]
 
 
