@@ -13,3 +13,11 @@ __device__ __forceinline__ float exp2_of(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// Of one of the two rows that a thread has some of, after a product: four neighbours have all of it.
+template <int N> __device__ __forceinline__ float most_of_row(const float (&scores)[N], int r) {
+    float most = scores[2 * r];
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) most = fmaxf(most, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+    return fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+}

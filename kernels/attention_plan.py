@@ -33,7 +33,7 @@ from cableway.kernels.cuda import Constants
 from cableway.kernels.kv_cache import NO_SCALES, KVScales, block_size_of, cache_of, check_cache, numbers, scales_of
 from cableway.kernels.registry import Call, call, check, nbytes
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Scores:
     def in_powers_of_two(self) -> tuple[float, float]:
         """(scale, cap) for kernels whose weights are 2^score; with a cap, whose tanh(z) is 1 - 2 / (1 + exp(2 z))."""
         if self.soft_cap:
-            return 2 * self.scale / self.soft_cap * _LOG2_E, self.soft_cap * _LOG2_E
-        return self.scale * _LOG2_E, 0.0
+            return 2 * self.scale / self.soft_cap * LOG2_E, self.soft_cap * LOG2_E
+        return self.scale * LOG2_E, 0.0
 
 
 @dataclass(frozen=True)

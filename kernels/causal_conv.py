@@ -64,7 +64,7 @@ def _inputs(
     x = rows_of(x_ptr, start + position - before, is_new, x_stride, channel, channel_inside).to(tl.float32)
     if IS_FIRST:
         nth = position - before + WIDTH - 1  # of those that are kept
-        is_old = position_inside & (position >= 0) & (nth >= 0) & (position < before)
+        is_old = position_inside & (nth >= 0) & (position < before)
         place = nth[:, None] * channels + channel[None, :]
         inside = is_old[:, None] & channel_inside[None, :]
         x += resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size)
@@ -219,6 +219,9 @@ EDGES = ((70, 133), (10, 74), (65, 130), (64, 128), (130, 194), (62, 64))
         ),
         *grid(
             spans=(LONG,), channels=(20,), width=(2, 6), dtype=FLOATS, silu=(True,), bias=(True,), block_size=(4, 64)
+        ),
+        *grid(
+            spans=(EDGES,), channels=(20,), width=(4,), dtype=FLOATS[:1], silu=(True,), bias=(True,), block_size=(64,)
         ),
     ],
     bench_cases=grid(

@@ -56,16 +56,22 @@ _VARYING = (
 )  # fmt: skip
 
 
+@jit
+def singles(query_start_ptr, seq_lens_ptr, sequence, num_seqs):
+    """Which of the sequences take part, and their lengths (0 of others)."""
+    inside = sequence < num_seqs
+    inside = inside & (tl.load(query_start_ptr + sequence, mask=inside, other=-1) == sequence)
+    inside = inside & (tl.load(query_start_ptr + sequence + 1, mask=inside, other=-1) == sequence + 1)
+    return inside, tl.load(seq_lens_ptr + sequence, mask=inside, other=0)
+
+
 @jit(do_not_specialize=_VARYING)  # one compilation for batches of every size
 def _decode_work(
     query_start_ptr, seq_lens_ptr, work_ptr, arrivals_ptr, num_seqs, num_items, num_arrivals, num_shares, least_tiles,
     window, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)  # a sequence, first
-    inside = lane < num_seqs
-    inside = inside & (tl.load(query_start_ptr + lane, mask=inside, other=-1) == lane)
-    inside = inside & (tl.load(query_start_ptr + lane + 1, mask=inside, other=-1) == lane + 1)
-    length = tl.load(seq_lens_ptr + lane, mask=inside, other=0)
+    inside, length = singles(query_start_ptr, seq_lens_ptr, lane, num_seqs)
     start = tl.where(window > 0, tl.maximum(length - window, 0), 0)
     num_tiles = tl.cdiv(length - start, TILE)
     most_tiles = tl.maximum(tl.cdiv(tl.sum(num_tiles, 0), num_shares), least_tiles)

@@ -137,12 +137,7 @@ __device__ __forceinline__ void softmax(
     float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float most = scores[2 * r];
-#pragma unroll
-        for (int i = 0; i < KEYS / 8; ++i) most = fmaxf(most, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        most = fmaxf(top[r], most * scale);
+        const float most = fmaxf(top[r], most_of_row(scores, r) * scale);
         shift[r] = most == NONE ? 0 : most;  // of no keys: keep differences finite
         decay[r] = exp2_of(top[r] - shift[r]);
         top[r] = most;

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import compilation
-from cableway.kernels.attention_plan import AttentionPlan
+from cableway.kernels.attention_plan import LOG2_E, AttentionPlan
 from cableway.kernels.cuda import Constants, CudaKernel, address
 from cableway.kernels.lang import (
     gdc_launch_dependents,
@@ -41,7 +41,6 @@ from cableway.kernels.lang import (
 from cableway.kernels.level_work import LevelWork
 
 _DECODE, _PREFILL = CudaKernel("hopper_latent_decode"), CudaKernel("hopper_latent_prefill")
-_LOG2_E = 1.4426950408889634
 _NUM_THREADS = 512
 _ROWS, _KEYS, _STAGES = 64, 64, 2
 _PANEL_BYTES = 128  # of a row in shared memory
@@ -177,5 +176,5 @@ def _tensors(
     """The struct of that name."""
     table = plan.block_table
     return struct.pack(
-        "4Pq3Pf4x", *map(address, (q, cache, out, table)), table.stride(0), *map(address, parts), scale * _LOG2_E
+        "4Pq3Pf4x", *map(address, (q, cache, out, table)), table.stride(0), *map(address, parts), scale * LOG2_E
     )

@@ -9,7 +9,7 @@
 #include "hopper.cuh"
 
 constexpr int PANEL = 64 * 128, ROWS = 128, WARPGROUP = 128, DEPTH = 64;  // DEPTH: of num_in, 128 bytes, in a stage
-constexpr int MATRIX_BYTES = 2 * PANEL, STAGE = MATRIX_BYTES + TOKENS * 128;
+constexpr int MATRIX_BYTES = 2 * PANEL, STAGE_BYTES = MATRIX_BYTES + TOKENS * 128;
 constexpr int STRIDE = ROWS + 4;  // floats of a token's sums: neighbours lie in different banks
 
 struct Arguments {
@@ -40,13 +40,13 @@ struct Steps {  // of DEPTH, of this program
 
 __device__ __forceinline__ void bring(const Arguments& a, u32 ring, u32 full, u32 free, Steps steps, int row, int up_row, int token) {
     const auto matrix = [&](int t) {
-        const u32 stage = ring + t % STAGES * STAGE, barrier = full + t % STAGES * 8;
-        expect_bytes(barrier, STAGE);
+        const u32 stage = ring + t % STAGES * STAGE_BYTES, barrier = full + t % STAGES * 8;
+        expect_bytes(barrier, STAGE_BYTES);
         copy_box(stage, a.matrix, (steps.first + t) * DEPTH, row, barrier);
         copy_box(stage + PANEL, a.matrix, (steps.first + t) * DEPTH, up_row, barrier);
     };
     const auto tokens = [&](int t) {
-        copy_box(ring + t % STAGES * STAGE + MATRIX_BYTES, a.tokens, (steps.first + t) * DEPTH, token, full + t % STAGES * 8);
+        copy_box(ring + t % STAGES * STAGE_BYTES + MATRIX_BYTES, a.tokens, (steps.first + t) * DEPTH, token, full + t % STAGES * 8);
     };
     const int early = min(STAGES, steps.num);
     for (int t = 0; t < early; ++t) matrix(t);
@@ -63,7 +63,7 @@ __device__ __forceinline__ void multiply_all(
     float (&sums)[TOKENS / 2], u32 ring, u32 full, u32 free, int num_steps, int warpgroup) {
     const bool releases = threadIdx.x % 32 == 0;  // once a warp
     for (int t = 0; t < num_steps; ++t) {
-        const u32 stage = ring + t % STAGES * STAGE;
+        const u32 stage = ring + t % STAGES * STAGE_BYTES;
         wait(full + t % STAGES * 8, t / STAGES & 1);
         const u64 rows = descriptor(stage + warpgroup * PANEL, 0), tokens = descriptor(stage + MATRIX_BYTES, 0);
         begin_products();

@@ -183,12 +183,7 @@ template <bool IS_CUT> __device__ __forceinline__ void softmax(
     float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float most = scores[2 * r];
-#pragma unroll
-        for (int i = 0; i < KEYS / 8; ++i) most = fmaxf(most, fmaxf(scores[4 * i + 2 * r], scores[4 * i + 2 * r + 1]));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        most = fmaxf(rows.top[r], most * factor);
+        const float most = fmaxf(rows.top[r], most_of_row(scores, r) * factor);
         // A row that has seen nothing yet has no maximum: keep its differences finite.
         shift[r] = most == NONE ? 0 : most;
         rows.decay[r] = exp2_of(rows.top[r] - shift[r]);

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cableway.kernels.decode_work import LENGTHS
+from cableway.kernels.decode_work import LENGTHS, singles
 from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.registry import Call, call, check, grid, kernel, nbytes
 
@@ -76,10 +76,7 @@ def _level_work(
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)  # a sequence, first
-    inside = lane < num_seqs
-    inside = inside & (tl.load(query_start_ptr + lane, mask=inside, other=-1) == lane)
-    inside = inside & (tl.load(query_start_ptr + lane + 1, mask=inside, other=-1) == lane + 1)
-    length = tl.load(seq_lens_ptr + lane, mask=inside, other=0)
+    inside, length = singles(query_start_ptr, seq_lens_ptr, lane, num_seqs)
     num_tiles = tl.where(inside, tl.maximum(tl.cdiv(length, TILE), 1), 0)
     row_tiles = tl.sum(num_tiles, 0)
     most_tiles = tl.maximum(tl.cdiv(row_tiles, num_shares), least_tiles)
