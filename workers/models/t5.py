@@ -1,5 +1,5 @@
-"""T5 and Flan-T5: an encoder, and a decoder that attends to it. No positions: scores have what heads have learned of
-distances, in the first layer, for all; and they are not scaled."""
+"""T5, Flan-T5 and mT5: an encoder, and a decoder that attends to it. No positions: scores have what heads have learned
+of distances, in the first layer, for all; and they are not scaled."""
 
 from typing import Any
 
@@ -55,6 +55,13 @@ class T5Config(DecoderConfig, frozen=True, kw_only=True):
         }
 
 
+class MT5Config(T5Config, frozen=True, kw_only=True):
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config |= {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False} | config
+        T5Config.derive(config)
+
+
 def _names(c: T5Config) -> Names:
     around = {
         "shared": "embed",
@@ -76,6 +83,7 @@ def _names(c: T5Config) -> Names:
 
 
 @arch("T5ForConditionalGeneration", config=T5Config, hf=_names)
+@arch("MT5ForConditionalGeneration", config=MT5Config, hf=_names)
 @arch("T5WithLMHeadModel", config=T5Config, hf=_names, verified=relative("T5"))
 def t5(c: T5Config) -> Decoder:
     norm, mlp = RMSNorm(c.hidden_size, c.norm_eps), (MLP if c.is_gated else PlainMLP).of(c)
