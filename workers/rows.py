@@ -93,7 +93,8 @@ class Rows:
         self.num_prompt_tokens[new.row] = new.num_prompt_tokens
         self._num_computed[new.row] = new.num_computed
         self.stop_ids[new.row] = frozenset(unpack(new.sampling.eos_token_ids + new.sampling.stop_token_ids).tolist())
-        self._source_lens[new.row] = new.source_len
+        if self._encoder_group is not None:
+            upload_into(self._source_lens[new.row : new.row + 1], np.array([new.source_len], np.int32))
         for group, packed in enumerate(new.blocks):
             blocks = unpack(packed)
             self._num_blocks[new.row, group] = len(blocks)

@@ -127,3 +127,23 @@ def test_captured_graphs_give_the_tokens_of_eager_steps(config: WorkerConfig):
         on_gpu = msgspec.structs.replace(config, device="cuda", enforce_eager=enforce_eager, num_kv_blocks=512)
         made[enforce_eager] = outputs(Driver(build(on_gpu), on_gpu.block_size, on_gpu.max_num_seqs), SAMPLINGS)
     assert made[True] == made[False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_host_does_not_wait_while_it_begins_a_step(config: WorkerConfig):
+    on_gpu = msgspec.structs.replace(config, device="cuda", num_kv_blocks=512)
+    runner = build(on_gpu)
+    for mode in ("default", "error"):  # what happens once may wait
+        driver = Driver(runner, on_gpu.block_size, on_gpu.max_num_seqs)
+        begun = []
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for length in (14, 12, 13):
+                driver.add(prompt_of(length), SAMPLINGS[0])
+                begun.append(runner.begin(driver.plan_ahead()))
+            begun.append(runner.begin(driver.plan_ahead()))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for step in begun:
+            runner.finish(step)
+        runner.forget()
