@@ -95,28 +95,31 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def tensor_map(matrix: torch.Tensor, box: tuple[int, int]) -> bytes:
-    """How Hopper's copies of boxes [rows, 64 columns] see a matrix in half precision, into panels of 128-byte rows.
+def tensor_map(matrix: torch.Tensor, box: tuple[int, ...]) -> bytes:
+    """How Hopper's copies of boxes see a tensor in half precision, whose last dimension is contiguous.
 
-    What lies outside it is zeros. Its rows may be strided, by multiples of 16 bytes.
+    In shared memory a box's rows lie one after another, 64 or 128 bytes each, whose parts of 16 bytes are swapped so that
+    those of several rows lie in different banks. What lies outside the tensor is zeros, or not written. Other
+    dimensions may be strided, by multiples of 16 bytes.
     """
-    return _tensor_map(matrix.data_ptr(), *matrix.shape, matrix.stride(0) * 2, *box, matrix.dtype == torch.bfloat16)
+    strides = tuple(stride * 2 for stride in matrix.stride()[:-1])
+    return _tensor_map(matrix.data_ptr(), tuple(matrix.shape), strides, box, matrix.dtype == torch.bfloat16)
 
 
 @lru_cache(4096)
 def _tensor_map(
-    start: int, rows: int, columns: int, stride: int, box_rows: int, box_columns: int, is_bf16: bool
+    start: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], is_bf16: bool
 ) -> bytes:
     from cuda.bindings import driver as cu
 
-    kinds = cu.CUtensorMapDataType
+    kinds, swizzles = cu.CUtensorMapDataType, cu.CUtensorMapSwizzle
     made = _checked(
         cu.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bf16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, start,
-            [cu.cuuint64_t(columns), cu.cuuint64_t(rows)], [cu.cuuint64_t(stride)],
-            [cu.cuuint32_t(box_columns), cu.cuuint32_t(box_rows)], [cu.cuuint32_t(1)] * 2,
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bf16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            len(shape), start, [*map(cu.cuuint64_t, reversed(shape))], [*map(cu.cuuint64_t, reversed(strides))],
+            [*map(cu.cuuint32_t, reversed(box))], [cu.cuuint32_t(1)] * len(shape),
             cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            cu.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box[-1] == 64 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
             cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -22,6 +22,37 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
+// At the same barrier of the program `rank` of a cluster.
+__device__ __forceinline__ void arrive_at(u32 barrier, int rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void expect_bytes(u32 barrier, int num) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(num) : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 to, const char* map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+// From this program's shared memory to that of `rank` in its cluster, and its barrier.
+__device__ __forceinline__ void copy_to(int rank, u32 to, u32 from, int num_bytes, u32 barrier) {
+    asm volatile(
+        "{\n.reg .b32 there, barrier;\nmapa.shared::cluster.u32 there, %0, %4;\nmapa.shared::cluster.u32 barrier, %3, %4;\n"
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [barrier];\n}" ::"r"(to),
+        "r"(from), "r"(num_bytes), "r"(barrier), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void sync_cluster() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void meet_cluster() {  // as sync_cluster, without order between memory accesses
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // What ordinary stores and cp.async wrote is seen by tensor cores and bulk copies.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Named barriers of threads: some of a program's warps.
@@ -57,6 +88,10 @@ template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {  // in re
 #define R32 R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define R96 R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
+    ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define R128 R96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+    ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // d [64, N] = or += a [64, 16] b [N, 16]^T, both in shared memory.
 #define MULTIPLY_SHARED(N, REGISTERS, A, B, ADDS, ...)                                                            \
@@ -69,6 +104,8 @@ MULTIPLY_SHARED(16, R8, 8, 9, 10, F4(d, 0), F4(d, 4))
 MULTIPLY_SHARED(32, R16, 16, 17, 18, F16(d, 0))
 MULTIPLY_SHARED(64, R32, 32, 33, 34, F16(d, 0), F16(d, 16))
 MULTIPLY_SHARED(128, R64, 64, 65, 66, F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48))
+MULTIPLY_SHARED(256, R128, 128, 129, 130, F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48), F16(d, 64), F16(d, 80),
+                F16(d, 96), F16(d, 112))
 
 // d [64, N] += a [64, 16] b [16, N]: a in registers, columns of b contiguous.
 __device__ __forceinline__ void multiply(float (&d)[32], const u32* a, u64 b) {
@@ -92,4 +129,19 @@ __device__ __forceinline__ u32 packed(float low, float high) {
     u32 both;
     asm("cvt.rn." T_NAME "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+__device__ __forceinline__ float from_T(unsigned short x) {
+    float y;
+    asm("{\n.reg .b16 h;\nmov.b16 h, %1;\ncvt.f32." T_NAME " %0, h;\n}" : "=f"(y) : "h"(x));
+    return y;
+}
+__device__ __forceinline__ float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// Four matrices of 8 x 8, of which each lane has two neighbours of a row, columns first; a lane has a column's address.
+__device__ __forceinline__ void store_turned(u32 to, const u32* x) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]),
+                 "r"(x[2]), "r"(x[3]) : "memory");
 }

@@ -19,21 +19,6 @@ struct Arguments {
     int num_in, num_out, num_tokens;
 };
 
-__device__ __forceinline__ void copy_box(u32 to, const char* map, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-        "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-__device__ __forceinline__ void expect_bytes(u32 barrier, int num) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(num) : "memory");
-}
-
-__device__ __forceinline__ void sync_cluster() {
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 struct Steps {  // of DEPTH, of this program
     int first, num;
 };
@@ -77,11 +62,6 @@ __device__ __forceinline__ void multiply_all(
     hold(sums);
 }
 
-__device__ __forceinline__ float from_T(unsigned short x) {
-    float y;
-    asm("{\n.reg .b16 h;\nmov.b16 h, %1;\ncvt.f32." T_NAME " %0, h;\n}" : "=f"(y) : "h"(x));
-    return y;
-}
 __device__ __forceinline__ void add_bias(float (&z)[8], const char* bias) {
     const uint4 eight = *(const uint4*)bias;
     const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
@@ -106,11 +86,7 @@ __device__ __forceinline__ void exchange(const Sums& sums, u32 arrived) {
     for (int i = 1; i < PARTS; ++i) {
         const int to = (sums.rank + i) % PARTS;
         const u32 slot = sums.others + (sums.rank - (sums.rank > to)) * num_bytes;
-        u32 remote_slot, remote_barrier;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_slot) : "r"(slot), "r"(to));
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(arrived), "r"(to));
-        asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         remote_slot), "r"(sums.own + to * num_bytes), "r"(num_bytes), "r"(remote_barrier) : "memory");
+        copy_to(to, slot, sums.own + to * num_bytes, num_bytes, arrived);
     }
 }
 
