@@ -1,4 +1,4 @@
-"""few_rows for many tokens, on Hopper's tensor cores: hopper_gemm.cu. The contract is few_rows.py's.
+"""few_rows for many tokens, on Hopper's tensor cores: hopper_matmul.cu. The contract is few_rows.py's.
 
 The matrix's rows lie on the side of a product that has 64 of them, 256 tokens on the other; where gated, 8 rows of a half
 and the same 8 of the other lie in turns, so that a thread has both numbers that are multiplied. Programs stay, and take
@@ -17,14 +17,14 @@ from cableway.kernels import compilation
 from cableway.kernels.cuda import CudaKernel, address, tensor_map
 from cableway.kernels.lang import gpu_capability, num_processors, triton
 
-_KERNEL = CudaKernel("hopper_gemm")
+_KERNEL = CudaKernel("hopper_matmul")
 _NUM_THREADS = 384
 _ROWS, _DEPTH = 128, 64
 _LEAST_IN = 512
 
 
 class Tuning(NamedTuple):
-    """Shape of a program's tile, and how tiles follow one another; see hopper_gemm.cu."""
+    """Shape of a program's tile, and how tiles follow one another; see hopper_matmul.cu."""
 
     tokens: int = 256
     stages: int = 4

@@ -1,4 +1,4 @@
-// A linear layer of many tokens for sm_90a; contract and arguments: hopper_gemm.py, which compiles this with
+// A linear layer of many tokens for sm_90a; contract and arguments: hopper_matmul.py, which compiles this with
 //   T_NAME ("bf16" or "f16"), TOKENS of a tile, STAGES, SHARERS and PARTS: programs of a cluster, that share tokens and
 //   num_in; LAG: stages by which one warpgroup is behind; TURNS: in which a tile's results leave; GATED, HAS_BIAS.
 //
@@ -228,7 +228,7 @@ __device__ __forceinline__ void send(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) hopper_gemm(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) hopper_matmul(const __grid_constant__ Arguments a) {
     extern __shared__ char unaligned[];
     __shared__ u64 barriers[2 * STAGES + 1];
     const u32 out = (shared_address(unaligned) + 1023) & ~1023u;
