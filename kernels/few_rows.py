@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.kernels import hopper_linear
+from cableway.kernels import hopper_linear, hopper_matmul
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 from cableway.kernels.tuning import OF_BYTES, Tunable
@@ -132,9 +132,9 @@ _LONG = Tuning(block_out=16, block_in=128, parts=4, num_warps=4, num_stages=3)
 _MOST_TOKENS, _MOST_IN, _MOST_BYTES = 16, 3072, 1 << 24
 
 
-def pays(x: Tensor, matrix: Tensor) -> bool:
-    """Whether this is faster than a library's product, as it is where matrices are small."""
-    if hopper_linear.fits(x, matrix):
+def pays(x: Tensor, matrix: Tensor, *, gated: bool) -> bool:
+    """Whether this is faster than a library's product, as it is where matrices are small, or Hopper's kernels fit."""
+    if hopper_linear.fits(x, matrix) or hopper_matmul.fits(x, matrix, gated=gated):
         return True
     is_small = matrix.shape[1] <= _MOST_IN and matrix.nbytes <= _MOST_BYTES and matrix.element_size() == 2
     return is_small and len(x) <= _MOST_TOKENS
@@ -173,8 +173,11 @@ def launch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False,
     out: Tensor | None = None, invariant: bool = False, tuned: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
-    if not tuned and not invariant and hopper_linear.fits(x, weight):
-        return hopper_linear.launch(x, weight, bias, gated=gated, out=out)
+    if not tuned and not invariant:
+        if hopper_linear.fits(x, weight):
+            return hopper_linear.launch(x, weight, bias, gated=gated, out=out)
+        if out is None and hopper_matmul.fits(x, weight, gated=gated):
+            return hopper_matmul.launch(x, weight, bias, gated=gated)
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
     t = tuned or (INVARIANT if invariant else tuning(Key(num_out, num_in, gated, x.element_size())))
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if out is None else out
@@ -220,6 +223,15 @@ tuning = Tunable("few_rows", Key, Tuning, rule=_rule, candidates=_candidates, ma
             dtype=FLOATS[1:],
             gated=(False, True),
             biased=(True,),
+        ),
+        *grid(
+            num_tokens=(1030,),
+            num_out=(264, 512),
+            num_in=(1096,),
+            dtype=FLOATS[1:],
+            gated=(False, True),
+            biased=(False, True),
+            strided=(True,),
         ),
         *grid(num_tokens=(70,), num_out=(40,), num_in=(200,), dtype=FLOATS, gated=(False, True), invariant=(True,)),
         *grid(

@@ -104,6 +104,7 @@ MULTIPLY_SHARED(16, R8, 8, 9, 10, F4(d, 0), F4(d, 4))
 MULTIPLY_SHARED(32, R16, 16, 17, 18, F16(d, 0))
 MULTIPLY_SHARED(64, R32, 32, 33, 34, F16(d, 0), F16(d, 16))
 MULTIPLY_SHARED(128, R64, 64, 65, 66, F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48))
+MULTIPLY_SHARED(192, R96, 96, 97, 98, F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48), F16(d, 64), F16(d, 80))
 MULTIPLY_SHARED(256, R128, 128, 129, 130, F16(d, 0), F16(d, 16), F16(d, 32), F16(d, 48), F16(d, 64), F16(d, 80),
                 F16(d, 96), F16(d, 112))
 

@@ -1,5 +1,6 @@
 """Kernels in CUDA C++ without a GPU: every way in which they can be compiled."""
 
+import math
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ from cableway.kernels import (
     cluster_decode,
     hopper_latent,
     hopper_linear,
+    hopper_matmul,
     hopper_prefill,
     latent_attention,
     level_work,
@@ -92,6 +94,41 @@ def test_linear_compiles(num_tokens, num_out, num_in, dtype, gated, biased, out_
     assert cubin.startswith(b"\x7fELF")
     assert shared_bytes <= (227 << 10) - 512  # and what the file declares
     assert (rest, num_argument_bytes) == (0, 320)  # a multiple of the 64 bytes that tensor maps are aligned to
+
+
+@pytest.mark.parametrize("num_tokens", [129, 256, 1000, 8192])
+@pytest.mark.parametrize(("num_out", "num_in"), [(28672, 4096), (4096, 14336), (1024, 1024), (1032, 1096)])
+@pytest.mark.parametrize(
+    ("dtype", "gated", "biased"),
+    [(torch.bfloat16, False, False), (torch.bfloat16, True, True), (torch.float16, True, False)],
+)
+def test_matmul_compiles(num_tokens, num_out, num_in, dtype, gated, biased, monkeypatch: pytest.MonkeyPatch):
+    found, boxes = [], []
+
+    def only_compile(kernel, constants, arguments, *, num_programs, cluster, shared_bytes, **rest):
+        found.append((kernel.cubin(constants), num_programs % cluster, shared_bytes, len(arguments)))
+
+    def only_note(tensor, box):
+        assert all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+        assert tensor.stride(-1) == 1
+        boxes.append((tensor.numel(), math.prod(box)))
+        return bytes(128)
+
+    monkeypatch.setattr(CudaKernel, "__call__", only_compile)
+    for name in ("cuda", "hopper_matmul"):
+        monkeypatch.setattr(f"cableway.kernels.{name}.gpu_capability", lambda: 90)
+    monkeypatch.setattr(hopper_matmul, "num_processors", lambda: 132)
+    monkeypatch.setattr(hopper_matmul, "tensor_map", only_note)
+    x = torch.empty(num_tokens, num_in, dtype=dtype)
+    weight = torch.empty(num_out * (1 + gated), num_in, dtype=dtype)
+    hopper_matmul.launch(x, weight, torch.empty(len(weight), dtype=dtype) if biased else None, gated=gated)
+    ((cubin, rest, shared_bytes, num_argument_bytes),) = found
+    assert cubin.startswith(b"\x7fELF")
+    assert shared_bytes <= (227 << 10) - 512  # and what the file declares
+    assert (rest, num_argument_bytes) == (0, 448)  # a multiple of the 64 bytes that tensor maps are aligned to
+    sizes, box_sizes = zip(*boxes, strict=True)
+    assert sizes == (weight.numel(), x.numel(), num_tokens * num_out)
+    assert box_sizes[0] == 128 * 64
 
 
 @pytest.mark.parametrize(("num_heads", "rank", "width"), [(16, 512, 576), (128, 512, 576), (40, 256, 288)])

@@ -27,7 +27,7 @@ class OnGpu(Dense):
         if len(x) == 1 and matrix.shape[1] <= MOST_IN:
             return _one_row(x, matrix, bias, gated)
         x = x.tensor() if isinstance(x, Sum) else x
-        if few.pays(x, matrix):
+        if few.pays(x, matrix, gated=gated):
             return few_rows(x, matrix, bias, gated=gated)
         y = F.linear(x, matrix, bias)
         return silu_mul(y) if gated else y
