@@ -98,8 +98,8 @@ def address(tensor: torch.Tensor | None) -> int:
 def tensor_map(matrix: torch.Tensor, box: tuple[int, ...]) -> bytes:
     """How Hopper's copies of boxes see a tensor in half precision, whose last dimension is contiguous.
 
-    In shared memory a box's rows lie one after another, 64 or 128 bytes each, whose parts of 16 bytes are swapped so that
-    those of several rows lie in different banks. What lies outside the tensor is zeros, or not written. Other
+    In shared memory a box's rows lie one after another, 64 or 128 bytes each, whose parts of 16 bytes are swapped so
+    that those of several rows lie in different banks. What lies outside the tensor is zeros, or not written. Other
     dimensions may be strided, by multiples of 16 bytes.
     """
     strides = tuple(stride * 2 for stride in matrix.stride()[:-1])

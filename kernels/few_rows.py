@@ -1,4 +1,4 @@
-"""A few tokens through a linear layer.   y = gate(x Wᵀ + b);  gate(z) = z, or of halves silu(z1) * z2
+"""Tokens through a linear layer, mostly a few.   y = gate(x Wᵀ + b);  gate(z) = z, or of halves silu(z1) * z2
 
 x       [num_tokens, num_in]   bf16|f16|f32   rows may be strided
 weight  [rows, num_in]         dtype of x, contiguous; rows = num_out, or 2 * num_out where gated
@@ -9,7 +9,7 @@ y       [num_tokens, num_out]  dtype of x, or of out
 The matrix lies on the side of a product that has many rows; tokens are columns. Where a program can hold its rows
 whole, they are on their way before the kernel that makes x is done. On a GPU a row's result is the same whatever rows
 are beside it, where the tuning is the same.
-Bound: bytes of the matrix.
+Bound: bytes of the matrix; of many tokens, which Hopper's tensor cores have a kernel for, FLOPs.
 """
 
 from __future__ import annotations
@@ -223,15 +223,6 @@ tuning = Tunable("few_rows", Key, Tuning, rule=_rule, candidates=_candidates, ma
             dtype=FLOATS[1:],
             gated=(False, True),
             biased=(True,),
-        ),
-        *grid(
-            num_tokens=(1030,),
-            num_out=(264, 512),
-            num_in=(1096,),
-            dtype=FLOATS[1:],
-            gated=(False, True),
-            biased=(False, True),
-            strided=(True,),
         ),
         *grid(num_tokens=(70,), num_out=(40,), num_in=(200,), dtype=FLOATS, gated=(False, True), invariant=(True,)),
         *grid(

@@ -36,13 +36,6 @@ __device__ __forceinline__ void copy_box(u32 to, const char* map, int column, in
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
         "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
-// From this program's shared memory to that of `rank` in its cluster, and its barrier.
-__device__ __forceinline__ void copy_to(int rank, u32 to, u32 from, int num_bytes, u32 barrier) {
-    asm volatile(
-        "{\n.reg .b32 there, barrier;\nmapa.shared::cluster.u32 there, %0, %4;\nmapa.shared::cluster.u32 barrier, %3, %4;\n"
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [barrier];\n}" ::"r"(to),
-        "r"(from), "r"(num_bytes), "r"(barrier), "r"(rank) : "memory");
-}
 __device__ __forceinline__ void sync_cluster() {
     __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

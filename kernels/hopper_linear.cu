@@ -86,7 +86,11 @@ __device__ __forceinline__ void exchange(const Sums& sums, u32 arrived) {
     for (int i = 1; i < PARTS; ++i) {
         const int to = (sums.rank + i) % PARTS;
         const u32 slot = sums.others + (sums.rank - (sums.rank > to)) * num_bytes;
-        copy_to(to, slot, sums.own + to * num_bytes, num_bytes, arrived);
+        u32 remote_slot, remote_barrier;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_slot) : "r"(slot), "r"(to));
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(arrived), "r"(to));
+        asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         remote_slot), "r"(sums.own + to * num_bytes), "r"(num_bytes), "r"(remote_barrier) : "memory");
     }
 }
 

@@ -1,0 +1,82 @@
+"""Where hopper_matmul is chosen, what is compiled for it ahead, and on a GPU its results."""
+
+import pytest
+import torch
+
+from cableway.kernels import few_rows, hopper_matmul
+from cableway.kernels.registry import Call
+
+CASES = [
+    {"num_tokens": 300, "num_out": 512, "num_in": 1024},
+    {"num_tokens": 1030, "num_out": 264, "num_in": 520, "biased": True, "strided": True},  # columns of no panel
+    {"num_tokens": 100, "num_out": 776, "num_in": 1096, "gated": True, "biased": True},
+    {"num_tokens": 190, "num_out": 1032, "num_in": 72, "gated": True},  # fewer steps than stages
+    {"num_tokens": 5000, "num_out": 4096, "num_in": 1024, "gated": True, "strided": True},  # several tiles a program
+    {"num_tokens": 5000, "num_out": 5120, "num_in": 1024, "biased": True},
+]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_tokens_equal_the_reference(case: dict, dtype: torch.dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    torch.manual_seed(0)
+    made = few_rows.make(**case, dtype=dtype, device="cuda")
+    del made.kwargs["out"], made.kwargs["invariant"]
+    expected = few_rows.ref(*made.args, **made.kwargs)
+    first = hopper_matmul.launch(*made.args, **made.kwargs)
+    torch.testing.assert_close(first, expected, atol=2e-2, rtol=1.6e-2)
+    assert torch.equal(first, hopper_matmul.launch(*made.args, **made.kwargs))
+
+
+def of(num_tokens: int, num_rows: int, num_in: int, device: str = "cpu") -> Call:
+    x = torch.empty(num_tokens, num_in, dtype=torch.bfloat16, device=device)
+    return Call((x, torch.empty(num_rows, num_in, dtype=torch.bfloat16, device=device)), {})
+
+
+@pytest.fixture
+def processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_matmul, "gpu_capability", lambda: 90)
+    monkeypatch.setattr(hopper_matmul, "num_processors", lambda: 132)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "num_in", "gated", "fits"),
+    [
+        (8192, 4096, 4096, False, True),
+        (1024, 4096, 4096, False, True),
+        (1024, 6144, 4096, False, False),  # 96 pairs of tiles where 66 are at once
+        (256, 4096, 14336, False, False),
+        (256, 28672, 4096, True, True),
+        (192, 28672, 4096, True, True),
+        (140, 28672, 4096, True, False),  # of a tile of 192
+        (256, 6144, 1024, True, False),
+        (8192, 6144, 64, True, False),
+        (8192, 6152, 1028, False, False),  # rows begin anywhere
+    ],
+)
+def test_it_is_for_what_keeps_processors_busy(processors, num_tokens, num_rows, num_in, gated, fits):
+    assert hopper_matmul.fits(*of(num_tokens, num_rows, num_in).args, gated=gated) is fits
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_all_that_some_number_of_tokens_may_need_is_compiled_ahead(processors, monkeypatch, gated):
+    """Steps are rehearsed for few numbers of tokens."""
+    rehearsed, needed = set(), set()
+    kernel = hopper_matmul._KERNEL.cubin
+    monkeypatch.setattr(
+        hopper_matmul.compilation,
+        "in_background",
+        lambda function, constants: rehearsed.add((function == kernel, constants)),
+    )
+    for num_tokens in (128, 256, 1024, 8192):
+        x, weight = of(num_tokens, 6144, 4096, "meta").args
+        if hopper_matmul.fits(x, weight, gated=gated):
+            hopper_matmul.launch(x, weight, None, gated=gated)
+    for num_tokens in range(1, 8192, 37):
+        x, weight = of(num_tokens, 6144, 4096).args
+        if hopper_matmul.fits(x, weight, gated=gated):
+            needed.add((True, hopper_matmul._constants(hopper_matmul._tile(num_tokens), x, None, gated)))
+    assert rehearsed >= needed > set()
