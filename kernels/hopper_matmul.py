@@ -7,10 +7,10 @@ stays, and takes tile after tile. Bound: FLOPs.
 PERF, H200, us, in brackets the library's (gated with silu_mul): 8,192 tokens 5120 x 2048 234 (257), 2048 x 4096 190
 (201), 1024 x 3072 70 (72), gated 3072 x 1024 156 (185); 2,048 tokens 6144 x 4096 143 (148), 4096 x 4096 94 (99), 4096 x
 14336 310 (317), gated 14336 x 4096 657 (696), of 256 and 128 tokens 99.6 and 66.7 (105.2, 70.6). Slower: one warpgroup
-behind the other, so that its products overlap with that one's results (0 to 1 %); clusters of 4, which are never at work
-on all processors at once (twice as long); three stages, and results in one turn (4 to 10 %); bands of 4 or 16 tiles in
-place of 8 (3 to 8 %). Up to 256 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens are bound by what
-a processor takes in (90 KB a us), parts of `num_in` by clusters of 4.
+behind the other, so that its products overlap with that one's results (0 to 1 %); clusters of 4, which never are at
+work on all processors (twice as long); three stages, and results in one turn (4 to 10 %); bands of 4 or 16 tiles in
+place of 8 (3 to 8 %). Up to 256 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens are bound by
+what a processor takes in (90 KB a us), parts of `num_in` by clusters of 4.
 """
 
 from __future__ import annotations
