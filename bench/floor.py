@@ -19,15 +19,20 @@ from cableway.workers.blocks.moe import Experts
 from cableway.workers.models.config import read
 from cableway.workers.parallel import Mesh
 
-_STATE_BYTES = 8
-"""Of each number of a state, which a step reads and writes."""
-
 
 class Rates(msgspec.Struct, frozen=True):
     """What the machine can do."""
 
     copy_bytes_s: float  # read and written
     matmul_flop_s: float  # in the compute dtype
+
+
+class Widths(NamedTuple):
+    """Bytes of one weight, on average, of one cached key's or value's number, and of one of a state."""
+
+    weight: float
+    kv: int
+    state: int = 4
 
 
 class Shape(NamedTuple):
@@ -37,7 +42,7 @@ class Shape(NamedTuple):
     head_params: int
     query_len: int  # numbers of a token's queries in all layers that attend
     kept_len: int  # numbers that these layers keep of a token
-    state_len: int = 0  # float32 numbers of a sequence's recurrent states
+    state_len: int = 0  # numbers of a sequence's recurrent states, which a step reads and writes
     expert_params: int = 0  # of all experts together
     chosen_frac: float = 1.0  # of experts, by a token
 
@@ -75,13 +80,11 @@ def _params(slot: Slot) -> int:
     return sum(axis.size for axis in slot.parts.values()) * sum(prod(dims) for dims in slot.leaves.values() if dims)
 
 
-def floor_s(
-    requests: list[BenchRequest], shape: Shape, rates: Rates, *, weight_bytes: float, kv_bytes: int, max_num_seqs: int
-) -> float:
+def floor_s(requests: list[BenchRequest], shape: Shape, rates: Rates, widths: Widths, *, max_num_seqs: int) -> float:
     """Seconds below which no engine can run `requests`.
 
-    `weight_bytes` is the mean size of one weight, `kv_bytes` that of one cached value. Requests run in waves of
-    `max_num_seqs`, longest outputs together, which is the fewest weight reads that any schedule can do.
+    Requests run in waves of `max_num_seqs`, longest outputs together, which is the fewest weight reads that any
+    schedule can do.
     """
     flops = 0.0
     for prompt, _ in requests:
@@ -94,19 +97,19 @@ def floor_s(
         for rows, (most, fewer) in enumerate(zip(steps, [*steps[1:], 0], strict=True), 1):
             read_params += (most - fewer) * (shape.read_params(rows) + shape.head_params)
     context = sum((out - 1) * (len(prompt) + out / 2) for prompt, out in requests)
-    kv = context * shape.kept_len * kv_bytes
-    states = sum(out - 1 for out in outputs) * _STATE_BYTES * shape.state_len
-    return flops / rates.matmul_flop_s + (read_params * weight_bytes + kv + states) / rates.copy_bytes_s
+    kv = context * shape.kept_len * widths.kv
+    states = sum(out - 1 for out in outputs) * 2 * widths.state * shape.state_len
+    return flops / rates.matmul_flop_s + (read_params * widths.weight + kv + states) / rates.copy_bytes_s
 
 
-def step_floor_s(shape: Shape, rates: Rates, rows: int, length: int, item_bytes: int, kv_item_bytes: int) -> float:
+def step_floor_s(shape: Shape, rates: Rates, widths: Widths, rows: int, length: int) -> float:
     """Seconds below which no engine can do one step: `rows` tokens after `length` others each, or, where there are no
     rows, one prompt of `length`."""
     if not rows:
         flops = length * (2 * shape.body_params + 2 * shape.query_len * length) + 2 * shape.head_params
         return flops / rates.matmul_flop_s
-    kept_bytes = rows * (length * shape.kept_len * kv_item_bytes + _STATE_BYTES * shape.state_len)
-    num_bytes = (shape.read_params(rows) + shape.head_params) * item_bytes + kept_bytes
+    kept_bytes = rows * (length * shape.kept_len * widths.kv + 2 * widths.state * shape.state_len)
+    num_bytes = (shape.read_params(rows) + shape.head_params) * widths.weight + kept_bytes
     flops = 2 * rows * (shape.body_params + shape.head_params)
     return max(num_bytes / rates.copy_bytes_s, flops / rates.matmul_flop_s)
 

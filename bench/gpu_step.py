@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from cableway.bench.driver import Driver
-from cableway.bench.floor import Rates, Shape, step_floor_s
+from cableway.bench.floor import Rates, Shape, Widths, step_floor_s
 from cableway.bench.ledger import PRODUCTS, Entry, Ledger
 from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Sampling
@@ -67,8 +67,9 @@ class GpuStep:
         host_s = self._run(num_steps)
         step_s = (time.perf_counter() - began_s) / num_steps
         times = self._profiled(trace)
-        item_bytes, kv_item_bytes = getattr(torch, self._config.dtype).itemsize, kept_as(self._config).itemsize
-        floor_s = step_floor_s(model, rates, self._rows, self._length, item_bytes, kv_item_bytes)
+        dtypes = (getattr(torch, self._config.dtype), kept_as(self._config), getattr(torch, self._config.state_dtype))
+        widths = Widths(*(dtype.itemsize for dtype in dtypes))
+        floor_s = step_floor_s(model, rates, widths, self._rows, self._length)
         kernels = joined(times, self._booked(), rates.copy_bytes_s)
         return GpuTiming(
             shape=shape,

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cableway
-from cableway.bench.floor import Rates, Shape, floor_s, measure_rates
+from cableway.bench.floor import Rates, Shape, Widths, floor_s, measure_rates
 from cableway.bench.workloads import WORKLOADS, workload
 from cableway.ipc.modelfiles import ModelFiles, locate
 
@@ -69,6 +69,7 @@ class PeerTiming(msgspec.Struct):
 @click.option("--workload", "names", default="decode1", show_default=True, help="Comma-separated names.")
 @click.option("--load-format", default="auto", type=click.Choice(["auto", "dummy"]))
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "float16", "bfloat16"]))
+@click.option("--state-dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]))
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--max-num-seqs", default=256, show_default=True, type=click.IntRange(1))
 @click.option("--max-num-batched-tokens", default=0, type=click.IntRange(0), help="0: automatic.")
@@ -107,18 +108,18 @@ def _time_all(
     begin = time.perf_counter()
     with cableway.LLM(model, max_model_len=longest + 16, skip_tokenizer_init=True, **options) as llm:
         start_s = time.perf_counter() - begin
-        dtype, device = llm.config.worker.dtype, llm.config.worker.device
+        worker = llm.config.worker
         timed = {name: _time_one(llm, name, vocab, repeats, console) for name in names}
-    rates = measure_rates(device, dtype)
+    rates = measure_rates(worker.device, worker.dtype)
     shared = {
         "run_id": uuid.uuid4().hex[:12],
         "engine": "cableway",
         "version": cableway.__version__,
         "commit": _commit(),
-        "device": _device_name(device),
+        "device": _device_name(worker.device),
         "model": files.name,
         "start_s": round(start_s, 2),
-        "config": {**options, "dtype": dtype},
+        "config": {**options, "dtype": worker.dtype, "state_dtype": worker.state_dtype},
     }
     return [_record(name, runs_s, files, rates, shared) for name, runs_s in timed.items()]
 
@@ -146,18 +147,15 @@ def _time_one(llm: "cableway.LLM", name: str, vocab: int, repeats: int, console:
 
 def _record(name: str, runs_s: list[float], files: ModelFiles, rates: Rates, shared: dict[str, Any]) -> Record:
     requests = workload(name, files.config["vocab_size"])
-    shape, item_bytes = Shape.of(files), _ITEM_BYTES[shared["config"]["dtype"]]
+    shape, (item_bytes, state_bytes) = (
+        Shape.of(files),
+        [_ITEM_BYTES[shared["config"][key]] for key in ("dtype", "state_dtype")],
+    )
     params = shape.read_params(math.inf) + shape.head_params
     on_disk = sum(Path(path).stat().st_size for path in files.weights)
     weight_bytes = min(item_bytes, on_disk / params) if on_disk else item_bytes
-    least_s = floor_s(
-        requests,
-        shape,
-        rates,
-        weight_bytes=weight_bytes,
-        kv_bytes=item_bytes,
-        max_num_seqs=shared["config"]["max_num_seqs"],
-    )
+    widths = Widths(weight_bytes, item_bytes, state_bytes)
+    least_s = floor_s(requests, shape, rates, widths, max_num_seqs=shared["config"]["max_num_seqs"])
     seconds = statistics.median(runs_s)
     return Record(
         workload=name,

@@ -75,6 +75,7 @@ class TimedDecoder:
 @click.option("--load-format", default="auto", type=click.Choice(["auto", "dummy"]))
 @click.option("--dtype", default="auto", type=click.Choice(["auto", "float32", "float16", "bfloat16"]))
 @click.option("--kv-cache-dtype", default="auto", type=click.Choice(["auto", "fp8", "fp8_e5m2", "int8"]))
+@click.option("--state-dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]))
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--max-model-len", default=4096, show_default=True, type=click.IntRange(16))
 @click.option("--num-threads", default=0, type=click.IntRange(0), help="0: automatic.")

@@ -54,6 +54,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             description="numbers the KV cache keeps; auto = as dtype, fp8 = fp8_e4m3; 8 bits hold twice the tokens",
         ),
     ] = "auto"
+    state_dtype: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|float32|bfloat16)$",
+            description="numbers that states of recurrent layers are kept in; auto = float32, bfloat16 takes half",
+        ),
+    ] = "auto"
     gpu_memory_utilization: Annotated[
         float, Meta(gt=0, le=1, description="part of a GPU's memory for weights, steps and KV cache together")
     ] = 0.9
@@ -199,6 +206,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9
     max_seq_len_to_capture: int = 0  # 0 = any length
     kv_cache_dtype: str  # that of `dtype`, or fp8_e4m3 | fp8_e5m2 | int8
+    state_dtype: str = "float32"  # or bfloat16
 
 
 class SupervisorConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,6 +59,7 @@ def resolve(options: Options) -> Config:
         "device": device,
         "dtype": dtype,
         "kv_cache_dtype": {"auto": dtype, "fp8": "fp8_e4m3"}.get(options.kv_cache_dtype, options.kv_cache_dtype),
+        "state_dtype": {"auto": "float32"}.get(options.state_dtype, options.state_dtype),
         "max_model_len": max_model_len,
         "max_num_batched_tokens": max_num_batched_tokens,
         "num_threads": num_threads,

@@ -5,7 +5,7 @@
 x       [num_tokens, channels]                   bf16|f16|f32  rows may be strided
 w       [width, channels]                        f32, contiguous
 b       [channels] f32 or None
-states  [num_rows, (width - 1) * channels]       f32  rows may be strided; the last inputs, oldest first
+states  [num_rows, (width - 1) * channels]       bf16|f16|f32  rows may be strided; the last inputs, oldest first
 plan    a RecurrentPlan: see recurrence.py
 y       [num_tokens, channels]                   dtype of x, contiguous
 
@@ -23,6 +23,7 @@ from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapp
 from cableway.kernels.recurrence import (
     LONG,
     MIXED,
+    NARROW,
     RecurrentPlan,
     check_states,
     keep,
@@ -44,7 +45,7 @@ def ref(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: RecurrentP
         before = length - (end - start)
         last = torch.zeros(width - 1, channels, device=x.device)
         if before > 0:
-            last = states[plan.row(sequence, before - 1)].view(width - 1, channels).clone()
+            last = states[plan.row(sequence, before - 1)].float().view(width - 1, channels)
         for position in range(before, length):
             seen = torch.cat((last, x[start + position - before].float()[None]))
             y[start + position - before] = (seen * w).sum(0) + (0 if b is None else b)
@@ -187,13 +188,14 @@ def launch(x: Tensor, w: Tensor, b: Tensor | None, states: Tensor, plan: Recurre
 
 
 def make(
-    spans, channels: int, width: int, dtype: torch.dtype, silu: bool, bias: bool, block_size: int = 8, device="cpu"
-) -> Call:
+    spans, channels: int, width: int, dtype: torch.dtype, silu: bool, bias: bool, block_size: int = 8,
+    kept_as: torch.dtype = torch.float32, device="cpu",
+) -> Call:  # fmt: skip
     """`spans`: (new tokens, length) of each sequence."""
     plan, num_rows = make_plan(spans, block_size, device)
     x = torch.randn(sum(new for new, _ in spans), channels + 5, device=device).to(dtype)[:, :channels]
     w, b = torch.randn(width, channels, device=device), torch.randn(channels, device=device)
-    states = torch.randn(num_rows, channels * (width - 1) + 3, device=device)[:, : channels * (width - 1)]
+    states = torch.randn(num_rows, channels * (width - 1) + 3, device=device).to(kept_as)[:, : channels * (width - 1)]
     return call(x, w, b if bias else None, states, plan, silu=silu)
 
 
@@ -220,6 +222,7 @@ EDGES = ((70, 133), (10, 74), (65, 130), (64, 128), (130, 194), (62, 64))
         *grid(
             spans=(LONG,), channels=(20,), width=(2, 6), dtype=FLOATS, silu=(True,), bias=(True,), block_size=(4, 64)
         ),
+        *grid(spans=(MIXED, LONG), channels=(70,), width=(4,), silu=(True,), bias=(True,), block_size=(64,), **NARROW),
         *grid(
             spans=(EDGES,), channels=(20,), width=(4,), dtype=FLOATS[:1], silu=(True,), bias=(True,), block_size=(64,)
         ),

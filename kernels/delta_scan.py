@@ -7,7 +7,7 @@ v       [num_tokens, num_heads, head_dim]                       dtype of q     t
 g       [num_tokens, num_heads]                                 f32, contiguous; g <= 0
         or [num_tokens, num_heads, key_dim]: each number of a key decays by itself
 beta    [num_tokens, num_heads]                                 f32, contiguous
-states  [num_rows, num_heads * head_dim * key_dim]              f32  rows may be strided
+states  [num_rows, num_heads * head_dim * key_dim]              bf16|f16|f32   rows may be strided
 plan    a RecurrentPlan: see recurrence.py
 y       [num_tokens, num_heads, head_dim]                       dtype of q, contiguous
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cableway.kernels import delta_chunks
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, scans, tl, triton
-from cableway.kernels.recurrence import LONG, MIXED, RecurrentPlan, check_states, keep, make_plan, resumed, span
+from cableway.kernels.recurrence import LONG, MIXED, NARROW, RecurrentPlan, check_states, keep, make_plan, resumed, span
 from cableway.kernels.registry import (
     FLOATS,
     Call,
@@ -46,7 +46,7 @@ def ref(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor
         before = length - (end - start)
         h = torch.zeros(num_heads, head_dim, key_dim, device=v.device)
         if before > 0:
-            h = states[plan.row(sequence, before - 1)].view(h.shape).clone()
+            h = states[plan.row(sequence, before - 1)].float().view(h.shape)
         for position in range(before, length):
             t = start + position - before
             q_t, k_t = (x[t].repeat_interleave(group, 0)[:, None] for x in (q, k))
@@ -117,7 +117,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Ten
 
 def make(
     spans, heads: tuple[int, int, int], key_dim: int, dtype: torch.dtype = torch.float32, block_size: int = 8,
-    by_key: bool = False, device: str = "cpu",
+    by_key: bool = False, kept_as: torch.dtype = torch.float32, device: str = "cpu",
 ) -> Call:  # fmt: skip
     """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_k_heads, head_dim. Keys are much alike,
     as those of real prompts are; v is a view of a convolution. `by_key`: each number of a key decays by itself.
@@ -134,7 +134,7 @@ def make(
         v.unflatten(1, (num_heads, head_dim)),
         -torch.rand(num_tokens, num_heads, *((key_dim,) if by_key else ()), device=device),
         torch.rand(num_tokens, num_heads, device=device),
-        torch.randn(num_rows, state_len + 3, device=device)[:, :state_len],
+        torch.randn(num_rows, state_len + 3, device=device).to(kept_as)[:, :state_len],
         plan,
     )
 
@@ -151,6 +151,7 @@ def make(
         *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), block_size=(16, 24)),
         *grid(spans=(LONG,), heads=((2, 1, 96),), key_dim=(80,), block_size=(32,)),
         *grid(spans=(LONG,), heads=((1, 1, 16),), key_dim=(136,), block_size=(32,)),
+        *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), block_size=(64,), **NARROW),
     ],
     bench_cases=grid(
         spans=(((1, 100),) * 64, ((2048, 2048),)),
@@ -158,6 +159,7 @@ def make(
         key_dim=(128,),
         dtype=(torch.bfloat16,),
         block_size=(256,),
+        kept_as=(torch.float32, torch.bfloat16),
     ),
     num_bytes=lambda c: 2 * nbytes(c.args[5][0]) * c.args[6].num_seqs + 2 * nbytes(c.args[2]),
     updates=(5,),

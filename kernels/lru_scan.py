@@ -3,7 +3,7 @@
     a = exp(g);   h = a h + sqrt(1 - a²) x;   y = h;   of a sequence's first token h = x
 
 g, x    [num_tokens, channels]      f32, contiguous; g <= 0
-states  [num_rows, channels]        f32  rows may be strided
+states  [num_rows, channels]        bf16|f16|f32  rows may be strided
 plan    a RecurrentPlan: see recurrence.py
 y       [num_tokens, channels]      f32, contiguous
 
@@ -27,7 +27,7 @@ def ref(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
     y = torch.zeros_like(x)
     for sequence, (start, end, length) in enumerate(plan.spans()):
         before = length - (end - start)
-        h = states[plan.row(sequence, before - 1)].clone() if before > 0 else torch.zeros_like(x[0])
+        h = states[plan.row(sequence, before - 1)].float() if before > 0 else torch.zeros_like(x[0])
         for position in range(before, length):
             t = start + position - before
             h = g[t].exp() * h + (1 - (2 * g[t]).exp()).sqrt() * x[t] if position else x[t]
@@ -78,12 +78,12 @@ def launch(g: Tensor, x: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
     return y
 
 
-def make(spans, channels: int, block_size: int = 8, device: str = "cpu") -> Call:
+def make(spans, channels: int, block_size: int = 8, kept_as=torch.float32, device: str = "cpu") -> Call:
     """`spans`: (new tokens, length) of each sequence."""
     plan, num_rows = make_plan(spans, block_size, device)
     num_tokens = sum(new for new, _ in spans)
     g = -torch.rand(num_tokens, channels, device=device)
-    states = torch.randn(num_rows, channels + 3, device=device)[:, :channels]
+    states = torch.randn(num_rows, channels + 3, device=device).to(kept_as)[:, :channels]
     return call(g, torch.randn(num_tokens, channels, device=device), states, plan)
 
 
@@ -91,7 +91,10 @@ def make(spans, channels: int, block_size: int = 8, device: str = "cpu") -> Call
     ref=ref,
     launch=launch,
     make=make,
-    cases=grid(spans=(MIXED, LONG), channels=(100, 24), block_size=(8, 64)),
+    cases=[
+        *grid(spans=(MIXED, LONG), channels=(100, 24), block_size=(8, 64)),
+        *grid(spans=(MIXED,), channels=(24,), kept_as=(torch.bfloat16,)),
+    ],
     bench_cases=grid(spans=(((1, 100),) * 64, ((512, 512),)), channels=(2560,)),
     num_bytes=lambda c: 3 * nbytes(c.args[0]),
     updates=(2,),

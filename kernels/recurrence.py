@@ -1,9 +1,9 @@
 """Where the states of recurrent layers lie: shared by the kernels that read and write them.
 
-A state is a row of float32 numbers that stands for all tokens of a sequence so far. Rows are kept by block: that of
-block i is the state after the block's last token, or after the sequence's last one where the block is not full. So a
-step goes on from the row of the last token computed before, and leaves one in every block that it touches: full blocks
-are a prefix that any sequence may begin with.
+A state is a row of numbers that stands for all tokens of a sequence so far. Rows are kept by block: that of block i is
+the state after the block's last token, or after the sequence's last one where the block is not full. So a step goes on
+from the row of the last token computed before, and leaves one in every block that it touches: full blocks are a prefix
+that any sequence may begin with. Rows may have 16 bits a number; within a step states are float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cableway.kernels import chunk_work
 from cableway.kernels.lang import jit, tl, triton
-from cableway.kernels.registry import check
+from cableway.kernels.registry import FLOATS, check
 
 _LEAST_COLUMNS = 64
 """Of tiles of 16 bits. How operands of products lie in shared memory depends on the width of their rows; where a kernel
@@ -81,11 +81,12 @@ class RecurrentPlan:
 MIXED = ((1, 20), (12, 12), (7, 30), (1, 1), (19, 24))
 LONG = ((1, 9), (150, 150), (9, 130), (3, 70), (100, 231))
 """(new tokens, length) of sequences, for cases."""
+NARROW = {"dtype": (torch.bfloat16,), "kept_as": (torch.bfloat16,)}
 
 
 def check_states(states: Tensor, state_len: int, plan: RecurrentPlan) -> None:
     """Raise ValueError where states are not rows of that many numbers."""
-    check(states.dim() == 2 and states.shape[1] == state_len and states.dtype == torch.float32, "states")
+    check(states.dim() == 2 and states.shape[1] == state_len and states.dtype in FLOATS, "states")
     check(states.stride(1) == 1 and plan.block_table.stride(1) == 1, "states or the block table are strided in rows")
     check(plan.query_start.dtype == plan.seq_lens.dtype == plan.block_table.dtype == torch.int32, "plan is not i32")
 
@@ -115,10 +116,10 @@ def span(query_start_ptr, seq_lens_ptr, sequence):
 
 @jit
 def resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size):
-    """Those numbers of the state that a sequence of a row of the block table goes on from."""
+    """Those numbers, f32, of the state that a sequence of a row of the block table goes on from."""
     row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
     end = tl.where(before > 0, 0x7FFFFFFF, 0)  # there is none before the first token
-    return tl.load(states_ptr + row * state_stride + place, mask=inside & (place < end), other=0.0)
+    return tl.load(states_ptr + row * state_stride + place, mask=inside & (place < end), other=0.0).to(tl.float32)
 
 
 @jit

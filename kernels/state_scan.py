@@ -7,7 +7,7 @@ dt      [num_tokens, num_heads]                     f32, contiguous
 a       [num_heads, state], or [num_heads, 1]       f32, contiguous, negative; one number of a head that decays as one
 b, c    [num_tokens, num_groups, state]             dtype of x     tokens may be strided
 d       [num_heads]                                 f32, contiguous
-states  [num_rows, num_heads * head_dim * state]    f32  rows may be strided
+states  [num_rows, num_heads * head_dim * state]    bf16|f16|f32   rows may be strided
 plan    a RecurrentPlan: see recurrence.py
 y       [num_tokens, num_heads, head_dim]           dtype of x, contiguous
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cableway.kernels import channel_scan, state_chunks
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, scans, tl, triton
-from cableway.kernels.recurrence import LONG, MIXED, RecurrentPlan, check_states, keep, make_plan, resumed, span
+from cableway.kernels.recurrence import LONG, MIXED, NARROW, RecurrentPlan, check_states, keep, make_plan, resumed, span
 from cableway.kernels.registry import (
     FLOATS,
     Call,
@@ -48,7 +48,7 @@ def ref(
         before = length - (end - start)
         h = torch.zeros(num_heads, head_dim, state, device=x.device)
         if before > 0:
-            h = states[plan.row(sequence, before - 1)].view(h.shape).clone()
+            h = states[plan.row(sequence, before - 1)].float().view(h.shape)
         for position in range(before, length):
             t = start + position - before
             b_t, c_t = (z[t].repeat_interleave(group, 0)[:, None] for z in (b, c))
@@ -119,7 +119,7 @@ def launch(
 
 def make(
     spans, heads: tuple[int, int, int], state: int, decays: int, dtype: torch.dtype = torch.float32,
-    block_size: int = 8, device: str = "cpu",
+    block_size: int = 8, kept_as: torch.dtype = torch.float32, device: str = "cpu",
 ) -> Call:  # fmt: skip
     """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_groups, head_dim. x, b and c are views of
     one convolution.
@@ -136,7 +136,7 @@ def make(
         b.unflatten(1, (num_groups, state)),
         c.unflatten(1, (num_groups, state)) * state**-0.5,
         torch.randn(num_heads, device=device),
-        torch.randn(num_rows, state_len + 3, device=device)[:, :state_len],
+        torch.randn(num_rows, state_len + 3, device=device).to(kept_as)[:, :state_len],
         plan,
     )
 
@@ -158,9 +158,18 @@ FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
         *grid(spans=(MIXED,), heads=((24, 1, 1),), state=(16,), decays=(16,), dtype=FLOATS),
         *grid(spans=(MIXED, LONG), heads=((40, 4, 1),), state=(16,), decays=(16,)),
         *grid(spans=(MIXED,), heads=((6, 2, 20),), state=(10,), decays=(10,)),
+        *grid(spans=(MIXED,), heads=((24, 1, 1),), state=(16,), decays=(16,), **NARROW),
+        *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), block_size=(64,), **NARROW),
     ],
     bench_cases=[
-        *grid(spans=(FEW, MANY), **MAMBA2, decays=(1,), dtype=(torch.bfloat16,), block_size=(256,)),
+        *grid(
+            spans=(FEW, MANY),
+            **MAMBA2,
+            decays=(1,),
+            dtype=(torch.bfloat16,),
+            block_size=(256,),
+            kept_as=(torch.float32, torch.bfloat16),
+        ),
         *grid(spans=(FEW, MANY), **MAMBA, decays=(16,), dtype=(torch.bfloat16,), block_size=(256,)),
     ],
     num_bytes=lambda c: 2 * nbytes(c.args[6][0]) * c.args[7].num_seqs + 2 * nbytes(c.args[0]),

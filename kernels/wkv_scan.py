@@ -4,7 +4,7 @@
 
 k, v    [num_tokens, channels]      f32, contiguous
 w, u    [channels]                  f32, contiguous; w <= 0
-states  [num_rows, 3 * channels]    f32  rows may be strided: all of n exp(-p), of m exp(-p), and of p
+states  [num_rows, 3 * channels]    bf16|f16|f32  rows may be strided: all of n exp(-p), of m exp(-p), and of p
 plan    a RecurrentPlan: see recurrence.py
 y       [num_tokens, channels]      f32, contiguous
 
@@ -32,7 +32,7 @@ def ref(k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor, plan: Recurr
         before = length - (end - start)
         n, m, p = torch.zeros_like(w), torch.zeros_like(w), torch.full_like(w, _LEAST)
         if before > 0:
-            n, m, p = states[plan.row(sequence, before - 1)].clone().view(3, -1)
+            n, m, p = states[plan.row(sequence, before - 1)].float().view(3, -1)
         for position in range(before, length):
             t = start + position - before
             top = torch.maximum(p, u + k[t])
@@ -90,12 +90,12 @@ def launch(k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor, plan: Rec
     return y
 
 
-def make(spans, channels: int, block_size: int = 8, device: str = "cpu") -> Call:
+def make(spans, channels: int, block_size: int = 8, kept_as=torch.float32, device: str = "cpu") -> Call:
     """`spans`: (new tokens, length) of each sequence."""
     plan, num_rows = make_plan(spans, block_size, device)
     k, v = torch.randn(2, sum(new for new, _ in spans), channels, device=device) * 3
     w, u = -torch.rand(channels, device=device), torch.randn(channels, device=device)
-    states = torch.rand(num_rows, 3 * channels + 3, device=device)[:, : 3 * channels]
+    states = torch.rand(num_rows, 3 * channels + 3, device=device).to(kept_as)[:, : 3 * channels]
     return call(k, v, w, u, states, plan)
 
 
@@ -103,11 +103,11 @@ def make(spans, channels: int, block_size: int = 8, device: str = "cpu") -> Call
     ref=ref,
     launch=launch,
     make=make,
-    cases=grid(spans=(MIXED,), channels=(100, 24)),
+    cases=grid(spans=(MIXED,), channels=(100, 24), kept_as=(torch.float32, torch.bfloat16)),
     bench_cases=grid(spans=(((1, 100),) * 64, ((512, 512),)), channels=(4096,)),
     num_bytes=lambda c: 3 * nbytes(c.args[0]),
     updates=(4,),
-    tolerances={torch.float32: 1e-4},
+    tolerances={torch.float32: 1e-4, torch.bfloat16: 1e-2},
 )
 def wkv_scan(k: Tensor, v: Tensor, w: Tensor, u: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
     """y [T, C], and the states that follow are left; ValueError when shapes or dtypes do not fit."""

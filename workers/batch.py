@@ -16,7 +16,7 @@ class StateSpec:
     head_dim: int
     window: int = 0  # tokens a sliding layer sees, itself included; 0 = all
     num_planes: int = 2  # rows a token keeps: its keys and its values, or one of both
-    state_len: int = 0  # float32 numbers of a state that stands for all tokens so far, one a block; 0 = rows by token
+    state_len: int = 0  # numbers of a state that stands for all tokens so far, one a block; 0 = rows by token
 
     @property
     def num_layers(self) -> int:

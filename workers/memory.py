@@ -112,7 +112,7 @@ def outline(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype) -> KVCac
 def _make(
     groups: Sequence[StateSpec], config: WorkerConfig, num_blocks: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
-    places = _places(groups, config.block_size, dtype)
+    places = _places(groups, config, dtype)
     tensors = {
         (shape, kind, index): _zeros((shape[0], num_blocks, *shape[2:]), kind, device)
         for shape, kind, index in dict.fromkeys(places.values())
@@ -123,7 +123,7 @@ def _make(
 
 def _block_bytes(groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dtype) -> int:
     """Of one block in all tensors."""
-    places = dict.fromkeys(_places(groups, config.block_size, dtype).values())
+    places = dict.fromkeys(_places(groups, config, dtype).values())
     return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind, _ in places)
 
 
@@ -223,10 +223,13 @@ def nobodies_source(num_tokens: int, device: torch.device) -> Source:
     return Source(token_ids, positions, query_start, slots, num_tokens)
 
 
-def block_memory(group: StateSpec, block_size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of one block of one layer; ModelError when its state cannot be kept in numbers of 8 bits."""
+def block_memory(
+    group: StateSpec, block_size: int, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of one block of one layer: of a state, or of keys and values in `dtype`; ModelError when those
+    cannot be kept in numbers of 8 bits."""
     if group.state_len:
-        return (1, 1, 1, 1, group.state_len), torch.float32
+        return (1, 1, 1, 1, group.state_len), state_dtype
     if dtype in _OF_8_BITS.values():
         if group.kind == "latent":
             raise ModelError("kv_cache_dtype: this model keeps latents, which are not kept in 8 bits: leave it at auto")
@@ -236,11 +239,11 @@ def block_memory(group: StateSpec, block_size: int, dtype: torch.dtype) -> tuple
 
 
 def _places(
-    groups: Sequence[StateSpec], block_size: int, dtype: torch.dtype
+    groups: Sequence[StateSpec], config: WorkerConfig, dtype: torch.dtype
 ) -> dict[int, tuple[tuple[int, ...], torch.dtype, int]]:
     """layer -> (shape and dtype of one block's memory, which of the tensors of that shape)."""
     return {
-        layer: (*block_memory(group, block_size, dtype), index)
+        layer: (*block_memory(group, config.block_size, dtype, getattr(torch, config.state_dtype)), index)
         for group in groups
         for index, layer in enumerate(group.layers)
     }

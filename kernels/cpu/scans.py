@@ -25,7 +25,7 @@ def places(states: Tensor, plan: RecurrentPlan) -> tuple[int, ...]:
     starts, lengths, table = plan.query_start, plan.seq_lens, plan.block_table
     return (
         states.data_ptr(), states.stride(0), starts.data_ptr(), lengths.data_ptr(), table.data_ptr(), table.stride(0),
-        plan.block_size,
+        plan.block_size, KINDS[states.dtype],
     )  # fmt: skip
 
 
@@ -54,26 +54,24 @@ def _resume(plan, sequence, before, offset, h):
     """h [p, n] = the numbers from `offset` on of the state that a sequence goes on from."""
     h[:, :] = 0
     if before > 0:
-        state, row = f32_at(plan[0]), _row(plan, sequence, before - 1) + offset
+        row = _row(plan, sequence, before - 1) + offset
         for p in range(h.shape[0]):
-            for n in range(h.shape[1]):
-                h[p, n] = state[row + p * h.shape[1] + n]
+            read(plan[0], row + p * h.shape[1], h.shape[1], plan[7], h[p])
 
 
 @njit(inline="always")
 def _keep(plan, sequence, position, offset, h):
     """Those numbers of the state after the token at `position` = h [p, n]."""
-    state, row = f32_at(plan[0]), _row(plan, sequence, position) + offset
+    row = _row(plan, sequence, position) + offset
     for p in range(h.shape[0]):
-        for n in range(h.shape[1]):
-            state[row + p * h.shape[1] + n] = h[p, n]
+        write(plan[0], row + p * h.shape[1], h.shape[1], plan[7], h[p])
 
 
-@loop(17)
+@loop(18)
 def convolve(begin, end, arguments):
     """Causal convolution of some channels of a sequence, a row of so many; see causal_conv.py."""
-    plan = integers(arguments, 7)
-    x, x_stride, kind, w, b, y, channels, width, silu, part_len = integers(arguments + 56, 10)
+    plan = integers(arguments, 8)
+    x, x_stride, kind, w, b, y, channels, width, silu, part_len = integers(arguments + 64, 10)
     weight, bias = f32_at(w), f32_at(b)
     last = np.empty((width, part_len), np.float32)  # the inputs that a token sees, its own last
     out = np.empty(part_len, np.float32)
@@ -104,14 +102,14 @@ def convolve(begin, end, arguments):
                     _keep(plan, sequence, position, (j - 1) * channels + first, last[j : j + 1, :size])
 
 
-@loop(19)
+@loop(20)
 def scan(begin, end, arguments):
     """Selective state space of a head of a sequence, which is a row; see state_scan.py."""
-    plan = integers(arguments, 7)
-    x, dt, a, num_decays, b, c, d, y, num_heads, num_groups, head_dim, size = integers(arguments + 56, 12)
+    plan = integers(arguments, 8)
+    x, dt, a, num_decays, b, c, d, y, num_heads, num_groups, head_dim, size = integers(arguments + 64, 12)
     x_at, dt_at, a_at, b_at, c_at, d_at = f32_at(x), f32_at(dt), f32_at(a), f32_at(b), f32_at(c), f32_at(d)
     into, h = f32_at(y), np.empty((head_dim, size), np.float32)
-    decay, taken, read = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    decay, taken, seen = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     for item in range(begin, end):
         sequence, head = item // num_heads, item % num_heads
         group, offset = head // (num_heads // num_groups), head * head_dim * size
@@ -125,23 +123,23 @@ def scan(begin, end, arguments):
             for n in range(num_decays, size):
                 decay[n] = decay[0]
             for n in range(size):
-                taken[n], read[n] = step * b_at[first + n], c_at[first + n]
+                taken[n], seen[n] = step * b_at[first + n], c_at[first + n]
             for p in range(head_dim):
                 place = (token * num_heads + head) * head_dim + p
                 value, total = x_at[place], float32(0)
                 for n in range(size):
                     h[p, n] = decay[n] * h[p, n] + taken[n] * value
-                    total += h[p, n] * read[n]
+                    total += h[p, n] * seen[n]
                 into[place] = total + d_at[head] * value
             if _is_kept(plan, position, length):
                 _keep(plan, sequence, position, offset, h)
 
 
-@loop(18)
+@loop(19)
 def correct(begin, end, arguments):
     """Gated delta rule of a head of a sequence, which is a row; see delta_scan.py."""
-    plan = integers(arguments, 7)
-    q, k, v, g, beta, y, num_heads, num_k_heads, head_dim, size, by_key = integers(arguments + 56, 11)
+    plan = integers(arguments, 8)
+    q, k, v, g, beta, y, num_heads, num_k_heads, head_dim, size, by_key = integers(arguments + 64, 11)
     q_at, k_at, v_at, g_at, beta_at = f32_at(q), f32_at(k), f32_at(v), f32_at(g), f32_at(beta)
     into, h, decay = f32_at(y), np.empty((head_dim, size), np.float32), np.empty(size, np.float32)
     for item in range(begin, end):
@@ -171,10 +169,10 @@ def correct(begin, end, arguments):
                 _keep(plan, sequence, position, offset, h)
 
 
-@loop(12)
+@loop(13)
 def decay(begin, end, arguments):
     """Real-gated recurrence of some channels of a sequence, a row of so many; see lru_scan.py."""
-    plan, (g, x, y, channels, part_len) = integers(arguments, 7), integers(arguments + 56, 5)
+    plan, (g, x, y, channels, part_len) = integers(arguments, 8), integers(arguments + 64, 5)
     g_at, x_at, into = f32_at(g), f32_at(x), f32_at(y)
     states = np.empty((1, part_len), np.float32)
     num_parts = (channels + part_len - 1) // part_len
@@ -194,10 +192,10 @@ def decay(begin, end, arguments):
                 _keep(plan, sequence, position, first, h)
 
 
-@loop(14)
+@loop(15)
 def fade(begin, end, arguments):
     """Fading means of some channels of a sequence, a row of so many; see wkv_scan.py."""
-    plan, (k, v, w, u, y, channels, part_len) = integers(arguments, 7), integers(arguments + 56, 7)
+    plan, (k, v, w, u, y, channels, part_len) = integers(arguments, 8), integers(arguments + 64, 7)
     k_at, v_at, w_at, u_at, into = f32_at(k), f32_at(v), f32_at(w), f32_at(u), f32_at(y)
     states = np.empty((3, 1, part_len), np.float32)
     num_parts = (channels + part_len - 1) // part_len

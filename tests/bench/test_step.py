@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cableway.bench.floor import Rates, Shape, step_floor_s
+from cableway.bench.floor import Rates, Shape, Widths, step_floor_s
 from cableway.bench.gpu_step import joined
 from cableway.bench.ledger import PRODUCTS, Entry, Ledger
 from cableway.bench.step import command
@@ -22,16 +22,16 @@ SHAPE = Shape(body_params=1000, head_params=500, query_len=2 * 4 * 8, kept_len=2
 
 def test_a_step_of_few_rows_is_bound_by_bytes_and_a_prompt_by_products():
     rates = Rates(copy_bytes_s=100.0, matmul_flop_s=1e6)
-    one = step_floor_s(SHAPE, rates, rows=1, length=10, item_bytes=2, kv_item_bytes=2)
+    widths = Widths(2, 2)
+    one = step_floor_s(SHAPE, rates, widths, rows=1, length=10)
     assert one == (1500 + 10 * 2 * 2 * 8) * 2 / 100
-    assert (
-        step_floor_s(SHAPE, rates, rows=2, length=10, item_bytes=2, kv_item_bytes=2) == one + 10 * 2 * 2 * 8 * 2 / 100
-    )
+    assert step_floor_s(SHAPE, rates, widths, rows=2, length=10) == one + 10 * 2 * 2 * 8 * 2 / 100
     with_states = SHAPE._replace(state_len=25)
-    assert step_floor_s(with_states, rates, rows=1, length=10, item_bytes=2, kv_item_bytes=2) == one + 25 * 8 / 100
-    in_8_bits = step_floor_s(SHAPE, rates, rows=2, length=10, item_bytes=2, kv_item_bytes=1)
+    assert step_floor_s(with_states, rates, widths, rows=1, length=10) == one + 25 * 8 / 100
+    assert step_floor_s(with_states, rates, Widths(2, 2, 2), rows=1, length=10) == one + 25 * 4 / 100
+    in_8_bits = step_floor_s(SHAPE, rates, Widths(2, 1), rows=2, length=10)
     assert in_8_bits == one
-    prompt = step_floor_s(SHAPE, rates, rows=0, length=10, item_bytes=2, kv_item_bytes=2)
+    prompt = step_floor_s(SHAPE, rates, widths, rows=0, length=10)
     assert prompt == pytest.approx((10 * 2 * 1000 + 2 * 10 * 10 * 2 * 4 * 8 + 2 * 500) / 1e6)
 
 

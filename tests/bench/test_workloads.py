@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cableway.bench.floor import Rates, Shape, floor_s
+from cableway.bench.floor import Rates, Shape, Widths, floor_s
 from cableway.bench.workloads import WORKLOADS, BenchRequest, workload
 from cableway.ipc.modelfiles import locate
 from tests import checkpoints
@@ -48,7 +48,7 @@ def test_floor_of_a_shape_counted_by_hand(tmp_path):
     assert shape[:5] == (2 * (8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16), 800, 2 * 2 * 4, 2 * 2 * 4, 0)
     requests = [BenchRequest([1] * 10, 3), BenchRequest([1] * 10, 1)]
     rates = Rates(copy_bytes_s=1.0, matmul_flop_s=1e30)
-    seconds = floor_s(requests, shape, rates, weight_bytes=2, kv_bytes=2, max_num_seqs=8)
+    seconds = floor_s(requests, shape, rates, Widths(2, 2), max_num_seqs=8)
     kv = 2 * (10 + 1.5) * 2 * 2 * 1 * 4 * 2
     assert seconds == pytest.approx(2 * (shape.body_params + 800) * 2 + kv)
 
@@ -56,7 +56,7 @@ def test_floor_of_a_shape_counted_by_hand(tmp_path):
 def test_a_state_is_read_and_written_by_every_step_but_the_first():
     shape, rates = Shape(0, 0, 0, 0, state_len=5), Rates(copy_bytes_s=1.0, matmul_flop_s=1.0)
     requests = [BenchRequest([1] * 10, 3), BenchRequest([1] * 10, 1)]
-    assert floor_s(requests, shape, rates, weight_bytes=2, kv_bytes=2, max_num_seqs=8) == 2 * 2 * 4 * 5
+    assert floor_s(requests, shape, rates, Widths(2, 2), max_num_seqs=8) == 2 * 2 * 4 * 5
 
 
 def shape_of(folder: Path, **config: Any) -> Shape:
@@ -89,5 +89,5 @@ def test_of_experts_those_count_that_a_token_chooses(tmp_path):
 def test_steps_read_the_experts_that_their_rows_hit():
     shape, rates = Shape(10, 0, 0, 0, expert_params=20, chosen_frac=0.5), Rates(copy_bytes_s=1.0, matmul_flop_s=1e30)
     requests = [BenchRequest([1], 3), BenchRequest([1], 2)]
-    floor = floor_s(requests, shape, rates, weight_bytes=2, kv_bytes=2, max_num_seqs=8)
+    floor = floor_s(requests, shape, rates, Widths(2, 2), max_num_seqs=8)
     assert floor == pytest.approx(2 * ((10 + 20 * (0.5 - 0.25)) + 10))

@@ -63,6 +63,11 @@ def test_numbers_of_the_kv_cache(tmp_path: Path, said: str, resolved_to: str) ->
     assert resolved(tmp_path, dtype="float16", kv_cache_dtype=said).worker.kv_cache_dtype == resolved_to
 
 
+@pytest.mark.parametrize(("said", "resolved_to"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_numbers_of_states(tmp_path: Path, said: str, resolved_to: str) -> None:
+    assert resolved(tmp_path, dtype="bfloat16", state_dtype=said).worker.state_dtype == resolved_to
+
+
 @pytest.mark.parametrize(
     ("values", "seconds"),
     [({}, 0.03), ({"stream_interval_s": 0}, 0), ({"stream_interval_s": 1.5}, 1.5), ({"device": "cuda"}, 0)],

@@ -84,3 +84,18 @@ def expected_greedy(oracle: transformers.PreTrainedModel, prompt: list[int], num
         output.append(int(step.logits[0, -1].argmax()))
         step = oracle(torch.tensor([output[-1:]]), past_key_values=step.past_key_values, use_cache=True)
     return output
+
+
+def judged(decoder: Decoder, config: WorkerConfig, chunk_len: int = 100) -> torch.Tensor:
+    """[99, V]: log-probabilities of what follows each token of a prompt but the last."""
+    driver, prompt = drive(decoder, config), prompt_of(100)
+    request = driver.add(prompt, Sampling(temperature=0.0, prompt_logprobs=decoder.vocab_size))
+    while not request.output:
+        driver.step({request.row: min(chunk_len, len(prompt) - request.num_computed)})
+    rows = [dict(zip(p.token_ids, p.values, strict=True)) for _, p in sorted(request.logprobs.items())]
+    return torch.tensor([[row[token_id] for token_id in range(decoder.vocab_size)] for row in rows])
+
+
+def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """KL of log-probabilities, on average."""
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())

@@ -13,26 +13,12 @@ from cableway.ipc.modelfiles import ModelError
 from cableway.workers import memory
 from cableway.workers.batch import Decoder, StateSpec
 from tests import checkpoints
-from tests.workers.running import drive, load, prompt_of, worker_config
+from tests.workers.running import divergence, drive, judged, load, prompt_of, worker_config
 
 DTYPES = ("int8", "fp8_e4m3", "fp8_e5m2")
 KL = {"int8": 2e-4, "fp8_e4m3": 6e-3, "fp8_e5m2": 2.5e-2}
 """To what follows each token of a prompt with the whole cache, on average; measured 0.6e-4, 2.0e-3 and 8.4e-3."""
 PROMPT = prompt_of(100)
-
-
-def judged(decoder: Decoder, config: WorkerConfig, chunk_len: int = 100) -> torch.Tensor:
-    """[99, V]: log-probabilities of what follows each token but the last."""
-    driver = drive(decoder, config)
-    request = driver.add(PROMPT, Sampling(temperature=0.0, prompt_logprobs=decoder.vocab_size))
-    while not request.output:
-        driver.step({request.row: min(chunk_len, len(PROMPT) - request.num_computed)})
-    rows = [dict(zip(p.token_ids, p.values, strict=True)) for _, p in sorted(request.logprobs.items())]
-    return torch.tensor([[row[token_id] for token_id in range(decoder.vocab_size)] for row in rows])
-
-
-def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    return float((expected.exp() * (expected - actual)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("chunk_len", [100, 1])

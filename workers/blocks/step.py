@@ -65,7 +65,7 @@ class Step:
         ]
 
     def recurrent(self, mixer: int) -> tuple[Tensor, RecurrentPlan]:
-        """A mixer's states [num_blocks, state_len] f32, and which of them the batch's sequences have."""
+        """A mixer's states [num_blocks, state_len], and which of them the batch's sequences have."""
         return self._caches[mixer][0].flatten(1), self._recurrent[self._group_of[mixer]]
 
     def source(self, mixer: int) -> tuple[Tensor, AttentionPlan]:
