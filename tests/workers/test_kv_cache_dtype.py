@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Sampling
 from cableway.ipc.modelfiles import ModelError
 from cableway.workers import memory
