@@ -134,7 +134,7 @@ def _latent_cuts(
             mass = mass * decay + tl.sum(weights * masses, 0)
             sums = sums * decay + tl.sum(weights[:, None] * parts, 0)
             top = new_top
-        sequence = tl.load(items_ptr + first_item * 4).to(tl.int64)
+        sequence = tl.load(items_ptr + first_item * 5).to(tl.int64)
         place = (sequence * NUM_HEADS + head) * RANK + column
         tl.store(out_ptr + place, (sums / mass).to(out_ptr.dtype.element_ty))
 

@@ -14,7 +14,7 @@ struct Stretches {
 
     __device__ __forceinline__ bool next(Item& item) {
         if (index >= end) return false;
-        const int *from = items + index * 4, num_stretches = from[3];
+        const int *from = items + index * 5, num_stretches = from[4];
         item = {from[0], from[0], 1, from[1], from[2], from[2], num_stretches == 1 ? -1 : index};
         ++index;
         return true;

@@ -16,11 +16,21 @@ def unwritten(cubin: bytes) -> dict[int, str]:
     ptxas 12.8 makes such code of products whose operands lie in shared memory in two ways: an address of memory is then
     whatever the register held.
     """
+    return unwritten_in(disassembled(cubin))
+
+
+def disassembled(cubin: bytes) -> str:
+    """What nvdisasm prints of it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(cubin + b"\0")  # cupy takes the last byte for the end of a string
         file.flush()
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        return unwritten_in(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def spills(cubin: bytes) -> list[str]:
+    """Instructions that keep in memory what there is no register for."""
+    return [line for line in disassembled(cubin).splitlines() if re.search(r"\b(STL|LDL)\b", line)]
 
 
 def unwritten_in(disassembly: str) -> dict[int, str]:

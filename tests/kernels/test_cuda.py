@@ -8,6 +8,7 @@ import torch
 
 from cableway.kernels import (
     cluster_decode,
+    hopper_decode,
     hopper_latent,
     hopper_linear,
     hopper_matmul,
@@ -18,6 +19,7 @@ from cableway.kernels import (
 )
 from cableway.kernels.attention_plan import make
 from cableway.kernels.cuda import CudaKernel
+from tests.kernels import machine_code
 
 triton = pytest.importorskip("triton")
 OPTIONS = [
@@ -63,6 +65,29 @@ def test_decode_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch)
     ((cubin, rest, num_argument_bytes),) = found
     assert cubin.startswith(b"\x7fELF")
     assert (rest, num_argument_bytes) == (0, 7 * 8 + 3 * 8 + 4 * 4)
+
+
+@pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (32, 4, 128), (20, 1, 192), (16, 1, 256), (12, 12, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "options"), [*product((torch.bfloat16, torch.float16), [*OPTIONS[:3], {"window": 9, "block_size": 64}])]
+)
+def test_decode_of_many_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
+    found = []
+
+    def only_compile(kernel, constants, arguments, *, num_programs, num_threads, shared_bytes, overlaps):
+        found.append((kernel.cubin(constants), len(arguments)))
+        assert num_programs * num_threads > 0
+        assert shared_bytes <= (227 << 10) - 1024  # and what the file declares
+
+    monkeypatch.setattr(CudaKernel, "__call__", only_compile)
+    monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
+    monkeypatch.setattr(hopper_decode, "tensor_map", lambda *_: bytes(128))  # made by the driver
+    monkeypatch.setattr(level_work, "launch", level_work.ref)
+    made = make(((1, 300), (1, 7), (30, 50)), heads, dtype, **options)
+    assert hopper_decode.launch(*made.args[:3], made.kwargs["scores"]).shape == made.args[0].shape
+    ((cubin, num_argument_bytes),) = found
+    assert not machine_code.spills(cubin)
+    assert num_argument_bytes == 320  # a multiple of the 64 bytes that tensor maps are aligned to
 
 
 @pytest.mark.parametrize("num_tokens", [3, 17, 64, 128])

@@ -67,8 +67,8 @@ def test_shares_are_level(seq_lens: list[int], num_shares: int, least_tiles: int
     keys: dict[int, list[int]] = {i: [] for i in range(len(seq_lens))}
     for begin, end in work.shares.tolist():
         stretches = work.items[begin:end].tolist()
-        assert sum(max(-(-(last - first) // 16), 1) for _, first, last, _ in stretches) <= most_tiles
-        for sequence, first, last, _ in stretches:
+        assert sum(max(-(-(last - first) // 16), 1) for _, first, last, *_ in stretches) <= most_tiles
+        for sequence, first, last, *_ in stretches:
             keys[sequence] += range(first, last)
     assert keys == {i: list(range(n)) for i, n in enumerate(seq_lens)}
     for first, number in work.cuts.tolist():

@@ -1,0 +1,103 @@
+"""Attention of one new token a sequence, for many sequences, on Hopper GPUs, in CUDA C++ (hopper_decode.cu): bf16, f16.
+
+Formula and arguments: attention_plan.py; the sequences that come first and bring one token each, as paged_decode.py has
+them. Programs take equal shares of all keys (level_work.py), each of them for some KV heads, which lie side by side in a
+block: tensor maps bring 16 tokens of them at once, all heads' if a program has all. Tiles are on their way before the
+kernel that makes the newest keys is done, and go on being so from one sequence to the next. Where a sequence has
+several stretches each leaves its part in float32, and the one that arrives last puts them together.
+
+Bound: bytes (keys and values of every sequence).
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cableway.kernels import compilation
+from cableway.kernels.attention_plan import AttentionPlan, Scores, macros
+from cableway.kernels.cuda import CudaKernel, address, tensor_map
+from cableway.kernels.lang import gpu_capability, num_processors
+
+_KERNEL = CudaKernel("hopper_decode")
+_BOX_KEYS, _PANEL = 16, 64  # of a copy; numbers of a row in shared memory
+_RING_BYTES = 216 << 10  # of a processor
+_MOST_STAGES = 12
+_LEAST_TILES = 4  # of a share
+_MOST_GROUP = 16
+
+
+class Tuning(NamedTuple):
+    """How the work is shared out."""
+
+    heads: int = 2  # KV heads of a program, at most
+    keys: int = 16  # of a tile
+    programs: int = 1  # of a processor
+
+
+def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
+    """Whether this kernel computes what is asked for, on the GPU at hand."""
+    (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    is_half = q.dtype == cache.dtype != torch.float32
+    are_panels = head_dim % _PANEL == 0 and head_dim <= 256 and block_size % _BOX_KEYS == 0
+    is_small = num_heads // num_kv_heads <= _MOST_GROUP
+    return gpu_capability() == 90 and is_half and are_panels and is_small and not plan.invariant
+
+
+def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, *, tuned: Tuning | None = None) -> Tensor:
+    """[T, H, D], written for the sequences that come first and bring one token each."""
+    (_, num_heads, head_dim), num_kv_heads = q.shape, cache.shape[3]
+    tuned = tuned or Tuning()
+    heads = max(n for n in range(1, tuned.heads + 1) if num_kv_heads % n == 0)
+    keys = _BOX_KEYS if scores.window or head_dim > 128 else tuned.keys
+    stage_bytes = 4 * keys * heads * head_dim
+    stages = min(_RING_BYTES // tuned.programs // stage_bytes, _MOST_STAGES)
+    num_bundles = num_kv_heads // heads
+    num_shares = max(tuned.programs * num_processors() // num_bundles, 1)
+    num_works = len(plan._level_works)
+    work = plan.level_work(num_shares=num_shares, tile=keys, least_tiles=_LEAST_TILES, window=scores.window)
+    is_first = len(plan._level_works) > num_works  # the work was made by the kernel before
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    num_parts = len(work.items) * num_heads
+    parts = torch.empty(num_parts * (head_dim + 2), dtype=torch.float32, device=q.device)
+    constants = (
+        *macros(q, cache, scores),
+        ("HEADS", heads), ("KEYS", keys), ("STAGES", stages), ("PROGRAMS", tuned.programs),
+    )  # fmt: skip
+    if q.is_meta:
+        compilation.in_background(_KERNEL.cubin, constants)
+        return out
+    tensors = (
+        q, cache, out, plan.seq_lens, plan.block_table, work.items, work.shares, _arrivals(num_shares, num_kv_heads, q.device),
+        scores.slopes, scores.sinks, *parts.split((num_parts * head_dim, num_parts, num_parts)),
+    )  # fmt: skip
+    arguments = struct.pack(
+        "13P3q2f2i",
+        *map(address, tensors),
+        q.stride(0), cache.stride(0), plan.block_table.stride(0), *scores.in_powers_of_two(), scores.window, is_first,
+    )  # fmt: skip
+    _KERNEL(
+        constants,
+        _boxes(cache, heads) + arguments + bytes(-len(arguments) % 64),
+        num_programs=num_shares * num_bundles,
+        num_threads=32 * (heads + 1),
+        shared_bytes=stages * stage_bytes + 1024,
+        overlaps=True,
+    )
+    return out
+
+
+def _boxes(cache: Tensor, heads: int) -> bytes:
+    """How copies of 16 tokens of some heads see a cache: planes, pieces of 64 numbers, slots."""
+    pieces = cache.view(2, -1, cache.shape[3] * cache.shape[4] // _PANEL, _PANEL).transpose(1, 2)
+    return tensor_map(pieces, (1, heads * cache.shape[4] // _PANEL, _BOX_KEYS, _PANEL))
+
+
+@cache
+def _arrivals(num_shares: int, num_kv_heads: int, device: torch.device) -> Tensor:
+    """Of parts: zeros, which each launch leaves as zeros."""
+    return torch.zeros(num_shares, num_kv_heads, dtype=torch.int32, device=device)
