@@ -33,6 +33,7 @@ struct Arguments {
 
 struct Item {
     int sequence, first_key, end_key, first_item, num_stretches;
+    Item() = default;
     __device__ __forceinline__ Item(const int* items, int place) {
         const int* from = items + place * 5;
         sequence = from[0], first_key = from[1], end_key = from[2], first_item = from[3], num_stretches = from[4];
@@ -55,8 +56,9 @@ __device__ __forceinline__ void expect_bytes(u32 barrier, int num) {
 __device__ __forceinline__ void bring(const Arguments& a, u32 ring, u32 full, u32 free, int place, int end, int panel) {
     const int lane = threadIdx.x % 32;
     int tile = 0;
+    Item item, next(a.items, place);
     for (; place < end; ++place) {
-        const Item item(a.items, place);
+        item = next, next = Item(a.items, min(place + 1, end - 1));
         const int* table = a.block_table + item.sequence * a.table_stride;
         int slots = 0;  // of 32 boxes, one a lane
         for (int key = item.first_key, box = 0; key < item.end_key; key += KEYS, box += BOXES, ++tile) {
@@ -168,17 +170,16 @@ struct Softmax {
     __device__ __forceinline__ void add(
         const Arguments& a, const Token& token, const float (&slopes)[2], u32 head, int key, int length) {
         const int lane = threadIdx.x % 32;
-        float scores[KEYS / 8][4];
-#pragma unroll
-        for (int i = 0; i < KEYS / 8; ++i) scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = 0;
+        float scores[KEYS / 8][4] = {}, others[KEYS / 8][4] = {};  // of every other product: shorter chains of them
 #pragma unroll
         for (int step = 0; step < HEAD_DIM / 16; ++step)
 #pragma unroll
             for (int box = 0; box < BOXES; ++box) {
                 u32 keys[4];
                 load_four(keys, chunk_in_box(head + box * BOX_BYTES, lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
-                multiply(scores[box * 2], token.q[step], keys[0], keys[1]);
-                multiply(scores[box * 2 + 1], token.q[step], keys[2], keys[3]);
+                auto& sums = step % 2 ? others : scores;
+                multiply(sums[box * 2], token.q[step], keys[0], keys[1]);
+                multiply(sums[box * 2 + 1], token.q[step], keys[2], keys[3]);
             }
         const bool is_cut = key + KEYS > length || (HAS_WINDOW && key < length - a.window);
 #pragma unroll
@@ -187,7 +188,7 @@ struct Softmax {
             for (int j = 0; j < 2 * ROWS; ++j) {
                 const int at = key + i * 8 + lane % 4 * 2 + j % 2;
                 float& score = scores[i][j];
-                score *= a.scale;
+                score = (score + others[i][j]) * a.scale;
                 if (HAS_CAP) score = a.cap - 2 * a.cap / (1 + exp2_of(score));
                 if (HAS_SLOPES) score += slopes[j / 2] * (at - length + 1);
                 if (is_cut && (at >= length || (HAS_WINDOW && at < length - a.window))) score = NONE;
@@ -268,53 +269,54 @@ struct Softmax {
 
     // All parts of a sequence, in their order, in place of this one.
     __device__ __forceinline__ void put_together(const Arguments& a, int first_item, int num, int kv_head) {
-        const int lane = threadIdx.x % 32;
         begin();
-        for (int first = 0; first < num; first += AT_ONCE) {
-            float2 its_sums[AT_ONCE][ROWS][COLUMNS];
-            float its_top[AT_ONCE][ROWS], its_mass[AT_ONCE][ROWS];
+        for (int i = 0; i < num; i += AT_ONCE) add_parts(a, first_item + i, min(num - i, AT_ONCE), kv_head);
+    }
+    __device__ __forceinline__ void add_parts(const Arguments& a, int place, int num, int kv_head) {
+        const int lane = threadIdx.x % 32;
+        float2 its_sums[AT_ONCE][ROWS][COLUMNS];
+        float its_top[AT_ONCE][ROWS], its_mass[AT_ONCE][ROWS];
 #pragma unroll
-            for (int p = 0; p < AT_ONCE; ++p)
+        for (int p = 0; p < AT_ONCE; ++p)
 #pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-                    its_top[p][r] = NONE, its_mass[p][r] = 0;
+            for (int r = 0; r < ROWS; ++r) {
+                its_top[p][r] = NONE, its_mass[p][r] = 0;
 #pragma unroll
-                    for (int i = 0; i < COLUMNS; ++i) its_sums[p][r][i] = make_float2(0, 0);
-                    if (first + p >= num || lane / 4 + 8 * r >= GROUP) continue;
-                    const long long row = row_of_part(first_item + first + p, kv_head, r);
-                    const float2* from = (const float2*)(a.sums + row * HEAD_DIM) + lane % 4;
+                for (int i = 0; i < COLUMNS; ++i) its_sums[p][r][i] = make_float2(0, 0);
+                if (p >= num || lane / 4 + 8 * r >= GROUP) continue;
+                const long long row = row_of_part(place + p, kv_head, r);
+                const float2* from = (const float2*)(a.sums + row * HEAD_DIM) + lane % 4;
 #pragma unroll
-                    for (int i = 0; i < COLUMNS; ++i) its_sums[p][r][i] = __ldcg(from + i * 4);
-                    its_top[p][r] = __ldcg(a.tops + row), its_mass[p][r] = __ldcg(a.masses + row);
+                for (int i = 0; i < COLUMNS; ++i) its_sums[p][r][i] = __ldcg(from + i * 4);
+                its_top[p][r] = __ldcg(a.tops + row), its_mass[p][r] = __ldcg(a.masses + row);
+            }
+#pragma unroll
+        for (int p = 0; p < AT_ONCE; ++p)
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                const float most = fmaxf(top[r], its_top[p][r]);
+                if (most == NONE) continue;
+                const float decay = exp2_of(top[r] - most), its = exp2_of(its_top[p][r] - most);
+                top[r] = most, mass[r] = mass[r] * decay + its_mass[p][r] * its;
+#pragma unroll
+                for (int i = 0; i < COLUMNS; ++i) {
+                    float* to = sums[i] + 2 * r;
+                    to[0] = to[0] * decay + its_sums[p][r][i].x * its, to[1] = to[1] * decay + its_sums[p][r][i].y * its;
                 }
-#pragma unroll
-            for (int p = 0; p < AT_ONCE; ++p)
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-                    const float most = fmaxf(top[r], its_top[p][r]);
-                    if (most == NONE) continue;
-                    const float decay = exp2_of(top[r] - most), its = exp2_of(its_top[p][r] - most);
-                    scale_row(r, decay);
-                    top[r] = most, mass[r] = mass[r] * decay + its_mass[p][r] * its;
-#pragma unroll
-                    for (int i = 0; i < COLUMNS; ++i)
-                        sums[i][2 * r] += its_sums[p][r][i].x * its, sums[i][2 * r + 1] += its_sums[p][r][i].y * its;
-                }
-        }
+            }
     }
 };
 
 // Tell that this warp's part is there. -> whether all `num` parts are; then the count is zero again, for the next layer.
 __device__ __forceinline__ bool is_last(int* arrivals, int num) {
-    __threadfence();
     __syncwarp();
     int before = 0;
     if (threadIdx.x % 32 == 0) {
-        before = atomicAdd(arrivals, 1);
+        asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
         if (before == num - 1) *arrivals = 0;
     }
     before = __shfl_sync(~0u, before, 0);
-    __threadfence();
+    __syncwarp();
     return before == num - 1;
 }
 
@@ -322,8 +324,11 @@ __device__ __forceinline__ void attend(
     const Arguments& a, u32 ring, u32 full, u32 free, int share, int place, int end, int kv_head, int head) {
     const int lane = threadIdx.x % 32;
     int tile = 0;
+    Item item, next(a.items, place);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
     for (; place < end; ++place) {
-        const Item item(a.items, place);
+        item = next, next = Item(a.items, min(place + 1, end - 1));
         const int length = a.seq_lens[item.sequence];
         Token token;
         token.load(a, item, length, kv_head);
@@ -365,18 +370,16 @@ extern "C" __global__ void __launch_bounds__((HEADS + 1) * 32, PROGRAMS) hopper_
     __shared__ u64 barriers[2 * STAGES];
     const u32 ring = (shared_address(unaligned) + 1023) & ~1023u;
     const u32 full = shared_address(barriers), free = full + STAGES * 8;
-    if (threadIdx.x == 0) {
+    const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
+    const int share = blockIdx.x / BUNDLES, first_head = blockIdx.x % BUNDLES * HEADS;
+    if (a.is_first) asm volatile("griddepcontrol.wait;" ::: "memory");
+    const int place = a.shares[share * 2], end = a.shares[share * 2 + 1];
+    if (threadIdx.x == HEADS * 32) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(a.boxes));
         for (int i = 0; i < STAGES; ++i) init_barrier(full + i * 8, 1), init_barrier(free + i * 8, HEADS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-    const int share = blockIdx.x / BUNDLES, first_head = blockIdx.x % BUNDLES * HEADS;
-    if (a.is_first || warp < HEADS) {
-        asm volatile("griddepcontrol.wait;" ::: "memory");
-        asm volatile("griddepcontrol.launch_dependents;");
-    }
-    const int place = a.shares[share * 2], end = a.shares[share * 2 + 1];
     if (warp == HEADS) bring(a, ring, full, free, place, end, first_head * PANELS);
     else attend(a, ring, full, free, share, place, end, first_head + warp, warp);
 }

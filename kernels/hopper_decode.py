@@ -28,7 +28,7 @@ _BOX_KEYS, _PANEL = 16, 64  # of a copy; numbers of a row in shared memory
 _RING_BYTES = 216 << 10  # of a processor
 _MOST_STAGES = 12
 _LEAST_TILES = 4  # of a share
-_MOST_GROUP = 16
+_MOST_GROUP, _MOST_DIMS = 16, 192  # for which there are registers
 
 
 class Tuning(NamedTuple):
@@ -43,7 +43,7 @@ def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
     """Whether this kernel computes what is asked for, on the GPU at hand."""
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     is_half = q.dtype == cache.dtype != torch.float32
-    are_panels = head_dim % _PANEL == 0 and head_dim <= 256 and block_size % _BOX_KEYS == 0
+    are_panels = head_dim % _PANEL == 0 and head_dim <= _MOST_DIMS and block_size % _BOX_KEYS == 0
     is_small = num_heads // num_kv_heads <= _MOST_GROUP
     return gpu_capability() == 90 and is_half and are_panels and is_small and not plan.invariant
 
