@@ -1,8 +1,9 @@
 """Causal attention of new tokens over a paged KV cache: prefill, chunked prefill and decode.
 
 Formula and arguments: attention_plan.py. The sequences that come first and bring one token each are computed by
-paged_decode.py, or by cluster_decode.py where it fits and there are no others; the others by hopper_prefill.py where it
-fits, else by paged_prefill.py, which computes all of them where results must be invariant. What is launched depends on
+hopper_decode.py where it fits, else by paged_decode.py, or by cluster_decode.py where it fits and there are no others;
+the others by hopper_prefill.py where it fits, else by paged_prefill.py, which computes all of them where results must
+be invariant. What is launched depends on
 shapes alone: a captured graph may replay it.
 
 Bound: bytes for decode (keys and values of every sequence), FLOPs for prefill (4 * head_dim a head and visible key).
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cableway.kernels import cluster_decode, hopper_prefill, paged_decode, paged_prefill
+from cableway.kernels import cluster_decode, hopper_decode, hopper_prefill, paged_decode, paged_prefill
 from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, block_size_of
@@ -34,7 +35,10 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales
     if plan.invariant or not plan.may_have_singles:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:
-        out = paged_decode.launch(q, cache, plan, scores, scales)
+        if is_common and hopper_decode.fits(q, cache, plan):
+            out = hopper_decode.launch(q, cache, plan, scores)
+        else:
+            out = paged_decode.launch(q, cache, plan, scores, scales)
         if are_singles:
             return out
     if is_common and hopper_prefill.fits(q, cache, plan):

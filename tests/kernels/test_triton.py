@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cableway.kernels import hopper_linear, hopper_matmul
+from cableway.kernels import hopper_decode, hopper_linear, hopper_matmul
 from cableway.kernels.cuda import CudaKernel
 from cableway.kernels.registry import Case, Kernel, kernels
 from tests.kernels import laws, machine_code
@@ -82,7 +82,7 @@ def compiled(
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu(capability))
     monkeypatch.setattr(triton.runtime.JITFunction, "run", only_compile)
     monkeypatch.setattr(CudaKernel, "__call__", only_compile_cuda)
-    for module in (hopper_linear, hopper_matmul):
+    for module in (hopper_decode, hopper_linear, hopper_matmul):
         monkeypatch.setattr(module, "tensor_map", lambda *_: bytes(128))  # made by the driver
     for case in cases:
         made = laws.make(kernel, case, "cpu")
