@@ -2,9 +2,9 @@
 //   T_NAME ("bf16" or "f16"), HEAD_DIM, NUM_KV_HEADS, GROUP, BLOCK_SIZE, HAS_CAP, HAS_WINDOW, HAS_SLOPES, HAS_SINKS,
 //   HEADS: KV heads of a program, KEYS of a tile, STAGES: places for tiles, PROGRAMS of a processor.
 //
-// A program takes a share of all keys, for some KV heads: stretches of one sequence after another (level_work.py). One warp
-// brings tiles of keys and values through a ring, whole pieces of blocks at a time; of the others each has a KV head, whose
-// query heads are the rows of its products.
+// A program takes a share of all keys, for some KV heads: stretches of one sequence after another (level_work.py). One
+// warp brings tiles of keys and values through a ring, pieces of blocks at a time; of the others each has a KV head,
+// whose query heads are the rows of its products.
 
 #include "attention.cuh"
 
@@ -47,10 +47,6 @@ __device__ __forceinline__ void copy_box(u32 to, const char* map, int slot, int 
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
         ::"r"(to), "l"(map), "r"(0), "r"(slot), "r"(panel), "r"(plane), "r"(barrier) : "memory");
 }
-__device__ __forceinline__ void expect_bytes(u32 barrier, int num) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(num) : "memory");
-}
-
 // PERF: nothing here waits for the kernel before, which makes the newest key of each sequence: what was in its place is
 // brought, and whoever multiplies puts the newest there.
 __device__ __forceinline__ void bring(const Arguments& a, u32 ring, u32 full, u32 free, int place, int end, int panel) {

@@ -1,12 +1,18 @@
 """Attention of one new token a sequence, for many sequences, on Hopper GPUs, in CUDA C++ (hopper_decode.cu): bf16, f16.
 
 Formula and arguments: attention_plan.py; the sequences that come first and bring one token each, as paged_decode.py has
-them. Programs take equal shares of all keys (level_work.py), each of them for some KV heads, which lie side by side in a
-block: tensor maps bring 16 tokens of them at once, all heads' if a program has all. Tiles are on their way before the
-kernel that makes the newest keys is done, and go on being so from one sequence to the next. Where a sequence has
-several stretches each leaves its part in float32, and the one that arrives last puts them together.
+them. Programs take equal shares of all keys (level_work.py), each of them for some KV heads, which lie side by side in
+a block: tensor maps bring 16 tokens of them at once. Tiles are on their way before the kernel that makes the newest
+keys is done, and go on being so from one sequence to the next. Where a sequence has several stretches each leaves its
+part in float32, and the one that arrives last puts them together.
 
 Bound: bytes (keys and values of every sequence).
+
+PERF (H200, 32 query heads and 8 KV heads of 128, bf16; in brackets paged_decode.py in the same run), us a launch in a
+graph whose caches do not fit the L2 cache: 2 x 600 8.5 (14.9), 8 x 600 11.4 (15.6), 16 x 600 16.3 (14.7), 24 x 600
+18.2 (24.8), 64 x 600 39.8 (49.1), 128 x 600 79.8 (86.0), 256 x 600 156.6 (158.4), 256 x 1,100 279 (274), 4 x 32,000
+135 (153); lengths as in mixed256 at step 50 162.7 (167.7), 400 166.7 (168.7), 800 73.6 (79.2), 950 37.0 (48.7). All
+eight heads in one program, or two, or one, and tiles of 16 keys take 1 to 10 % longer.
 """
 
 from __future__ import annotations
@@ -27,37 +33,44 @@ _KERNEL = CudaKernel("hopper_decode")
 _BOX_KEYS, _PANEL = 16, 64  # of a copy; numbers of a row in shared memory
 _RING_BYTES = 216 << 10  # of a processor
 _MOST_STAGES = 12
+_WARPS = 4  # of a processor's programs, that multiply
 _LEAST_TILES = 4  # of a share
 _MOST_GROUP, _MOST_DIMS = 16, 192  # for which there are registers
+_NUMBERS_LEFT = range(9, 17)  # of sequences, for which paged_decode.py is faster
 
 
 class Tuning(NamedTuple):
     """How the work is shared out."""
 
-    heads: int = 2  # KV heads of a program, at most
-    keys: int = 16  # of a tile
-    programs: int = 1  # of a processor
+    heads: int  # KV heads of a program
+    keys: int  # of a tile
+    programs: int  # of a processor
+
+
+def _rule(num_kv_heads: int, head_dim: int, window: int) -> Tuning:
+    heads = max(n for n in range(1, _WARPS + 1) if num_kv_heads % n == 0)
+    # Beside larger heads there are no registers for more; and no tile begins in a block before the first that is seen.
+    return Tuning(heads, _BOX_KEYS if window or head_dim > 128 else 2 * _BOX_KEYS, _WARPS // heads)
 
 
 def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
-    """Whether this kernel computes what is asked for, on the GPU at hand."""
+    """Whether this kernel computes what is asked for, on the GPU at hand, and is the faster."""
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     is_half = q.dtype == cache.dtype != torch.float32
     are_panels = head_dim % _PANEL == 0 and head_dim <= _MOST_DIMS and block_size % _BOX_KEYS == 0
     is_small = num_heads // num_kv_heads <= _MOST_GROUP
-    return gpu_capability() == 90 and is_half and are_panels and is_small and not plan.invariant
+    is_faster = len(plan.seq_lens) not in _NUMBERS_LEFT
+    return gpu_capability() == 90 and is_half and are_panels and is_small and is_faster and not plan.invariant
 
 
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, *, tuned: Tuning | None = None) -> Tensor:
     """[T, H, D], written for the sequences that come first and bring one token each."""
     (_, num_heads, head_dim), num_kv_heads = q.shape, cache.shape[3]
-    tuned = tuned or Tuning()
-    heads = max(n for n in range(1, tuned.heads + 1) if num_kv_heads % n == 0)
-    keys = _BOX_KEYS if scores.window or head_dim > 128 else tuned.keys
+    heads, keys, programs = tuned or _rule(num_kv_heads, head_dim, scores.window)
     stage_bytes = 4 * keys * heads * head_dim
-    stages = min(_RING_BYTES // tuned.programs // stage_bytes, _MOST_STAGES)
+    stages = min(_RING_BYTES // programs // stage_bytes, _MOST_STAGES)
     num_bundles = num_kv_heads // heads
-    num_shares = max(tuned.programs * num_processors() // num_bundles, 1)
+    num_shares = max(programs * num_processors() // num_bundles, 1)
     num_works = len(plan._level_works)
     work = plan.level_work(num_shares=num_shares, tile=keys, least_tiles=_LEAST_TILES, window=scores.window)
     is_first = len(plan._level_works) > num_works  # the work was made by the kernel before
@@ -66,13 +79,14 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, *, tun
     parts = torch.empty(num_parts * (head_dim + 2), dtype=torch.float32, device=q.device)
     constants = (
         *macros(q, cache, scores),
-        ("HEADS", heads), ("KEYS", keys), ("STAGES", stages), ("PROGRAMS", tuned.programs),
+        ("HEADS", heads), ("KEYS", keys), ("STAGES", stages), ("PROGRAMS", programs),
     )  # fmt: skip
     if q.is_meta:
         compilation.in_background(_KERNEL.cubin, constants)
         return out
     tensors = (
-        q, cache, out, plan.seq_lens, plan.block_table, work.items, work.shares, _arrivals(num_shares, num_kv_heads, q.device),
+        q, cache, out, plan.seq_lens, plan.block_table, work.items, work.shares,
+        _arrivals(num_shares, num_kv_heads, q.device),
         scores.slopes, scores.sinks, *parts.split((num_parts * head_dim, num_parts, num_parts)),
     )  # fmt: skip
     arguments = struct.pack(

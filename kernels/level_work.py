@@ -11,7 +11,8 @@ seq_lens     [num_seqs] i32
 num_shares, tile, least_tiles   counts; a tile is so many keys, a share at least so many tiles
 window       keys that are seen, the last ones, and those before them in the first one's tile; 0 = all
 returns      items [num_seqs + num_shares - 1, 5] i32: sequence (-1: nothing to do), first key, end key, item of the
-             sequence's first stretch, number of its stretches; those of a share and those of a sequence follow each other
+             sequence's first stretch, number of its stretches; those of a share, and those of a sequence, follow each
+             other
              shares [num_shares, 2] i32: first item, end item
              cuts [min(num_seqs, num_shares), 2] i32: first item of a sequence of several stretches (-1: no more
              of them), number of its stretches

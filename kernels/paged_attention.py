@@ -59,6 +59,7 @@ def _visible_keys(made: Call) -> int:
 
 DECODE = ((1, 5), (1, 33), (1, 70), (1, 1))
 MIXED = ((1, 40), (1, 90), (20, 20), (7, 30), (1, 9), (70, 75), (13, 0))
+MANY = tuple((1, length) for length in (255, 3, 130, 64, 1, 17, 16, 90, 33, 48, 5, 128, 31, 63, 8, 2, 40, 100))
 BENCH_DECODE, BENCH_PREFILL = ((1, 512),) * 16, ((512, 512),)
 BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
 
@@ -73,6 +74,8 @@ BENCH_MIXED = ((1, 512),) * 16 + ((1024, 1024),) * 4
         *grid(spans=(MIXED,), heads=((4, 1, 16),), dtype=FLOATS, block_size=(8, 24), window=(0, 9), invariant=(True,)),
         *grid(spans=(MIXED,), heads=((6, 2, 32),), dtype=FLOATS, window=(9,), slopes=(False, True), sinks=(True,)),
         *grid(spans=(MIXED, DECODE), heads=((6, 2, 32),), dtype=FLOATS, chunk=(32,), invariant=(False, True)),
+        *grid(spans=(MANY, MANY + MIXED[2:4]), heads=((6, 2, 64),), dtype=FLOATS, sinks=(False, True)),
+        *grid(spans=(MANY,), heads=((16, 1, 128),), dtype=FLOATS, window=(50,), soft_cap=(2.0,), block_size=(32,)),
         *grid(spans=(MIXED,), heads=((4, 4, 16),), dtype=FLOATS, slopes=(True,), soft_cap=(2.0,), invariant=(True,)),
         *grid(spans=(MIXED,), heads=((6, 2, 32),), dtype=FLOATS, reach=(10, 60), invariant=(False, True)),
         *grid(
