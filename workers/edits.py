@@ -36,8 +36,9 @@ class Table:
         """The number of a line for a row, which has none; the line holds what was left there."""
         if not self._free:
             old = len(self.lines)
-            more = self.lines.new_zeros(max(_FEWEST_LINES, old), *self.lines.shape[1:])
-            self.lines = torch.cat((self.lines, more))
+            lines = self.lines.new_zeros(max(_FEWEST_LINES, 2 * old), *self.lines.shape[1:])
+            lines[:old] = self.lines
+            self.lines = lines
             self._free.extend(range(old, len(self.lines)))
         self.line_of[row] = self._free.pop()
         return int(self.line_of[row])

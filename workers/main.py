@@ -38,6 +38,8 @@ from cableway.ipc.messages import (
     Welcome,
 )
 from cableway.ipc.modelfiles import ModelError
+from cableway.workers import head_start
+from cableway.workers.account import Account
 from cableway.workers.plans import Plans
 
 _LEAST_SHARE = 0.25
@@ -67,7 +69,7 @@ class Worker:
         rank: which worker of its engine this is.
         runner: a `runner.Runner`.
         compilations: counts the kernels that were compiled since the runner was made.
-        load_s: how long the runner took to make.
+        load_s: how long all of this took to get ready.
     """
 
     def __init__(
@@ -255,27 +257,30 @@ class Worker:
 
 def main(argv: Sequence[str]) -> int:
     """Run one worker; returns the exit code."""
+    account = Account()
     arguments = child_arguments(argv)
     config = msgspec.json.decode(Path(arguments.config_path).read_bytes(), type=Config).worker
     lifeline = Lifeline(arguments.lifeline_fd, config.patience)
     logger = log.setup("worker", arguments.rank, level=config.log.level, as_json=config.log.as_json)
+    if config.device == "cuda":
+        head_start.begin(with_memory=not arguments.standby)
     from cableway.kernels import compilation  # torch takes a second to import: the lifeline beats meanwhile
     from cableway.workers.runner import build
 
+    account.note("imports_s")
     loads_beforehand = arguments.standby == "loaded" and config.device == "cpu"  # no GPU has room for two
     if arguments.standby and not loads_beforehand:
         lifeline.stand_by()
-    began_s = time.monotonic()
+        account.skip()
     try:
-        runner = build(config)
+        runner = build(config, account)
     except ModelError as error:
         lifeline.give_up(str(error))
-    load_s = time.monotonic() - began_s
     if loads_beforehand:
         lifeline.stand_by()
-    payload = {"num_blocks": runner.num_blocks, "load_s": load_s}
+    payload = {"num_blocks": runner.num_blocks, "load_s": round(account.total_s, 3), **account.fields()}
     logger.info("worker_ready", **payload)
-    worker = Worker(config, arguments.rank, runner, compilation.watch(), load_s, lifeline, logger)
+    worker = Worker(config, arguments.rank, runner, compilation.watch(), account.total_s, lifeline, logger)
     garbage.settle()
     lifeline.ready(payload)
     return worker.run()

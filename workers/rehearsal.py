@@ -16,6 +16,7 @@ from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import NewRow, ints
 from cableway.kernels import compilation
 from cableway.workers import memory, weights
+from cableway.workers.account import Account
 from cableway.workers.graphs import StepGraphs
 from cableway.workers.rows import Chunks, Rows
 from cableway.workers.sampler import Sampler
@@ -36,14 +37,17 @@ class Rehearsal(Thread):
         super().__init__(name="rehearsal", daemon=True)
         self._config = config
         self._error: Exception | None = None
+        self.account = Account()
 
     def run(self) -> None:
         try:
             same = {"runtime_dir": "", "engine": "", "log": None, "patience": None}
             mark = compilation.mark(repr(msgspec.structs.replace(self._config, **same)))
+            self.account.note("driver_s")
             if not mark.exists():
                 with torch.inference_mode(), compilation.ahead():
-                    rehearse(self._config)
+                    rehearse(self._config, self.account)
+                self.account.note("compilers_s")
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.touch()
         except Exception as error:
@@ -56,8 +60,9 @@ class Rehearsal(Thread):
             raise self._error
 
 
-def rehearse(config: WorkerConfig) -> None:
+def rehearse(config: WorkerConfig, account: Account | None = None) -> None:
     """Take an outline of the model through every kind of step."""
+    account = account or Account()
     decoder = weights.outline(
         modelfiles.locate(config.model, config.load_format),
         dtype=getattr(torch, config.dtype),
@@ -65,6 +70,7 @@ def rehearse(config: WorkerConfig) -> None:
         invariant=config.batch_invariant,
         load_format=config.load_format,
     )
+    account.note("outline_s")
     groups, num_seqs = decoder.state_groups(), config.max_num_seqs
     config = memory.settled(config, groups)
     rows = Rows(num_seqs, config.max_model_len, config.block_size, [group.kind for group in groups], _META)
@@ -84,8 +90,10 @@ def rehearse(config: WorkerConfig) -> None:
             decoder.encode(memory.nobodies_source(chunks.num_tokens, _META), cache.layers)
         batch = rows.gather(chunks, logits_at, invariant=config.batch_invariant)
         decoder.logits(decoder.forward(batch, cache.layers))
+    account.note("steps_s")
     for num in (1, min(2, num_seqs), min(17, num_seqs)):
         _draw(sampler, num, decoder.vocab_size)
+    account.note("draws_s")
 
 
 def worth_trying(size: int) -> bool:

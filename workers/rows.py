@@ -194,7 +194,7 @@ class Rows:
         rows, seq_lens, query_start = packed.split((num_seqs, num_seqs, num_seqs + 1))
         return self._batch(
             rows, seq_lens, query_start, num_tokens, num_tokens, self.tokens.shape[1],
-            logits_at=query_start[1:].long() - 1, may_have_singles=True, invariant=invariant,
+            logits_at=query_start[1:].long().sub_(1), may_have_singles=True, invariant=invariant,
         )  # fmt: skip
 
     def gather_singles(self, rows: Tensor, seq_lens: Tensor, *, invariant: bool) -> Batch:

@@ -13,6 +13,7 @@ from cableway.ipc import modelfiles
 from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import Failed, Logprobs, StepPlan, StepResult
 from cableway.workers import memory, warm_up, weights
+from cableway.workers.account import Account
 from cableway.workers.batch import Decoder, StateSpec
 from cableway.workers.graphs import StepGraphs
 from cableway.workers.logprobs import PromptLogprobs
@@ -24,18 +25,34 @@ from cableway.workers.sampler import Drawn, Sampler
 _BROKEN_LOGITS = "the model's logits for this request are not finite"
 
 
-def build(config: WorkerConfig) -> "Runner":
+def build(config: WorkerConfig, account: Account | None = None) -> "Runner":
     """Load the model and take the memory; ModelError when the model's files, or the memory, will not do."""
+    account = account or Account()
     rehearsal = None
     if config.device == "cuda":
         rehearsal = Rehearsal(config)
+        account.beside["rehearsal"] = rehearsal.account
         rehearsal.start()
+        torch.cuda.synchronize()  # makes the context
+        account.note("context_s")
     decoder = load(config)
+    account.note("weights_s")
     if rehearsal:
+        _use_library(config)
         rehearsal.wait()
+        account.note("compilation_s")
     runner = Runner(decoder, config)
+    account.note("memory_s")
     runner.warm_up()
+    account.note("warm_up_s")
     return runner
+
+
+def _use_library(config: WorkerConfig) -> None:
+    """Have torch's library of products set itself up, while there is nothing else to do."""
+    matrix = torch.zeros(16, 16, dtype=getattr(torch, config.dtype), device=config.device)
+    torch.mm(matrix, matrix)
+    torch.cuda.synchronize()
 
 
 def load(config: WorkerConfig) -> Decoder:

@@ -23,7 +23,21 @@ OF_DRAWS = {"_sample", "_logprobs", "_penalize", "_count_tokens", "_add_at", "_f
 
 
 class AbsentGpu:
-    """A Triton driver that compiles for a Hopper GPU that is not here."""
+    """A Triton driver that compiles for a Hopper GPU that is not here; `loaded` are the kernels it was given."""
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.loaded: list[str] = []
+
+    def launcher_cls(self, source: Any, metadata: Any) -> str:
+        return source.name
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448}
+
+    def load_binary(self, name: str, *_: Any) -> tuple[str, str, int, int, int]:
+        self.loaded.append(name)
+        return name, name, 0, 0, 1024
 
     def get_current_device(self) -> int:
         return 90
@@ -45,7 +59,7 @@ def absent_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-def test_kernels_are_compiled_side_by_side_and_counted(absent_gpu):
+def test_kernels_are_compiled_side_by_side_loaded_and_counted(absent_gpu):
     counter = compilation.watch()
     cache, pairs = torch.empty(2, 4, 8, 2, 16, device="meta"), torch.empty(1, 2, dtype=torch.int64, device="meta")
     with compilation.ahead():
@@ -53,6 +67,7 @@ def test_kernels_are_compiled_side_by_side_and_counted(absent_gpu):
         block_copy(cache.half(), pairs)
         block_copy(cache.half(), pairs)
     assert counter.num == 2
+    assert len(triton.runtime.driver.active.loaded) == 2, "the first launch would do it"
 
 
 def rehearsed(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> set[str]:

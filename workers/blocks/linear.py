@@ -10,7 +10,7 @@ from torch import Tensor
 from cableway.kernels.silu_mul import silu_mul
 from cableway.workers import formats
 from cableway.workers.blocks.block import Slot
-from cableway.workers.formats.base import Place, Sum
+from cableway.workers.formats.base import Place, Sum, joined
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
 
@@ -52,7 +52,7 @@ class Linear(Slot):
         self._fused_and_input = getattr(form, "fused_and_input", None)
         if any("bias" in leaves for leaves in parts.values()):
             biases = [parts[part]["bias"].piece(span).decode(place.dtype) for part, span in spans.items()]
-            self._bias = torch.cat(biases).to(place.device)
+            self._bias = joined(biases, place.device)
         if mesh.is_cut(self._in):
             self._reduce = mesh.all_reduce
             if mesh.tp_rank > 0:
@@ -107,7 +107,7 @@ class HeadLinear(Slot):
         self._is_invariant = False
 
     def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
-        def joined(leaf: str) -> Tensor:
+        def side_by_side(leaf: str) -> Tensor:
             """[H, out, …]"""
             pieces = [
                 parts[part][leaf].piece(place.mesh.span(axis)).decode(place.dtype).unflatten(0, (-1, axis.unit))
@@ -115,9 +115,9 @@ class HeadLinear(Slot):
             ]
             return torch.cat(pieces, 1).to(place.device)
 
-        self._weight = joined("weight").transpose(1, 2).contiguous()
+        self._weight = side_by_side("weight").transpose(1, 2).contiguous()
         if "bias" in self.leaves:
-            self._bias = joined("bias")
+            self._bias = side_by_side("bias")
         self._is_invariant = place.invariant
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -183,4 +183,4 @@ class Table(Slot):
 
     def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
         pieces = [parts[part]["weight"].piece(place.mesh.span(axis)) for part, axis in self.parts.items()]
-        self.weight = torch.cat([piece.decode(torch.float32) for piece in pieces]).to(place.device)
+        self.weight = joined([piece.decode(torch.float32) for piece in pieces], place.device)

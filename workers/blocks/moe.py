@@ -15,7 +15,7 @@ from cableway.workers.blocks.block import Block, Slot
 from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mlp import Activation, ClampedGate
-from cableway.workers.formats.base import Place, Sum
+from cableway.workers.formats.base import Place, Sum, joined
 from cableway.workers.formats.experts import Order
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
@@ -101,7 +101,7 @@ class Experts(Slot):
         self._params = self._form.finish(experts)
         if "bias" in self.leaves:
             biases = [parts[part]["bias"].piece(span).decode(place.dtype) for part, span in spans.items()]
-            self._bias = torch.cat(biases).view(self._num_experts, -1).to(place.device)
+            self._bias = joined(biases, place.device).view(self._num_experts, -1)
             if mesh.is_cut(self._in) and mesh.tp_rank > 0:
                 self._bias.zero_()  # it is added once, by rank 0
 

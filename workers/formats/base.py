@@ -40,6 +40,15 @@ class Sum:
         return self.norm.add(self.delta, self.residual)
 
 
+def joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One below the other on a device, always a copy: what is held must not be a view of a file that may change."""
+    tensors = [tensor.to(device) for tensor in tensors]
+    if device.type == "meta":
+        # PERF: torch's own imports its compiler there, which takes more than a second under Python's lock.
+        return tensors[0].new_empty(sum(map(len, tensors)), *tensors[0].shape[1:])
+    return torch.cat(tensors)
+
+
 class Format(Protocol):
     """A way to hold a matrix [out, in] and to multiply by it."""
 

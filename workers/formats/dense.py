@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.workers.formats.base import Place
+from cableway.workers.formats.base import Place, joined
 from cableway.workers.formats.stored import Piece
 
 _TILE_ROWS = 8
@@ -19,8 +19,7 @@ class Dense:
         self._place = place
 
     def finish(self, pieces: Sequence[Piece]) -> Tensor:
-        # cat copies: what is held must not be a view of a file that may change.
-        return torch.cat([piece.decode(self._place.dtype).to(self._place.device) for piece in pieces])
+        return joined([piece.decode(self._place.dtype) for piece in pieces], self._place.device)
 
     def apply(self, x: Tensor, params: Tensor) -> Tensor:
         return F.linear(x, params)

@@ -12,7 +12,7 @@ from cableway.kernels.grouped_linear import grouped_linear, tile_rows_for
 from cableway.kernels.order_by_expert import order_by_expert
 from cableway.kernels.silu_mul import silu_mul
 from cableway.kernels.sum_experts import sum_experts
-from cableway.workers.formats.base import Format, Place
+from cableway.workers.formats.base import Format, Place, joined
 from cableway.workers.formats.stored import Piece
 
 
@@ -65,10 +65,8 @@ class Together:
         self._place = place
 
     def finish(self, experts: Sequence[Sequence[Piece]]) -> Tensor:
-        form = self._place
-        return torch.stack(
-            [torch.cat([piece.decode(form.dtype).to(form.device) for piece in pieces]) for pieces in experts]
-        )
+        matrices = [piece.decode(self._place.dtype) for pieces in experts for piece in pieces]
+        return joined(matrices, self._place.device).unflatten(0, (len(experts), -1))
 
     def order(self, experts: Tensor, num_experts: int) -> Order:
         if len(experts) == 1 and not self._place.invariant:
