@@ -3,7 +3,7 @@
     logprob(t) = z[t] - log(sum(exp(z)));   rank(t) = 1 + how many z are larger than z[t]
 
 logits     [num_rows, vocab]  f32, contiguous rows
-token_ids  [num_rows]  i64    the chosen tokens
+token_ids  [num_rows]  i64    the chosen tokens; -1 is taken for 0
 num_top    int                likeliest tokens wanted beside them, in falling order, equals by id; 0 … vocab
 returns    token_ids [num_rows, 1 + num_top] i32, values [num_rows, 1 + num_top] f32, both with the chosen first,
            and ranks [num_rows] i32, of the chosen
@@ -23,7 +23,7 @@ Logprobs = tuple[Tensor, Tensor, Tensor]
 
 
 def ref(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
-    values = logits.float().log_softmax(-1)
+    values, token_ids = logits.float().log_softmax(-1), token_ids.clamp_min(0)
     top = values.sort(dim=-1, descending=True, stable=True)
     chosen = values.gather(1, token_ids[:, None])
     ids = torch.cat((token_ids[:, None], top.indices[:, :num_top]), 1).int()
@@ -36,7 +36,7 @@ def _logprobs(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
-    chosen = tl.load(token_ids_ptr + row)
+    chosen = tl.maximum(tl.load(token_ids_ptr + row), 0)
     chosen_z = tl.load(row_ptr + chosen)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
@@ -88,7 +88,7 @@ def launch(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
 
 def make(num_rows: int, vocab: int, num_top: int, device="cpu"):
     logits = 3 * torch.randn(num_rows, vocab, device=device)
-    return call(logits, torch.randint(vocab, (num_rows,), device=device), num_top)
+    return call(logits, torch.randint(-1, vocab, (num_rows,), device=device), num_top)
 
 
 @kernel(
@@ -106,6 +106,7 @@ def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     check(0 <= num_top <= logits.shape[1], "num_top is not in 0 … vocab")
     if logits.device.type != "cpu":
         return launch(logits, token_ids, num_top)
+    token_ids = token_ids.clamp_min(0)
     chosen = logits.gather(1, token_ids[:, None])
     ranks = (logits > chosen).sum(-1, dtype=torch.int32).add_(1)
     top = _likeliest(logits, num_top)

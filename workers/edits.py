@@ -97,7 +97,7 @@ class Edits:
         lines = self._counts.line_of[rows]
         here = np.flatnonzero(lines >= 0)
         if len(here):
-            drawn = token_ids[upload(here, self._device)].clamp_min(0).long()
+            drawn = token_ids[upload(here, self._device)].long()
             count_tokens(self._counts.lines, upload(lines[here], self._device), drawn)
 
     def _count_all(self, new: NewRow) -> None:

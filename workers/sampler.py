@@ -86,7 +86,7 @@ class Sampler:
         if raw is None:
             return Drawn(token_ids, logprob_rows, None)
         width = int(self._num_logprobs[rows].max())
-        drawn = token_ids[upload(logprob_rows, self._device)].clamp_min(0).long()
+        drawn = token_ids[upload(logprob_rows, self._device)].long()
         return Drawn(token_ids, logprob_rows, TopLogprobs(*logprobs(raw, drawn, width)))
 
     def is_plain(self, rows: np.ndarray) -> bool:

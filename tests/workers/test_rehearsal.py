@@ -1,5 +1,6 @@
 """What is compiled before the first step. There is no GPU: kernels are compiled for one that is absent."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ def test_every_kind_of_step_is_rehearsed_and_none_is_run(
     found = rehearsed(config, monkeypatch)
     assert found >= KERNELS | OF_DRAWS | {"hopper_linear"}
     assert found & {"hopper_prefill", "_paged_prefill"}
+
+
+def test_a_rehearsal_does_without_the_compiler_of_torch(checkpoint: Path, absent_gpu, monkeypatch: pytest.MonkeyPatch):
+    """Some operations on the meta device import it, 800 modules: more than a second in which nobody else has Python."""
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
+    rehearsed(worker_config(checkpoint, dtype="float16", max_num_seqs=20), monkeypatch)
 
 
 @pytest.mark.parametrize("invariant", [False, True])
