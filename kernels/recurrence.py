@@ -118,7 +118,7 @@ def span(query_start_ptr, seq_lens_ptr, sequence):
 def resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size):
     """Those numbers, f32, of the state that a sequence of a row of the block table goes on from."""
     row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
-    end = tl.where(before > 0, 0x7FFFFFFF, 0)  # there is none before the first token
+    end = tl.where(before > 0, 1 << 30, 0)  # there is none before the first token; a power of two keeps loads wide
     return tl.load(states_ptr + row * state_stride + place, mask=inside & (place < end), other=0.0).to(tl.float32)
 
 
