@@ -45,7 +45,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Ten
     num_threads = 512 if num_heads // num_kv_heads * head_dim <= _MOST_ELEMENTS // 2 else 256
     constants = (*macros(q, cache, scores), ("PARTS", _PARTS), ("NUM_THREADS", num_threads))
     if q.is_meta:
-        compilation.in_background(_KERNEL.cubin, constants)
+        compilation.in_background(_KERNEL.load, constants)
         return out
     tensors = q, cache, out, plan.seq_lens, plan.block_table, scores.slopes, scores.sinks
     arguments = struct.pack(

@@ -6,16 +6,14 @@ is 1, or a multiple of 16), when it is first launched that way; for seconds noth
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cableway.kernels.lang import TensorDescriptor, gpu_capability, triton
+from cableway.kernels.lang import TensorDescriptor, triton
 
 _NUM_THREADS = 16
 """Python's lock is held for about a third of a compilation: more threads than cores that they keep busy do no harm."""
@@ -28,13 +26,14 @@ _others: tuple[Executor, dict[Any, Future[Any]]] | None = None
 
 
 class Counter:
-    """Kernels compiled by this process, or found compiled on disk, since `watch` was called."""
+    """Names of kernels compiled by this process, or found compiled on disk, since `watch` was called."""
 
     def __init__(self) -> None:
-        self.num = 0
+        self.names: list[str] = []
 
-    def __call__(self, **_: Any) -> None:
-        self.num += 1
+    def __call__(self, *, fn: Any, **_: Any) -> None:
+        """What Triton calls."""
+        self.names.append(fn.name)
 
 
 def watch() -> Counter:
@@ -45,10 +44,10 @@ def watch() -> Counter:
     return counter
 
 
-def count() -> None:
-    """One more that Triton knows nothing of."""
-    if counter := triton.knobs.runtime.jit_post_compile_hook:
-        counter()
+def count(name: str) -> None:
+    """One more, that Triton knows nothing of."""
+    if isinstance(counter := triton.knobs.runtime.jit_post_compile_hook, Counter):
+        counter.names.append(name)
 
 
 @contextmanager
@@ -120,12 +119,3 @@ def in_background(compile_it: Callable[..., Any], *args: Any) -> None:
     pool, tasks = _others
     if (compile_it, args) not in tasks:
         tasks[compile_it, args] = pool.submit(compile_it, *args)
-
-
-def mark(purpose: str) -> Path:
-    """A file in Triton's cache, to be made when all that `purpose` takes has been compiled by these kernels."""
-    digest = hashlib.sha256(f"{purpose} {triton.__version__} {gpu_capability()}".encode())
-    folder = Path(__file__).parent
-    for source in sorted(path for kind in ("*.py", "*.cu", "*.cuh", "tunings/*.json") for path in folder.glob(kind)):
-        digest.update(source.read_bytes())
-    return Path(triton.knobs.cache.dir) / f"cableway-{digest.hexdigest()[:32]}"

@@ -48,7 +48,7 @@ class CudaKernel:
         """
         from cuda.bindings import driver
 
-        function = _loaded(self, constants, shared_bytes)
+        function = _loaded(self, constants)
         struct = ctypes.create_string_buffer(arguments, len(arguments))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
         launch = driver.CUlaunchConfig()
@@ -58,6 +58,11 @@ class CudaKernel:
         launch.attrs = list(_attributes(cluster, overlaps))
         launch.numAttrs = len(launch.attrs)
         _checked(driver.cuLaunchKernelEx(launch, function, ctypes.addressof(pointers), 0))
+
+    def load(self, constants: Constants) -> None:
+        """Have it compiled and loaded, from any thread, so that its first launch is like any other."""
+        torch.cuda.synchronize()  # the first call of a thread makes the GPU's context its own
+        _loaded(self, constants)
 
     def cubin(self, constants: Constants) -> bytes:
         """Machine code, compiled or as it was compiled before. Raises RuntimeError with what the compiler says."""
@@ -143,15 +148,19 @@ def _attributes(cluster: int, overlaps: bool) -> Iterator[Any]:
 
 
 @cache
-def _loaded(kernel: CudaKernel, constants: Constants, shared_bytes: int) -> Any:
-    """The kernel as the driver knows it, on this process's GPU."""
+def _loaded(kernel: CudaKernel, constants: Constants) -> Any:
+    """The kernel as the driver knows it, on this process's GPU; it may have all the shared memory there is."""
     from cuda.bindings import driver
 
     module = _checked(driver.cuModuleLoadData(kernel.cubin(constants)))
     function = _checked(driver.cuModuleGetFunction(module, kernel.name.encode()))
-    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(function, most, shared_bytes))
-    compilation.count()
+    of_function, of_gpu = driver.CUfunction_attribute, driver.CUdevice_attribute
+    declared = _checked(driver.cuFuncGetAttribute(of_function.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
+    most = of_gpu.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    most_bytes = _checked(driver.cuDeviceGetAttribute(most, _checked(driver.cuCtxGetDevice()))) - declared
+    limit = of_function.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, limit, most_bytes))
+    compilation.count(kernel.name)
     return function
 
 

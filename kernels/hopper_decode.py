@@ -82,7 +82,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, *, tun
         ("HEADS", heads), ("KEYS", keys), ("STAGES", stages), ("PROGRAMS", programs),
     )  # fmt: skip
     if q.is_meta:
-        compilation.in_background(_KERNEL.cubin, constants)
+        compilation.in_background(_KERNEL.load, constants)
         return out
     tensors = (
         q, cache, out, plan.seq_lens, plan.block_table, work.items, work.shares,

@@ -92,7 +92,7 @@ def decode(q: Tensor, cache: Tensor, plan: AttentionPlan, *, scale: float, rank:
     sums, tops, masses = parts.split((num_parts * rank, num_parts, num_parts))
     constants = sizes.constants(q, cache)
     if q.is_meta:
-        compilation.in_background(_DECODE.cubin, constants)
+        compilation.in_background(_DECODE.load, constants)
     else:
         lists = struct.pack("2P", address(work.items), address(work.shares))
         _DECODE(
@@ -157,7 +157,7 @@ def prefill(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, *, scale
     constants = sizes.constants(q, cache)
     work = plan.heavy_prefill_work(num_tokens=num_tokens, tile=_ROWS // sizes.block_heads, skips_singles=skips_singles)
     if q.is_meta:
-        compilation.in_background(_PREFILL.cubin, constants)
+        compilation.in_background(_PREFILL.load, constants)
         return
     num_items, num_shares = len(work), max(num_processors() // sizes.head_tiles, 1)
     lists = struct.pack("3Pi4x", *map(address, (plan.query_start, plan.seq_lens, work)), num_items)

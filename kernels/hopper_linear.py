@@ -56,7 +56,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, out: 
         ("GATED", int(gated)), ("HAS_BIAS", int(bias is not None)), ("TO_FLOAT", int(y.dtype == torch.float32)),
     )  # fmt: skip
     if x.is_meta:
-        compilation.in_background(_KERNEL.cubin, constants)
+        compilation.in_background(_KERNEL.load, constants)
         return y
     arguments = struct.pack(
         "128s128s2P3i36x",

@@ -68,7 +68,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Te
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device)
     if x.is_meta:
         for tile in _TILES if gated else _TILES[-1:]:
-            compilation.in_background(_KERNEL.cubin, _constants(tile, x, bias, gated))
+            compilation.in_background(_KERNEL.load, _constants(tile, x, bias, gated))
         return y
     tile = _tile(num_tokens)
     rows = weight.view(halves, -1, 8, num_in).transpose(0, 1)

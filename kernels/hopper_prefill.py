@@ -48,7 +48,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, out: Tensor, scores: S
     keys, query_slots = 128 if num_panels <= 2 else 64, 2 if num_panels <= 3 else 1
     constants = (*macros(q, cache, scores), ("KEYS", keys), ("STAGES", _STAGES), ("Q_SLOTS", query_slots))
     if q.is_meta:
-        compilation.in_background(_KERNEL.cubin, constants)
+        compilation.in_background(_KERNEL.load, constants)
         return
     num_items, counters = num_kv_heads * len(work), _counters(q.device)
     tensors = (

@@ -85,15 +85,14 @@ class StepGraphs:
         )
         self._bodies: dict[int, Captured] = {}
 
-    def rehearse(self, is_worth_it: Callable[[int], bool]) -> None:
-        """Carry out what the graphs of these sizes and the largest consist of, without making them."""
-        for size in (*filter(is_worth_it, self._token_sizes[:-1]), self._token_sizes[-1]):
+    def rehearse(self) -> None:
+        """Carry out what all graphs consist of, without making them."""
+        for size in self._token_sizes:
             packed = self._rows.padded(NO_CHUNKS, min(self._max_num_seqs, size) + 1, size)
             self._body(size, upload(packed, self._device))
         for function in (self._single, self._head, self._draw):
-            for size, graph in zip(self._row_sizes, self._singles, strict=True):
-                if is_worth_it(size) or graph is self._singles[-1]:
-                    function(graph.inputs)
+            for graph in self._singles:
+                function(graph.inputs)
 
     def capture_next(self) -> bool:
         """Make the next of the graphs that there are not yet; whether there was one."""

@@ -7,7 +7,6 @@ compiled for is known from shapes, and shapes are those of the steps to come.
 from collections.abc import Iterator
 from threading import Thread
 
-import msgspec
 import numpy as np
 import torch
 
@@ -23,14 +22,12 @@ from cableway.workers.sampler import Sampler
 from cableway.workers.warm_up import SAMPLINGS
 
 _META = torch.device("meta")
-_FEW = 64
-"""Up to so many rows or tokens every size may be computed in a way of its own; beyond, only orders of magnitude."""
 
 
 class Rehearsal(Thread):
     """Compiles for this process's GPU in a thread of its own; `wait` for it before the first step.
 
-    Only the first time: what is compiled is kept on disk, and a mark that says so.
+    What was compiled before, and is still on disk, is loaded from there.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
@@ -41,15 +38,9 @@ class Rehearsal(Thread):
 
     def run(self) -> None:
         try:
-            same = {"runtime_dir": "", "engine": "", "log": None, "patience": None}
-            mark = compilation.mark(repr(msgspec.structs.replace(self._config, **same)))
-            self.account.note("driver_s")
-            if not mark.exists():
-                with torch.inference_mode(), compilation.ahead():
-                    rehearse(self._config, self.account)
-                self.account.note("compilers_s")
-                mark.parent.mkdir(parents=True, exist_ok=True)
-                mark.touch()
+            with torch.inference_mode(), compilation.ahead():
+                rehearse(self._config, self.account)
+            self.account.note("compilers_s")
         except Exception as error:
             self._error = error
 
@@ -83,7 +74,7 @@ def rehearse(config: WorkerConfig, account: Account | None = None) -> None:
             decoder, rows, sampler, cache.layers,
             max_num_seqs=num_seqs, max_num_tokens=config.max_num_batched_tokens, invariant=config.batch_invariant,
         )  # fmt: skip
-        graphs.rehearse(worth_trying)
+        graphs.rehearse()
     for chunks in _steps(config):
         logits_at = chunks.query_start[1:] - 1
         if decoder.has_encoder:
@@ -94,11 +85,6 @@ def rehearse(config: WorkerConfig, account: Account | None = None) -> None:
     for num in (1, min(2, num_seqs), min(17, num_seqs)):
         _draw(sampler, num, decoder.vocab_size)
     account.note("draws_s")
-
-
-def worth_trying(size: int) -> bool:
-    """Whether steps of so many rows or tokens may need kernels that those of other sizes do not."""
-    return size <= _FEW or size.bit_count() == 1
 
 
 def _steps(config: WorkerConfig) -> Iterator[Chunks]:

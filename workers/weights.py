@@ -52,7 +52,7 @@ def load(
     """
     place = Place(dtype, torch.device(device), max_model_len, invariant, mesh or Mesh())
     decoder, filling = _find(files, place, load_format, seed)
-    return _fill(decoder, filling, place)
+    return _fill(decoder, dict(decoder.slots()), filling, place)
 
 
 def outline(
@@ -64,16 +64,21 @@ def outline(
     mesh: Mesh | None = None,
     load_format: str = "auto",
 ) -> Decoder:
-    """The model of `files` without its weights, on the meta device: it can be run, and computes nothing."""
+    """The model of `files` without its weights, on the meta device, abridged: it can be run, and computes nothing."""
     place = Place(dtype, torch.device("meta"), max_model_len, invariant, mesh or Mesh())
     decoder, filling = _find(files, place, load_format, 0)
+    slots = dict(decoder.slots())
+    decoder.abridge()
+    left = {id(slot) for _, slot in decoder.slots()}
+    slots = {path: slot for path, slot in slots.items() if id(slot) in left}
     outlines = {
         path: {
-            part: {leaf: _outline(stored, place) for leaf, stored in leaves.items()} for part, leaves in parts.items()
+            part: {leaf: _outline(stored, place) for leaf, stored in leaves.items()}
+            for part, leaves in filling[path].items()
         }
-        for path, parts in filling.items()
+        for path in slots
     }
-    return _fill(decoder, outlines, place)
+    return _fill(decoder, slots, outlines, place)
 
 
 def _find(files: ModelFiles, place: Place, load_format: str, seed: int) -> tuple[Decoder, Filling]:
@@ -89,8 +94,7 @@ def _find(files: ModelFiles, place: Place, load_format: str, seed: int) -> tuple
     return decoder, _match(slots, decoder.tied, open_files(files), names, files.path)
 
 
-def _fill(decoder: Decoder, filling: Filling, place: Place) -> Decoder:
-    slots = dict(decoder.slots())
+def _fill(decoder: Decoder, slots: Mapping[str, Slot], filling: Filling, place: Place) -> Decoder:
     with torch.inference_mode():
         if place.device.type == "meta":  # nothing is read, and torch's threads are left alone
             for path, slot in slots.items():

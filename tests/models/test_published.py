@@ -25,7 +25,8 @@ def test_sizes_and_names(model: str, tmp_path: Path) -> None:
     config = {**fields, "architectures": [name]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     files = modelfiles.locate(str(tmp_path), "dummy")
-    decoder = weights.outline(files, dtype=torch.bfloat16, max_model_len=1024, load_format="dummy")
+    weights.outline(files, dtype=torch.bfloat16, max_model_len=1024, load_format="dummy")
+    decoder = models.find(config).build(config)
     slots = {path: slot for path, slot in decoder.slots() if path not in decoder.tied}
     num = sum(
         torch.Size((axis.size, *dims)).numel()

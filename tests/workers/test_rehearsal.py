@@ -67,7 +67,7 @@ def test_kernels_are_compiled_side_by_side_loaded_and_counted(absent_gpu):
         block_copy(cache, pairs)
         block_copy(cache.half(), pairs)
         block_copy(cache.half(), pairs)
-    assert counter.num == 2
+    assert counter.names == ["_block_copy"] * 2
     assert len(triton.runtime.driver.active.loaded) == 2, "the first launch would do it"
 
 
@@ -80,7 +80,7 @@ def rehearsed(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> set[str]
         names.add(function.__name__)
 
     monkeypatch.setattr(triton.runtime.JITFunction, "run", only_note)
-    monkeypatch.setattr(CudaKernel, "cubin", lambda kernel, constants: names.add(kernel.name))
+    monkeypatch.setattr(CudaKernel, "load", lambda kernel, constants: names.add(kernel.name))
     with torch.inference_mode(), compilation.ahead():
         rehearse(config)
     return names
@@ -129,10 +129,6 @@ def test_an_outline_asks_for_the_tunings_of_its_shapes(checkpoint: Path, absent_
 def test_a_gguf_file_can_be_outlined(absent_gpu, monkeypatch: pytest.MonkeyPatch):
     config = worker_config(modelfiles.locate("smollm2-135m").path, dtype="float16", max_num_seqs=2)
     assert "_sample" in rehearsed(config, monkeypatch)
-
-
-def test_a_mark_is_of_one_configuration(absent_gpu):
-    assert compilation.mark("a") == compilation.mark("a") != compilation.mark("b")
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 64])

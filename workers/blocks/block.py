@@ -7,7 +7,9 @@ holds no weights, so one `Layer` may stand for thirty. `Decoder` copies template
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
+
+from torch import Tensor
 
 from cableway.kernels.kv_cache import NO_SCALES, KVScales
 from cableway.workers.batch import StateSpec
@@ -60,6 +62,21 @@ class Block:
         """Called once all weights are loaded."""
         for _, child in self.children():
             child.prepare(place)
+
+
+def are_alike(one: Any, other: Any) -> bool:
+    """Whether two templates, or what they consist of, are the same but for being two."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Block):
+        return are_alike(vars(one), vars(other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(are_alike(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(are_alike, one, other))
+    return not isinstance(one, Tensor) and one == other
 
 
 class Slot(Block):

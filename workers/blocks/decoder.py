@@ -1,5 +1,6 @@
 """The model around the layers."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cableway.workers.batch import Batch, Source, StateSpec
-from cableway.workers.blocks.block import Block, Slot
+from cableway.workers.blocks.block import Block, Slot, are_alike
 from cableway.workers.blocks.encoder import CrossAttention, Encoder
 from cableway.workers.blocks.layers import DetourLayer, Layer, Norm, add
 from cableway.workers.blocks.linear import Embedding, Linear, Vector
@@ -47,6 +48,7 @@ class Decoder(Block):
         self.encoder = encoder
         self.has_encoder = encoder is not None
         self.layers = [layer.copy() for layer in layers]
+        self._kinds = [next(i for i, other in enumerate(layers) if are_alike(layer, other)) for layer in layers]
         self.norm_out = norm_out and norm_out.copy()
         self.project_out = Linear(narrow, hidden) if narrow != hidden else None
         self.head = Linear(vocab, narrow, bias=head_bias)
@@ -76,6 +78,18 @@ class Decoder(Block):
         self._scales = [mixer.scales() for mixer in self._mixers]
         divisors = self.rope_divisors.weight if self._ropes else None
         self._tables = {rope: rope.table(place.max_model_len, divisors).to(place.device) for rope in self._ropes}
+
+    def abridge(self) -> None:
+        """Keep two layers of each kind, and the last: steps launch the same kernels, each less often.
+
+        For outlines, before they are filled. The state is that of all layers.
+        """
+        before, wanted = Counter[int](), []
+        for layer, kind in zip(self.layers, self._kinds, strict=True):
+            if before[kind] < 2 or layer is self.layers[-1]:
+                wanted.append(layer)
+            before[kind] += 1
+        self.layers = wanted
 
     def state_groups(self) -> list[StateSpec]:
         """Mixers by the state they keep; the order is that of a batch's block tables."""
