@@ -2,6 +2,7 @@
 
 import os
 import signal
+import json
 import subprocess
 import sys
 import time
@@ -149,7 +150,10 @@ def test_plans_are_carried_out_across_the_lives_of_the_core(worker, core, oracle
         second.send(Shutdown())
         second.expect(PeerDown)
     assert worker.wait(TIMEOUT_S) == EXIT_STOPPED
-    assert worker.stderr.read().count("worker_ready") == 1, "the weights were loaded again"
+    (line,) = (line for line in worker.stderr if "worker_ready" in line)  # or the weights were loaded again
+    account = json.loads(line)
+    phases = [account[f"{phase}_s"] for phase in ("imports", "weights", "memory", "warm_up")]
+    assert account["load_s"] == pytest.approx(sum(phases), abs=0.01) and min(phases) >= 0
 
 
 def test_a_refused_worker_says_why_and_ends(worker, core):
