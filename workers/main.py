@@ -264,8 +264,9 @@ def main(argv: Sequence[str]) -> int:
     logger = log.setup("worker", arguments.rank, level=config.log.level, as_json=config.log.as_json)
     if config.device == "cuda":
         head_start.begin(with_memory=not arguments.standby)
-    from cableway.kernels import compilation  # torch takes a second to import: the lifeline beats meanwhile
-    from cableway.workers.runner import build
+    with garbage.lasting():
+        from cableway.kernels import compilation  # torch takes a second to import: the lifeline beats meanwhile
+        from cableway.workers.runner import build
 
     account.note("imports_s")
     loads_beforehand = arguments.standby == "loaded" and config.device == "cpu"  # no GPU has room for two
