@@ -65,7 +65,7 @@ def test_it_is_for_what_keeps_processors_busy(processors, num_tokens, num_rows, 
 def test_all_that_some_number_of_tokens_may_need_is_compiled_ahead(processors, monkeypatch, gated):
     """Steps are rehearsed for few numbers of tokens."""
     rehearsed, needed = set(), set()
-    kernel = hopper_matmul._KERNEL.cubin
+    kernel = hopper_matmul._KERNEL.load
     monkeypatch.setattr(
         hopper_matmul.compilation,
         "in_background",
