@@ -97,8 +97,12 @@ class AttentionPlan:
             self._decode_works[key] = decode_work.launch(self.query_start, self.seq_lens, **options)
         return self._decode_works[key]
 
+    def has_level_work(self, **options) -> bool:
+        """Whether a layer has asked for it before: to the first one it comes from the kernel right before."""
+        return tuple(options.items()) in self._level_works
+
     def level_work(self, **options) -> level_work.LevelWork:
-        """What the programs of hopper_latent.py work from, see level_work.py; made by the first layer that asks."""
+        """What programs with equal shares of keys work from, see level_work.py; made by the first layer that asks."""
         key = tuple(options.items())
         if key not in self._level_works:
             self._level_works[key] = level_work.launch(self.query_start, self.seq_lens, **options)

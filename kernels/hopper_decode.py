@@ -9,10 +9,12 @@ part in float32, and the one that arrives last puts them together.
 Bound: bytes (keys and values of every sequence).
 
 PERF (H200, 32 query heads and 8 KV heads of 128, bf16; in brackets paged_decode.py in the same run), us a launch in a
-graph whose caches do not fit the L2 cache: 2 x 600 8.5 (14.9), 8 x 600 11.4 (15.6), 16 x 600 16.3 (14.7), 24 x 600
-18.2 (24.8), 64 x 600 39.8 (49.1), 128 x 600 79.8 (86.0), 256 x 600 156.6 (158.4), 256 x 1,100 279 (274), 4 x 32,000
-135 (153); lengths as in mixed256 at step 50 162.7 (167.7), 400 166.7 (168.7), 800 73.6 (79.2), 950 37.0 (48.7). All
-eight heads in one program, or two, or one, and tiles of 16 keys take 1 to 10 % longer.
+graph whose caches do not fit the L2 cache: 2 x 600 8.8 (15.1), 8 x 600 11.5 (15.7), 16 x 600 16.2 (14.6), 24 x 600
+18.1 (25.2), 64 x 600 39.4 (49.3), 128 x 600 79.8 (86.0), 256 x 600 156.4 (158.1), 256 x 1,100 281 (275), 4 x 32,000
+135 (156); lengths as in mixed256 at step 50 168 (170), 400 169 (170), 600 132 (136), 800 73.8 (79.0), 950 37.3 (49.1).
+Behind rope_and_write, as in a step: 2 x 600 10.1 (16.4), 16 x 600 17.9 (16.1), 24 x 600 22.0 (24.1), 64 x 600 41.8
+(50.1), 256 x 600 158.5 (159.6); with 16 query heads 158.5 (155.6). All eight heads in one program, or two, or one, and
+tiles of 16 keys: 1 to 10 % slower.
 """
 
 from __future__ import annotations
@@ -71,9 +73,9 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, *, tun
     stages = min(_RING_BYTES // programs // stage_bytes, _MOST_STAGES)
     num_bundles = num_kv_heads // heads
     num_shares = max(programs * num_processors() // num_bundles, 1)
-    num_works = len(plan._level_works)
-    work = plan.level_work(num_shares=num_shares, tile=keys, least_tiles=_LEAST_TILES, window=scores.window)
-    is_first = len(plan._level_works) > num_works  # the work was made by the kernel before
+    options = {"num_shares": num_shares, "tile": keys, "least_tiles": _LEAST_TILES, "window": scores.window}
+    is_first = not plan.has_level_work(**options)
+    work = plan.level_work(**options)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_parts = len(work.items) * num_heads
     parts = torch.empty(num_parts * (head_dim + 2), dtype=torch.float32, device=q.device)
