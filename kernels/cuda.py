@@ -101,30 +101,30 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def tensor_map(matrix: torch.Tensor, box: tuple[int, ...]) -> bytes:
-    """How Hopper's copies of boxes see a tensor in half precision, whose last dimension is contiguous.
+    """How Hopper's copies of boxes see a tensor of floats, whose last dimension is contiguous.
 
     In shared memory a box's rows lie one after another, 64 or 128 bytes each, whose parts of 16 bytes are swapped so
     that those of several rows lie in different banks. What lies outside the tensor is zeros, or not written. Other
     dimensions may be strided, by multiples of 16 bytes.
     """
-    strides = tuple(stride * 2 for stride in matrix.stride()[:-1])
-    return _tensor_map(matrix.data_ptr(), tuple(matrix.shape), strides, box, matrix.dtype == torch.bfloat16)
+    strides = tuple(stride * matrix.element_size() for stride in matrix.stride()[:-1])
+    return _tensor_map(matrix.data_ptr(), tuple(matrix.shape), strides, box, matrix.dtype)
 
 
 @lru_cache(4096)
 def _tensor_map(
-    start: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], is_bf16: bool
+    start: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], dtype: torch.dtype
 ) -> bytes:
     from cuda.bindings import driver as cu
 
-    kinds, swizzles = cu.CUtensorMapDataType, cu.CUtensorMapSwizzle
+    swizzles, is_wide = cu.CUtensorMapSwizzle, box[-1] * dtype.itemsize == 128
     made = _checked(
         cu.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bf16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            getattr(cu.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{str(dtype)[6:].upper()}"),
             len(shape), start, [*map(cu.cuuint64_t, reversed(shape))], [*map(cu.cuuint64_t, reversed(strides))],
             [*map(cu.cuuint32_t, reversed(box))], [cu.cuuint32_t(1)] * len(shape),
             cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if box[-1] == 64 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if is_wide else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
             cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

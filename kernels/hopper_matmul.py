@@ -1,4 +1,4 @@
-"""few_rows for many tokens, on Hopper's tensor cores: hopper_matmul.cu. The contract is few_rows.py's, without `out`.
+"""few_rows for many tokens, on Hopper's tensor cores: hopper_matmul.cu. That contract, with `out` only where it `adds`.
 
 The matrix's rows lie on the side of a product that has 64 of them, tokens on the other, up to 256. Where gated, 8 rows
 of a half and the same 8 of the other lie in turns, so that a thread has both numbers that are multiplied. A program
@@ -8,9 +8,9 @@ PERF, H200, us, in brackets the library's (gated with silu_mul): 8,192 tokens 51
 (201), 1024 x 3072 70 (72), gated 3072 x 1024 156 (185); 2,048 tokens 6144 x 4096 143 (148), 4096 x 4096 94 (99), 4096 x
 14336 310 (317), gated 14336 x 4096 657 (696), of 256 and 128 tokens 99.6 and 66.7 (105.2, 70.6). Slower: one warpgroup
 behind the other, so that its products overlap with that one's results (0 to 1 %); clusters of 4, which never are at
-work on all processors (twice as long); three stages, and results in one turn (4 to 10 %); bands of 4 or 16 tiles in
-place of 8 (3 to 8 %). Up to 256 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens are bound by
-what a processor takes in (90 KB a us), parts of `num_in` by clusters of 4.
+work on all processors (twice as long); three stages and results in one turn, or bands of 4 or 16 tiles (1 to 8 %). Up
+to 256 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens are bound by what a processor takes in
+(90 KB a us), parts of `num_in` by clusters of 4.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _KERNEL = CudaKernel("hopper_matmul")
 _NUM_THREADS = 384
 _CLUSTER, _ROWS, _DEPTH = 2, 128, 64
 _TILES = (128, 192, 256)  # of tokens
+_ADDED_TOKENS = 32  # that leave at once
 _ACROSS = 8  # tiles of tokens for some rows before the next rows
 _MANY, _LEAST_IN = 1024, 1024
 _LEAST_USE = {True: 0.7, False: 0.92}  # of what processors multiply meanwhile, where gated or not
@@ -43,18 +44,18 @@ def fits(x: Tensor, weight: Tensor, *, gated: bool) -> bool:
     if len(x) < _MANY and not gated:
         return False
     # What is compiled ahead has to do for all numbers of tokens.
-    return _use(len(x), len(weight)) >= _LEAST_USE[gated] or (x.is_meta and len(x) >= _MANY)
+    return _use(len(x), len(weight), gated) >= _LEAST_USE[gated] or (x.is_meta and len(x) >= _MANY)
 
 
-def _use(num_tokens: int, num_rows: int) -> float:
+def _use(num_tokens: int, num_rows: int, gated: bool) -> float:
     """The part of all products that are of tokens and rows which there are; tiles come in rounds."""
-    tile, at_once = _tile(num_tokens), num_processors() // _CLUSTER
+    tile, at_once = _tile(num_tokens, gated), num_processors() // _CLUSTER
     rounds = triton.cdiv(_num_tiles(num_tokens, num_rows, tile), at_once)
     return num_tokens * num_rows / (rounds * at_once * tile * _ROWS * _CLUSTER)
 
 
-def _tile(num_tokens: int) -> int:
-    return next((tile for tile in _TILES if tile >= num_tokens), _TILES[-1])
+def _tile(num_tokens: int, gated: bool) -> int:
+    return next((tile for tile in _TILES if tile >= num_tokens and gated), _TILES[-1])
 
 
 def _num_tiles(num_tokens: int, num_rows: int, tile: int) -> int:
@@ -62,26 +63,27 @@ def _num_tiles(num_tokens: int, num_rows: int, tile: int) -> int:
     return triton.cdiv(num_rows, _ROWS * _CLUSTER) * triton.cdiv(num_tokens, tile)
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor:
+def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, onto: Tensor | None = None) -> Tensor:
     (num_tokens, num_in), halves = x.shape, 1 + gated
     num_out = len(weight) // halves
-    y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device)
+    y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if onto is None else onto
+    adds = onto is not None
     if x.is_meta:
         for tile in _TILES if gated else _TILES[-1:]:
-            compilation.in_background(_KERNEL.load, _constants(tile, x, bias, gated))
+            compilation.in_background(_KERNEL.load, _constants(tile, x, bias, gated, adds))
         return y
-    tile = _tile(num_tokens)
+    tile = _tile(num_tokens, gated)
     rows = weight.view(halves, -1, 8, num_in).transpose(0, 1)
     arguments = struct.pack(
         "128s128s128sP4i40x",
         tensor_map(rows, (_ROWS // 8 // halves, halves, 8, _DEPTH)),
         tensor_map(x, (tile // _CLUSTER, _DEPTH)),
-        tensor_map(y, (tile * halves // 2, 64 // halves)),
+        tensor_map(y, (_ADDED_TOKENS, 32) if adds else (tile * halves // 2, 64 // halves)),
         address(bias), num_in, num_out, num_tokens, _ACROSS,
     )  # fmt: skip
     num_tiles = _num_tiles(num_tokens, len(weight), tile)
     _KERNEL(
-        _constants(tile, x, bias, gated),
+        _constants(tile, x, bias, gated, adds),
         arguments,
         num_programs=min(num_tiles, num_processors() // _CLUSTER) * _CLUSTER,
         num_threads=_NUM_THREADS,
@@ -92,10 +94,11 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Te
     return y
 
 
-def _constants(tile: int, x: Tensor, bias: Tensor | None, gated: bool) -> Constants:
+def _constants(tile: int, x: Tensor, bias: Tensor | None, gated: bool, adds: bool) -> Constants:
     return (
         ("T_NAME", '"bf16"' if x.dtype == torch.bfloat16 else '"f16"'),
-        ("TOKENS", tile), ("STAGES", _num_stages(tile)), ("GATED", int(gated)), ("HAS_BIAS", int(bias is not None)),
+        ("TOKENS", tile), ("STAGES", _num_stages(tile)), ("GATED", int(gated)),
+        ("HAS_BIAS", int(bias is not None)), ("ADDS", int(adds)),
     )  # fmt: skip
 
 

@@ -14,21 +14,36 @@ CASES = [
     {"num_tokens": 5000, "num_out": 4096, "num_in": 1024, "gated": True, "strided": True},  # several tiles a program
     {"num_tokens": 5000, "num_out": 5120, "num_in": 1024, "biased": True},
 ]
+ADDED = [case for case in CASES if not case.get("gated")]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_tokens_equal_the_reference(case: dict, dtype: torch.dtype):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
     torch.manual_seed(0)
     made = few_rows.make(**case, dtype=dtype, device="cuda")
-    del made.kwargs["out"], made.kwargs["invariant"]
     expected = few_rows.ref(*made.args, **made.kwargs)
-    first = hopper_matmul.launch(*made.args, **made.kwargs)
+    options = {"gated": made.kwargs["gated"]}
+    first = hopper_matmul.launch(*made.args, **options)
     torch.testing.assert_close(first, expected, atol=2e-2, rtol=1.6e-2)
-    assert torch.equal(first, hopper_matmul.launch(*made.args, **made.kwargs))
+    assert torch.equal(first, hopper_matmul.launch(*made.args, **options))
+
+
+@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("case", ADDED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_added_unrounded(case: dict, dtype: torch.dtype):
+    torch.manual_seed(0)
+    x, weight, bias = few_rows.make(**case, dtype=dtype, device="cuda").args
+    stream = torch.randn(len(x), len(weight), device="cuda")
+    added = hopper_matmul.launch(x, weight, bias, gated=False, onto=stream.clone())
+    expected = stream + x.float() @ weight.float().T + (0.0 if bias is None else bias.float())
+    torch.testing.assert_close(added, expected, atol=1e-4, rtol=1e-5)
 
 
 def of(num_tokens: int, num_rows: int, num_in: int, device: str = "cpu") -> Call:
@@ -78,5 +93,5 @@ def test_all_that_some_number_of_tokens_may_need_is_compiled_ahead(processors, m
     for num_tokens in range(1, 8192, 37):
         x, weight = of(num_tokens, 6144, 4096).args
         if hopper_matmul.fits(x, weight, gated=gated):
-            needed.add((True, hopper_matmul._constants(hopper_matmul._tile(num_tokens), x, None, gated)))
+            needed.add((True, hopper_matmul._constants(hopper_matmul._tile(num_tokens, gated), x, None, gated, False)))
     assert rehearsed >= needed > set()

@@ -11,7 +11,7 @@ from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.activation import activation
 from cableway.kernels.silu_mul import silu_mul
 from cableway.workers.blocks.block import Block
-from cableway.workers.blocks.linear import Linear, Vector
+from cableway.workers.blocks.linear import Later, Linear, Vector
 from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis
 
@@ -124,10 +124,10 @@ class MLP(Block):
             options["act"] = Activation(c.hidden_act)
         return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, **options})
 
-    def __call__(self, x: Tensor | Sum) -> Tensor:
+    def __call__(self, x: Tensor | Sum) -> Tensor | Later:
         """x [T, E] -> [T, E]"""
         y = self.gate_up.gated(x) if self._is_silu else self.act.gate(self.gate_up(x))
-        return self.down(y if self.norm is None else self.norm(y))
+        return self.down.later(y if self.norm is None else self.norm(y))
 
 
 class SparseMLP(MLP):
