@@ -1,10 +1,15 @@
 """Fixtures for all tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.server import Server, serve
+
+# Threads of OpenMP that wait for each other spin. Beside other jobs of `make test` that is most of what they do: what
+# takes 10 s with threads that sleep took 82 s, 38 of them of a CPU. Read when torch is loaded, here and in servers.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

@@ -90,8 +90,10 @@ def test_a_death_is_a_pause(own: LLM, victims: list[str]) -> None:
     assert [r.outputs[0].text for r in results] == [r.outputs[0].text for r in undisturbed]
 
 
-def test_an_interrupt_stops_what_runs(own: LLM) -> None:
+def test_an_interrupt_stops_what_runs(own: LLM, request: pytest.FixtureRequest) -> None:
     """Ctrl-C ends `generate`, and the engine is free for the next call."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     long = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
