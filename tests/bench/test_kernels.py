@@ -15,18 +15,18 @@ def run(*flags: str):
 
 
 def test_a_json_line_for_every_case_of_the_chosen_kernels():
-    ran = run("--json", "--kernel", "paged_attention", "--kernel", "count_tokens")
+    ran = run("--json", "--kernel", "index_scores", "--kernel", "silu_mul")
     assert ran.exit_code == 0, ran.output
     lines = [json.loads(line) for line in ran.output.splitlines()]
-    chosen = {kernel.name: kernel for kernel in kernels() if kernel.name in ("paged_attention", "count_tokens")}
-    cases = [(name, case) for name in ("paged_attention", "count_tokens") for case in chosen[name].bench_cases]
+    chosen = {kernel.name: kernel for kernel in kernels() if kernel.name in ("index_scores", "silu_mul")}
+    cases = [(name, case) for name in ("index_scores", "silu_mul") for case in chosen[name].bench_cases]
     assert [line["kernel"] for line in lines] == [name for name, _ in cases]
     assert len({line["case"] for line in lines}) == len(cases)
     for line, (name, case) in zip(lines, cases, strict=True):
         made = chosen[name].make(**case)
         assert line["gb_s"] == pytest.approx(chosen[name].num_bytes(made) / line["us"] / 1e3)
         assert line["copy_frac"] == pytest.approx(line["gb_s"] / line["copy_gb_s"])
-        if name == "paged_attention":
+        if name == "index_scores":
             assert line["tflop_s"] == pytest.approx(chosen[name].num_flops(made) / line["us"] / 1e6)
         else:
             assert line["tflop_s"] is None
