@@ -1,4 +1,4 @@
-"""One thread, as other tests want the other core; the device; and a mend of Triton's interpreter."""
+"""One thread, as other tests want the other core; the device; and mends of Triton's interpreter."""
 
 from collections.abc import Iterator
 
@@ -54,3 +54,24 @@ if laws.INTERPRETED:
             return torch.tensor(values).to(kinds[to_dtype]).view(torch.uint8).numpy()
 
         monkeypatch.setattr(interpreter, "_convert_float", converted)
+
+    @pytest.fixture(autouse=True)
+    def language_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Triton 3.9's interpreter looks through the whole language again whenever a kernel calls a function."""
+        from triton.runtime import interpreter
+
+        replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+        done: set[int] = set()  # modules, by their names' address, whose language this launch has replaced
+
+        def replaced_once(function):
+            if id(function.__globals__) in done:
+                return interpreter._LangPatchScope()
+            done.add(id(function.__globals__))
+            return replace(function)
+
+        def launched(executor, *args, **kwargs):
+            done.clear()  # at its end a launch puts back what it replaced
+            return launch(executor, *args, **kwargs)
+
+        monkeypatch.setattr(interpreter, "_patch_lang", replaced_once)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
