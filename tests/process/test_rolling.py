@@ -23,7 +23,8 @@ pytestmark = pytest.mark.timeout(300)
 
 MODEL = "smollm2-135m"
 NUM_TOKENS = 24
-SMALL = ("--max-model-len", "512", "--num-kv-blocks", "300", "--batch-invariant", "--dtype", "float32")
+ONE_THREAD = ("--num-threads", "1")  # under load for as long as processes take to start, which want the other core
+SMALL = ("--max-model-len", "512", "--num-kv-blocks", "300", "--batch-invariant", "--dtype", "float32", *ONE_THREAD)
 
 
 def cableway(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -220,7 +221,7 @@ def status_of(server: Server, path: str, key: str = "") -> int:
 
 def test_a_drain_under_load_finishes_some_and_fails_the_rest_at_its_deadline() -> None:
     """New requests get 503 and Retry-After, /health says draining, short streams end, endless ones get an error."""
-    with start(MODEL, "--port", "0", "--drain-timeout-s", "6", "--max-model-len", "2048") as server:
+    with start(MODEL, "--port", "0", "--drain-timeout-s", "6", "--max-model-len", "2048", *ONE_THREAD) as server:
         server.wait_ready()
         ends: dict[str, list[Any]] = {"short": [], "long": []}
         running = threading.Barrier(5)
@@ -282,7 +283,7 @@ def get(server: Server, path: str) -> tuple[int, str, bytes]:
 
 
 def test_a_stopped_frontend_blocks_nobody_and_is_replaced() -> None:
-    with serve("--frontends", "2", "--heartbeat-timeout-s", "2") as server:
+    with serve("--frontends", "2", "--heartbeat-timeout-s", "2", *ONE_THREAD) as server:
         victims = {process.pid for process in server.processes("frontend")}
         with Load(server, 6) as load:
             time.sleep(1)
