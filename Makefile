@@ -18,20 +18,25 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: serve test test-computing test-serving test-slow chaos check bench tune clean
+.PHONY: serve test test-computing test-interpreted test-serving test-slow chaos check bench tune clean
 
 # exec: the server is make's own child, so that SIGTERM and Ctrl-C reach it with nothing in between.
 serve: .venv/serve
 	@exec $(BIN)/cableway serve $(MODEL) --port $(PORT) $(ARGS)
 
-# Two halves side by side: one computes, the other mostly waits for processes.
+# Three parts side by side, about as long as each other: kernels in Triton's interpreter, all else that computes, and what
+# often waits for processes.
 test: .venv/dev
-	$(if $(ARGS),$(BIN)/pytest $(ARGS),@$(MAKE) --jobs=2 --output-sync=target test-computing test-serving)
+	$(if $(ARGS),$(BIN)/pytest $(ARGS),@$(MAKE) --jobs=3 --output-sync=target test-computing test-serving test-interpreted)
 
 COMPUTING := tests/kernels tests/models tests/workers
+INTERPRETED := tests/kernels/test_triton.py::test_triton_forms_in_the_interpreter
+
+test-interpreted: .venv/dev
+	$(BIN)/pytest $(INTERPRETED)
 
 test-computing: .venv/dev
-	$(BIN)/pytest $(COMPUTING)
+	$(BIN)/pytest $(COMPUTING) --deselect=$(INTERPRETED)
 
 test-serving: .venv/dev
 	$(BIN)/pytest $(COMPUTING:%=--ignore=%)
