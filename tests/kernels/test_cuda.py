@@ -1,7 +1,7 @@
 """Kernels in CUDA C++ without a GPU: every way in which they can be compiled."""
 
 import math
-from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +19,10 @@ from cableway.kernels import (
 )
 from cableway.kernels.attention_plan import make
 from cableway.kernels.cuda import CudaKernel
-from tests.kernels import machine_code
+from tests.kernels import laws, machine_code
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(laws.INTERPRETED, reason="nothing here is interpreted: the other session compiles it")
 OPTIONS = [
     {},
     {"window": 100},
@@ -30,8 +31,19 @@ OPTIONS = [
 ]
 
 
+def kinds(options: list[dict[str, Any]]) -> list[Any]:
+    """bfloat16 with each of these options; float16, which is another type of the same code, with the last of them, and
+    with the others in test-slow."""
+    *others, last = ((torch.float16, some) for some in options)
+    return [
+        *((torch.bfloat16, some) for some in options),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in others),
+        last,
+    ]
+
+
 @pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (6, 2, 80), (20, 1, 192), (4, 4, 256)])
-@pytest.mark.parametrize(("dtype", "options"), [*product((torch.bfloat16, torch.float16), OPTIONS)])
+@pytest.mark.parametrize(("dtype", "options"), kinds(OPTIONS))
 def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
     found = []
 
@@ -51,7 +63,7 @@ def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (6, 2, 80), (2, 1, 192), (4, 4, 256)])
-@pytest.mark.parametrize(("dtype", "options"), [*product((torch.bfloat16, torch.float16), OPTIONS)])
+@pytest.mark.parametrize(("dtype", "options"), kinds(OPTIONS))
 def test_decode_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
     found = []
 
@@ -68,9 +80,7 @@ def test_decode_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (32, 4, 128), (16, 1, 192), (12, 12, 128)])
-@pytest.mark.parametrize(
-    ("dtype", "options"), [*product((torch.bfloat16, torch.float16), [*OPTIONS[:3], {"window": 9, "block_size": 64}])]
-)
+@pytest.mark.parametrize(("dtype", "options"), kinds([*OPTIONS[:3], {"window": 9, "block_size": 64}]))
 def test_decode_of_many_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
     found = []
 
