@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
+from cableway.kernels.ordered import ordered
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 
 SCORES = ("softmax", "sigmoid")
@@ -104,13 +105,15 @@ def _choose_experts(
     choice = tl.where(is_expert[None, :], choice, float("-inf"))
     if KEPT > 0:
         choice = _only_groups(choice, NUM_GROUPS, GROUPS, KEPT, BEST)
-    slot = tl.arange(0, SLOTS)[None, :]
+    rank, slot = ordered(choice), tl.arange(0, SLOTS)[None, :]
     weights, experts = tl.zeros((TOKENS, SLOTS), tl.float32), tl.zeros((TOKENS, SLOTS), tl.int32)
     for k in tl.static_range(TOP_K):
-        is_at = column[None, :] == tl.argmax(choice, 1)[:, None]
+        first = tl.min(tl.where(rank == tl.max(rank, 1)[:, None], column[None, :], GROUPS * SIZE), 1)
+        is_at = column[None, :] == first[:, None]
         weights = tl.where(slot == k, tl.sum(tl.where(is_at, scores, 0.0), 1)[:, None], weights)
-        experts = tl.where(slot == k, tl.sum(tl.where(is_at, expert[None, :], 0), 1)[:, None], experts)
-        choice = tl.where(is_at, float("-inf"), choice)
+        chosen = first // SIZE * (NUM_EXPERTS // NUM_GROUPS) + first % SIZE
+        experts = tl.where(slot == k, chosen[:, None], experts)
+        rank = tl.where(is_at, -0x80000000, rank)
     if HAS_RENORM:
         weights = weights / (tl.sum(weights, 1)[:, None] + renorm)
     place = token[:, None] * TOP_K + slot

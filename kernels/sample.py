@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, loops, overlapping, tl, triton
+from cableway.kernels.ordered import ordered
 from cableway.kernels.philox import gumbels, gumbels_triton
 from cableway.kernels.registry import are_contiguous, call, check, grid, kernel, nbytes
 
@@ -76,13 +77,6 @@ def _of_rows(rows: Tensor, fractions: Tensor, integers: Tensor, seeds: Tensor) -
 
 
 @jit
-def _ordered(x):
-    """int32 keys in the order of float32 values."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-
-
-@jit
 def _above(row_ptr, vocab, temperature, top, key, BLOCK: tl.constexpr):
     """How many x have a key of at least `key`, and the sum of their exp(x - top)."""
     count = tl.zeros((BLOCK,), tl.int32)
@@ -90,7 +84,7 @@ def _above(row_ptr, vocab, temperature, top, key, BLOCK: tl.constexpr):
     for first in range(0, vocab, BLOCK):
         token = first + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
-        above = (_ordered(x) >= key) & (token < vocab)
+        above = (ordered(x) >= key) & (token < vocab)
         count += above.to(tl.int32)
         mass += tl.where(above, tl.exp(x - top), 0.0)
     return tl.sum(count, 0), tl.sum(mass, 0)
@@ -109,7 +103,7 @@ def _threshold(row_ptr, vocab, temperature, top, k, p, BLOCK: tl.constexpr):
             if search == 1:
                 _, total = _above(row_ptr, vocab, temperature, top, key, BLOCK)
             low = tl.where(search == 0, lowest, key)
-            high = _ordered(top).to(tl.int64) + 1
+            high = ordered(top).to(tl.int64) + 1
             while high - low > 1:
                 middle = (low + high) >> 1
                 count, mass = _above(row_ptr, vocab, temperature, top, middle, BLOCK)
@@ -162,7 +156,7 @@ def _best_group(
     for first in range(begin, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
-        kept = (_ordered(x) >= key) & (x >= least) & (token < vocab)
+        kept = (ordered(x) >= key) & (x >= least) & (token < vocab)
         mass = tl.sum(tl.reshape(tl.where(kept, tl.exp(x - top), 0.0), (BLOCK // GROUP, GROUP)), 1)
         score = tl.log(mass) + gumbels_triton(seed, choice, position, 0, first // GROUP, BLOCK // GROUP)
         score_here = tl.max(score, 0)
@@ -178,7 +172,7 @@ def _draw_token(
 ):  # fmt: skip
     token = group * GROUP + tl.arange(0, GROUP)
     x = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")) / temperature
-    kept = (_ordered(x) >= key) & (x >= least) & (token < vocab)
+    kept = (ordered(x) >= key) & (x >= least) & (token < vocab)
     score = x + gumbels_triton(seed, choice, position, 1, group * GROUP, GROUP)
     return group * GROUP + tl.argmax(tl.where(kept, score, float("-inf")), 0)
 
