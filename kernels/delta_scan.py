@@ -117,10 +117,11 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Ten
 
 def make(
     spans, heads: tuple[int, int, int], key_dim: int, dtype: torch.dtype = torch.float32, block_size: int = 8,
-    by_key: bool = False, kept_as: torch.dtype = torch.float32, device: str = "cpu",
+    by_key: bool = False, kept_as: torch.dtype = torch.float32, padding: int = 3, device: str = "cpu",
 ) -> Call:  # fmt: skip
     """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_k_heads, head_dim. Keys are much alike,
     as those of real prompts are; v is a view of a convolution. `by_key`: each number of a key decays by itself.
+    `padding` numbers are between rows of states.
     """
     num_heads, num_k_heads, head_dim = heads
     plan, num_rows = make_plan(spans, block_size, device)
@@ -134,7 +135,7 @@ def make(
         v.unflatten(1, (num_heads, head_dim)),
         -torch.rand(num_tokens, num_heads, *((key_dim,) if by_key else ()), device=device),
         torch.rand(num_tokens, num_heads, device=device),
-        torch.randn(num_rows, state_len + 3, device=device).to(kept_as)[:, :state_len],
+        torch.randn(num_rows, state_len + padding, device=device).to(kept_as)[:, :state_len],
         plan,
     )
 
@@ -151,7 +152,7 @@ def make(
         *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), block_size=(16, 24)),
         *grid(spans=(LONG,), heads=((2, 1, 96),), key_dim=(80,), block_size=(32,)),
         *grid(spans=(LONG,), heads=((1, 1, 16),), key_dim=(136,), block_size=(32,)),
-        *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), block_size=(64,), **NARROW),
+        *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), block_size=(64,), padding=(0,), **NARROW),
     ],
     bench_cases=grid(
         spans=(((1, 100),) * 64, ((2048, 2048),)),
@@ -160,6 +161,7 @@ def make(
         dtype=(torch.bfloat16,),
         block_size=(256,),
         kept_as=(torch.float32, torch.bfloat16),
+        padding=(0,),
     ),
     num_bytes=lambda c: 2 * nbytes(c.args[5][0]) * c.args[6].num_seqs + 2 * nbytes(c.args[2]),
     updates=(5,),

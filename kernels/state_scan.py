@@ -119,10 +119,10 @@ def launch(
 
 def make(
     spans, heads: tuple[int, int, int], state: int, decays: int, dtype: torch.dtype = torch.float32,
-    block_size: int = 8, kept_as: torch.dtype = torch.float32, device: str = "cpu",
+    block_size: int = 8, kept_as: torch.dtype = torch.float32, padding: int = 3, device: str = "cpu",
 ) -> Call:  # fmt: skip
     """`spans`: (new tokens, length) of each sequence. `heads`: num_heads, num_groups, head_dim. x, b and c are views of
-    one convolution.
+    one convolution; `padding` numbers are between rows of states.
     """
     num_heads, num_groups, head_dim = heads
     plan, num_rows = make_plan(spans, block_size, device)
@@ -136,7 +136,7 @@ def make(
         b.unflatten(1, (num_groups, state)),
         c.unflatten(1, (num_groups, state)) * state**-0.5,
         torch.randn(num_heads, device=device),
-        torch.randn(num_rows, state_len + 3, device=device).to(kept_as)[:, :state_len],
+        torch.randn(num_rows, state_len + padding, device=device).to(kept_as)[:, :state_len],
         plan,
     )
 
@@ -159,7 +159,7 @@ FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
         *grid(spans=(MIXED, LONG), heads=((40, 4, 1),), state=(16,), decays=(16,)),
         *grid(spans=(MIXED,), heads=((6, 2, 20),), state=(10,), decays=(10,)),
         *grid(spans=(MIXED,), heads=((24, 1, 1),), state=(16,), decays=(16,), **NARROW),
-        *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), block_size=(64,), **NARROW),
+        *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), block_size=(64,), padding=(0,), **NARROW),
     ],
     bench_cases=[
         *grid(
@@ -169,8 +169,9 @@ FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
             dtype=(torch.bfloat16,),
             block_size=(256,),
             kept_as=(torch.float32, torch.bfloat16),
+            padding=(0,),
         ),
-        *grid(spans=(FEW, MANY), **MAMBA, decays=(16,), dtype=(torch.bfloat16,), block_size=(256,)),
+        *grid(spans=(FEW, MANY), **MAMBA, decays=(16,), dtype=(torch.bfloat16,), block_size=(256,), padding=(0,)),
     ],
     num_bytes=lambda c: 2 * nbytes(c.args[6][0]) * c.args[7].num_seqs + 2 * nbytes(c.args[0]),
     updates=(6,),

@@ -108,6 +108,16 @@ def assert_compiles(kernel: Kernel, cases: list[Case], monkeypatch: pytest.Monke
                     assert shared_bytes <= MOST_SHARED_BYTES[capability], (case, capability)
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+@pytest.mark.parametrize(("kept_as", "num_loads"), [(torch.float32, 8), (torch.bfloat16, 4)])
+def test_states_are_read_16_bytes_at_a_time(kept_as: torch.dtype, num_loads: int, monkeypatch: pytest.MonkeyPatch):
+    """A thread's 32 numbers of a head, where rows lie as an engine lays them."""
+    case = {"spans": ((1, 100),), "heads": (4, 1, 64), "state": 128, "decays": 1, "dtype": torch.bfloat16}
+    scan = next(kernel for kernel in kernels() if kernel.name == "state_scan")
+    found = compiled(scan, [case | {"kept_as": kept_as, "padding": 0}], HOPPER, monkeypatch)
+    assert machine_code.disassembled(found[0][0]).count("LDG.E.128") == num_loads
+
+
 def test_a_register_that_nothing_wrote_is_seen():
     lines = [
         "UMOV UR4, 0x400",
