@@ -130,6 +130,7 @@ def test_a_register_that_nothing_wrote_is_seen():
     assert machine_code.unwritten_in(code) == {13: "UIADD3 UR6, UP0, UR13, 0x20, URZ"}
 
 
+@pytest.mark.timeout(400)  # for all generations, with nothing on disk, beside others
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 @pytest.mark.parametrize("kernel", kernels(), ids=laws.label)
 def test_bench_cases_compile(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
@@ -137,7 +138,7 @@ def test_bench_cases_compile(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 @pytest.mark.parametrize("kernel", kernels(), ids=laws.label)
 def test_cases_compile(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
