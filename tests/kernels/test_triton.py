@@ -114,7 +114,7 @@ def test_states_are_read_16_bytes_at_a_time(kept_as: torch.dtype, num_loads: int
     """A thread's 32 numbers of a head, where rows lie as an engine lays them."""
     case = {"spans": ((1, 100),), "heads": (4, 1, 64), "state": 128, "decays": 1, "dtype": torch.bfloat16}
     scan = next(kernel for kernel in kernels() if kernel.name == "state_scan")
-    found = compiled(scan, [case | {"kept_as": kept_as, "padding": 0}], HOPPER, monkeypatch)
+    found = compiled(scan, laws.make(scan, case | {"kept_as": kept_as, "padding": 0}, "cpu"), HOPPER, monkeypatch)
     assert machine_code.disassembled(found[0][0]).count("LDG.E.128") == num_loads
 
 
