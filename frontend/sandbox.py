@@ -59,7 +59,8 @@ class Budget:
         self._weights: dict[int, tuple[int, Any]] = {}  # by id; the value is kept, so that its id stays its own
         given_weight = self.weigh(given)
         self._max_weight = self._left = _BASE_UNITS + _UNITS_PER_UNIT * given_weight
-        self._deadline_s = time.monotonic() + _BASE_TIME_S + _TIME_PER_UNIT_S * given_weight
+        # Of this thread: a template is not to be refused because others compute, too.
+        self._deadline_s = time.thread_time() + _BASE_TIME_S + _TIME_PER_UNIT_S * given_weight
 
     def allow(self, num_units: int) -> None:
         """Refuse a step that would make more than what is left, before it does."""
@@ -70,7 +71,7 @@ class Budget:
         self._left -= num_units + _STEP_UNITS
         if self._left < 0:
             raise TemplateLimitError("the chat template makes more text than it may")
-        if time.monotonic() > self._deadline_s:
+        if time.thread_time() > self._deadline_s:
             raise TemplateLimitError("the chat template takes too long")
 
     def keep(self, value: Any) -> Any:

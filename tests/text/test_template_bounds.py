@@ -94,10 +94,10 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_in_time(name: str) -> None:
     template = ChatTemplate({"default": BOMBS[name]}, {}, "test")
-    started_s = time.perf_counter()
+    started_s = time.thread_time()
     with pytest.raises(RequestError, match="chat template") as caught:
         template.render([{"role": "user", "content": "x"}])
-    assert time.perf_counter() - started_s < 5.0  # 1 s is allowed, and this machine may be busy
+    assert time.thread_time() - started_s < 5.0  # 1 s is allowed, and the longest step comes on top
     assert caught.value.status == 400
     assert "\n" not in caught.value.message
 
