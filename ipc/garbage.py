@@ -1,5 +1,6 @@
 """How Python's cyclic garbage collector is set in the processes that have something to do for every token."""
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else nanobind, with which Triton is made, tells of everything at the end
     gc.set_threshold(_YOUNG_OBJECTS)
 
 
