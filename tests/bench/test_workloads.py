@@ -72,6 +72,17 @@ def test_shape_of_a_recurrent_model(tmp_path):
     assert found[2:5] == (0, 0, 3 * (3 * channels + 4 * 4 * 6))
 
 
+def test_shape_of_a_hybrid(tmp_path):
+    """Keys are kept by the layers that attend alone, states by the others."""
+    attending = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "full_attention_interval": 2}
+    heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    dims = {"linear_value_head_dim": 6, "linear_key_head_dim": 5, "linear_conv_kernel_dim": 4}
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 16, **attending, **heads, **dims}
+    found = shape_of(tmp_path, architectures=["Qwen3NextForCausalLM"], **sizes)
+    channels = 2 * 2 * 5 + 4 * 6
+    assert found[2:5] == (2 * 2 * 8, 2 * 2 * 8, 2 * (3 * channels + 4 * 6 * 5))
+
+
 def test_of_experts_those_count_that_a_token_chooses(tmp_path):
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
     experts = {"num_experts": 6, "moe_intermediate_size": 5, "intermediate_size": 5}
