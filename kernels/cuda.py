@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from cableway.kernels import compilation
 from cableway.kernels.lang import gpu_capability, triton
 
 Constants = tuple[tuple[str, int | str], ...]
+_opening = Lock()
 
 
 class CudaKernel:
@@ -84,6 +86,8 @@ def _compiled(source: str, headers: dict[str, str], name: str, options: list[str
         from cupy.cuda import nvrtc
     except ModuleNotFoundError:
         raise RuntimeError(f"{name} has to be compiled by cupy: pip install 'cableway[cuda13]', or [cuda12]") from None
+    with _opening:
+        nvrtc.getVersion()  # finds and opens the library: a second thread would use it before its parts are there
     texts, names = ([part.encode() for part in parts] for parts in (headers.values(), headers))
     program = nvrtc.createProgram(source, name, texts, names)
     try:
