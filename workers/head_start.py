@@ -8,22 +8,29 @@ import ctypes
 import threading
 
 
-def begin(*, with_memory: bool) -> None:
+def begin(*, rank: int, with_memory: bool) -> None:
     """Do it in threads of its own.
 
     Args:
+        rank: which worker this is; each has a GPU, in the order in which the process sees them.
         with_memory: whether the GPU's memory may be touched: a context takes half a gigabyte of it.
     """
-    for work in (lambda: _wake_driver(with_memory), _know_compiler):
+    for work in (lambda: _wake_driver(rank, with_memory), _know_compiler):
         threading.Thread(target=work, name="head start", daemon=True).start()
 
 
-def _wake_driver(with_memory: bool) -> None:
-    """Start the driver, and make the context of the first GPU, which torch then finds."""
+def _wake_driver(rank: int, with_memory: bool) -> None:
+    """Start the driver, and make the context of the rank's GPU, which torch then finds.
+
+    A process that was shown its own GPU alone sees one, whatever its rank.
+    """
     with contextlib.suppress(OSError):
-        driver = ctypes.CDLL("libcuda.so.1")
-        if driver.cuInit(0) == 0 and with_memory:
-            driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
+        driver, num_gpus, gpu = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+        if driver.cuInit(0) or not with_memory:
+            return
+        driver.cuDeviceGetCount(ctypes.byref(num_gpus))
+        if num_gpus.value and driver.cuDeviceGet(ctypes.byref(gpu), rank % num_gpus.value) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), gpu)
 
 
 def _know_compiler() -> None:

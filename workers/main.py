@@ -263,7 +263,7 @@ def main(argv: Sequence[str]) -> int:
     lifeline = Lifeline(arguments.lifeline_fd, config.patience)
     logger = log.setup("worker", arguments.rank, level=config.log.level, as_json=config.log.as_json)
     if config.device == "cuda":
-        head_start.begin(with_memory=not arguments.standby)
+        head_start.begin(rank=arguments.rank, with_memory=not arguments.standby)
     with garbage.postponed():
         from cableway.kernels import compilation  # torch takes a second to import: the lifeline beats meanwhile
         from cableway.workers.runner import build
