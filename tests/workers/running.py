@@ -1,11 +1,12 @@
 """Runners on tiny checkpoints, and what transformers says of the same."""
 
+from __future__ import annotations
+
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from cableway.bench.driver import Driver
 from cableway.ipc.config import LogConfig, WorkerConfig
@@ -13,6 +14,9 @@ from cableway.ipc.messages import Sampling
 from cableway.workers import runner
 from cableway.workers.batch import Decoder
 from cableway.workers.runner import Runner
+
+if TYPE_CHECKING:
+    import transformers
 
 BLOCK_SIZE = 8
 GREEDY = Sampling(temperature=0.0)

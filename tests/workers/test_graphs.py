@@ -1,5 +1,6 @@
 """Steps by graphs are those without. On a CPU a graph is played by the function that it was captured from."""
 
+import json
 from collections.abc import Callable
 
 import msgspec
@@ -14,7 +15,7 @@ from cableway.workers import graphs
 from cableway.workers.batch import Decoder
 from cableway.workers.rows import Chunks
 from cableway.workers.runner import Runner, build
-from tests.workers.running import drive, prompt_of
+from tests.workers.running import drive, load, prompt_of, worker_config
 
 NUM_TOKENS = 20
 SAMPLINGS = [
@@ -27,6 +28,24 @@ SAMPLINGS = [
     Sampling(temperature=0, bad_words=[ints([token_id]) for token_id in range(0, 300, 2)]),
     Sampling(temperature=0, allowed_token_ids=ints(range(0, 300, 7))),
 ]
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "eos_token_id": 257,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
+    """Any weights will do, so that this runs on machines without transformers."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return worker_config(folder, load_format="dummy")
+
+
+@pytest.fixture(scope="module")
+def decoder(config: WorkerConfig) -> Decoder:
+    return load(config)
 
 
 class PlayedGraph:
