@@ -10,13 +10,12 @@ import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import msgspec
-
 from cableway.enginecore import runs
+from cableway.enginecore.admission import Admission
+from cableway.enginecore.clients import Clients
 from cableway.enginecore.kv.groups import Encoder, Group
 from cableway.enginecore.kv.manager import KVManager, Match
 from cableway.enginecore.limits import SHUTTING_DOWN, Limits, Refusal, length_refusal, refusal
-from cableway.enginecore.outbox import Outbox
 from cableway.enginecore.request import Family, Request, State
 from cableway.enginecore.step import Step, new_row
 from cableway.enginecore.trials import QUARANTINED, Trials
@@ -58,19 +57,17 @@ class Scheduler:
         self.trials = Trials()
         self.running: list[Request] = []  # in order
         self.refuses_new = False  # told to drain
-        self.wants_turn = False  # frontends have to be told something before more can be planned
         self.num_steps = self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = 0
         self._limits = limits
         self._epoch = self._workers_epoch = epoch
         self._next_number = 0
         self._arrivals = itertools.count()
-        self._live: dict[bytes, dict[int, Request]] = {}  # frontend -> key -> request
-        self._outboxes: dict[bytes, Outbox] = {}
+        self._live = Clients()
+        self._admission = Admission(self.waiting, self.trials)
         self._in_flight = runs.InFlight()
         self._draining: list[Request] = []  # preempted or finished, but in a step in flight
         self._free_rows: list[int] = []
         self._freed_rows: list[int] = []  # to be told to the workers
-        self._blocked: tuple[Request | None, int] = None, 0  # who could not be admitted, for want of how many blocks
 
     @property
     def num_in_flight(self) -> int:
@@ -84,15 +81,19 @@ class Scheduler:
     @property
     def num_live(self) -> int:
         """Requests that have not ended."""
-        return sum(map(len, self._live.values()))
+        return self._live.num_live
+
+    @property
+    def wants_turn(self) -> bool:
+        """Whether frontends have to be told something before more can be planned."""
+        return self.trials.wants_turn
 
     # -----------------------------------------------------------------------------------------------------------------
     # Requests come and go
 
     def submit(self, frontend: bytes, generate: Generate, now_s: float) -> list[int]:
         """Queue a request's choices, or fail them. Returns the keys ignored because a live choice has them already."""
-        live = self._live.setdefault(frontend, {})
-        outbox = self._outboxes.setdefault(frontend, Outbox())
+        live, outbox = self._live.of(frontend)
         duplicates = [choice.key for choice in generate.choices if choice.key in live]
         choices = {choice.key: choice for choice in generate.choices if choice.key not in live}
         declined = SHUTTING_DOWN if self.refuses_new else refusal(generate, self._limits, self.waiting, self.max_len)
@@ -124,8 +125,7 @@ class Scheduler:
     def drop(self, frontend: bytes) -> None:
         """The frontend is gone, and all that it asked for."""
         self.abort(frontend, list(self._live.get(frontend, ())))
-        self._live.pop(frontend, None)
-        self._outboxes.pop(frontend, None)
+        self._live.forget(frontend)
 
     def fail_all(self, why: Refusal) -> None:
         for live in list(self._live.values()):
@@ -134,7 +134,7 @@ class Scheduler:
 
     def take_messages(self) -> list[tuple[bytes, Tokens | Failed | IfLost]]:
         """What is to be sent, and to which frontend."""
-        return [(frontend, message) for frontend, box in self._outboxes.items() for message in box.take(self._epoch)]
+        return self._live.take_messages(self._epoch)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Workers come and go
@@ -185,7 +185,7 @@ class Scheduler:
         self.kv = None
         self.running, self._draining, self._freed_rows = [], [], []
         self._in_flight.clear()
-        self._blocked = None, 0
+        self._admission.forget()
         return convicted
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class Scheduler:
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, in flight from now on; None when there is nothing to compute before a commit or a submit."""
-        self.wants_turn = False
+        self.trials.wants_turn = False
         if self.kv is None:
             return None
         self.trials.judge()  # whoever stood trial may have left since the last commit, and its row with it
@@ -201,7 +201,7 @@ class Scheduler:
             return self._plan_trial(self.kv, now_s)
         step = Step(self._next_number, self._limits.max_num_batched_tokens, self._num_steps(self.kv))
         num_preemptions = self.num_preemptions
-        behind = self._plan_decodes(step)
+        behind = step.add_decodes(self.running, self._reserve)
         if behind or self.waiting.num_requests:
             self._plan_prompts(step, self.kv, behind, num_preemptions, now_s)
         return self._launch(step, self.kv) if step.requests or self._in_flight.has_run_to_cut else None
@@ -238,7 +238,6 @@ class Scheduler:
         step = Step(self._next_number, self._limits.max_num_batched_tokens)
         count = min(len(request.tokens) - num_computed, step.budget)
         if self.trials.announces(request, (num_computed, num_computed + count), now_s, alone=True):
-            self.wants_turn = True
             return None
         if match:
             self.trials.begin(request)
@@ -260,33 +259,6 @@ class Scheduler:
         self.num_preemptions += 1
         self._vacate(request)
 
-    def _plan_decodes(self, step: Step) -> list[Request]:
-        """Begin the step, or run, with the requests that have one token to compute and draw the next; returns those
-        that have more to compute, or nothing to draw.
-
-        PERF: 0.2 µs a row, most of which only have their `num_planned` counted up.
-        """
-        behind = []
-        rows, budget, num_steps = step.requests, step.budget, step.num_steps
-        for request in self.running:  # whom `_reserve` preempts is always the last of these
-            planned = request.num_planned + num_steps
-            if planned > request.decodes_until:
-                if planned > request.compute_limit:
-                    continue  # its last token is being drawn
-                if request.num_left > 1 or request.only_scores:
-                    behind.append(request)
-                    continue
-                if planned > request.num_slots and not self._reserve(step, request, planned):
-                    continue
-                request.decodes_until = min(request.num_slots, request.compute_limit)
-            request.num_planned = planned
-            rows.append(request)
-            budget -= 1
-            if not budget:
-                break
-        step.count_decodes()
-        return behind
-
     def _plan_prompts(
         self, step: Step, kv: KVManager, behind: list[Request], num_preemptions: int, now_s: float
     ) -> None:
@@ -297,18 +269,11 @@ class Scheduler:
         long = [request for request in behind if request.num_left > self._limits.max_num_batched_tokens]
         set_aside = step.budget // 2 if long else 0
         step.budget -= set_aside
-        self._plan_chunks(step, [request for request in behind if request not in long])
+        step.add_chunks([request for request in behind if request not in long], self._reserve)
         if num_preemptions == self.num_preemptions:
             self._admit(step, kv, sum(map(kv.num_owed, behind)), now_s)
         step.budget += set_aside
-        self._plan_chunks(step, long)
-
-    def _plan_chunks(self, step: Step, behind: list[Request]) -> None:
-        """Spend the budget on prompts that are computed in part."""
-        for request in behind:
-            count = min(request.num_left, step.budget)
-            if count and request.state is State.RUNNING and self._reserve(step, request, request.num_planned + count):
-                step.add(request, count)
+        step.add_chunks(long, self._reserve)
 
     def _reserve(self, step: Step, request: Request, num_tokens: int) -> bool:
         """Get blocks for the row that is added next, if need be from requests that come later in the order."""
@@ -322,50 +287,12 @@ class Scheduler:
         return True
 
     def _admit(self, step: Step, kv: KVManager, num_owed: int, now_s: float) -> None:
-        """Let in who waits, strictly in order: one that finds no room is not overtaken, so that it gets its turn.
-
-        `num_owed` blocks are for the prompts that are computed in part already.
-        """
-        held = []
-        while step.budget and self._free_rows and (request := self.waiting.first()):
-            others = len(self.running) + len(self._draining)
-            available = kv.num_available - num_owed - others  # each of the others can grow by a block
-            if request is self._blocked[0] and self._blocked[1] > available:
-                break  # PERF: spares a look-up of its whole prompt in every step
-            match = self._beginning(kv, request)
-            if match is None or (request.standing.deaths and self._announces(request, match, step.budget, now_s)):
-                held.append(self.waiting.pop())
-                continue
-            if self.wants_turn:
-                break  # those before it enter when their frontends have heard
-            num_blocks = kv.num_new_blocks(match, request)
-            if num_blocks > available:
-                self._blocked = request, num_blocks
-                break
-            if kv.num_to_encode(match, request) >= step.budget:
-                break  # a source is not cut: it waits for a step that has room for all of it
-            self._enter(step, kv, self.waiting.pop(), match, now_s)
-            num_owed += kv.num_owed(request)
-        for request in held:
-            self.waiting.push(request)
-
-    def _announces(self, request: Request, match: Match, budget: int, now_s: float) -> bool:
-        """Whether it has to wait a moment, because it was hit before and its frontend hears of the next time first."""
-        span = match.num_tokens, min(match.num_tokens + budget, len(request.tokens))
-        is_told_now = self.trials.announces(request, span, now_s)
-        self.wants_turn |= is_told_now
-        return is_told_now
-
-    def _beginning(self, kv: KVManager, request: Request) -> Match | None:
-        """The blocks a request begins with; None while its leader computes the prompt that they share."""
-        leader = request.family.leader if request.family else None
-        if leader and leader.state is State.RUNNING:
-            num_shared = request.num_prompt - 1  # each computes the prompt's last token itself, and draws its own first
-            if leader.num_computed < num_shared:
-                return None
-            if (fork := kv.fork(leader, num_shared)) and not request.num_output:
-                return fork
-        return kv.lookup(request)
+        """Let in who waits; `num_owed` blocks are for the prompts that are computed in part already."""
+        num_rows, num_others = len(self._free_rows), len(self.running) + len(self._draining)
+        for request, match in self._admission.entering(
+            step, kv, num_rows=num_rows, num_others=num_others, num_owed=num_owed, now_s=now_s
+        ):
+            self._enter(step, kv, request, match, now_s)
 
     def _enter(self, step: Step, kv: KVManager, request: Request, match: Match, now_s: float) -> None:
         kv.adopt(request, match)
@@ -408,9 +335,10 @@ class Scheduler:
         step = self._in_flight[0]
         if len(result.token_ids) != 4 * sum(step.samples):
             raise BadResult(f"{len(result.token_ids)} bytes of token ids for {sum(step.samples)} rows")
+        assert self.kv is not None
         if result.logprobs or result.failed:
-            self._take_extras(step, result)
-        self._take_tokens(step, unpack_ints(result.token_ids).tolist())
+            step.take_extras(result, self._fail)
+        step.take_tokens(unpack_ints(result.token_ids).tolist(), self.kv, self._finish_if_ended)
         self._in_flight.done()
         self.num_steps += 1
         self._vacate_drained()
@@ -429,38 +357,6 @@ class Scheduler:
             draining, self._draining = self._draining, []
             for request in draining:
                 self._vacate(request)
-
-    def _take_extras(self, step: Step, result: StepResult) -> None:
-        """Log-probabilities and failures, which name rows and positions; frontends know keys and indices."""
-        by_row = {request.row: request for request in step.requests if request.state is not State.FINISHED}
-        for logprobs in result.logprobs:
-            if request := by_row.get(logprobs.key):
-                first_index = logprobs.first_index - (0 if logprobs.prompt else request.num_prompt)
-                chunk = msgspec.structs.replace(logprobs, key=request.key, first_index=first_index)
-                request.outbox.logprobs.append(chunk)
-        for failed in result.failed:
-            if request := by_row.get(failed.key):
-                self._fail(request, Refusal(failed.status, failed.code, failed.text))
-
-    def _take_tokens(self, step: Step, drawn: list[int]) -> None:
-        """PERF: 0.3 µs a row; to look up a member of an enumeration costs 0.2."""
-        kv, token_ids, finished = self.kv, iter(drawn), State.FINISHED
-        assert kv is not None
-        for request, count, samples in zip(step.requests, step.counts, step.samples, strict=True):
-            token_id = next(token_ids) if samples else -1
-            request.num_computed = computed = request.num_computed + count
-            if request.state is finished:
-                continue
-            if computed >= request.next_border:
-                kv.commit(request)
-            if samples:
-                tokens = request.tokens
-                request.outbox.drawn += request.key, len(tokens) - request.num_prompt, token_id
-                tokens.append(token_id)
-                if token_id in request.stop_ids or len(tokens) >= request.max_len:
-                    self._finish_if_ended(request)
-            elif request.only_scores:
-                self._finish_if_ended(request)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Ends

@@ -24,6 +24,7 @@ class Trials:
     def __init__(self) -> None:
         self.waiting = WaitingQueue()
         self.current: Request | None = None
+        self.wants_turn = False  # a frontend has to be told something before more can be planned
         self._goal = 0  # tokens that the one that runs alone has to have computed
         self._well_since_s: float | None = None
 
@@ -48,7 +49,9 @@ class Trials:
         if standing != request.announced:
             self._tell(request, standing)
             request.announced_s = now_s
-        return now_s - request.announced_s < HEARD_S
+        is_told_now = now_s - request.announced_s < HEARD_S
+        self.wants_turn |= is_told_now
+        return is_told_now
 
     def judge(self) -> None:
         """After a commit, and before a plan: whoever drew its tokens, or ended, has stood its trial."""
