@@ -5,6 +5,10 @@
 // multiply 64 rows each with all of them; one thread brings both operands through a ring of stages. Programs of a cluster
 // take neighbouring rows, and bring a share of the tokens each, for all of them. Results turn from rows to tokens on their
 // way to shared memory, from where they leave as boxes while the next tile is multiplied.
+//
+// Where tiles do not fill their rounds, the first of them, more than one a cluster, are shared out evenly along num_in:
+// each cluster takes as many steps, of a tile and the next ("stream-K", Osama et al. 2023). Who has a tile's first steps
+// adds what the cluster after it has summed of the rest.
 
 #include "hopper.cuh"
 
@@ -14,15 +18,18 @@ constexpr int CLUSTER = 2, SHARE = TOKENS / CLUSTER;
 constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS, COLUMNS = OUT_ROWS / 2;  // results of a tile, of a warpgroup
 constexpr int NUM_RESULTS = TOKENS / 4 / (1 + GATED);  // of a thread, two in each
 constexpr int TURNS = GATED ? 1 : 2, OUT_TOKENS = TOKENS / TURNS, OUT_BYTES = OUT_TOKENS * COLUMNS * 2;  // that leave at once
-constexpr int ADDED_TOKENS = 32, ADDED_BYTES = ADDED_TOKENS * COLUMNS * 4;  // of sums that leave at once: half of OUT_BYTES
+constexpr int ADDED_TOKENS = TOKENS / 8, ADDED_BYTES = ADDED_TOKENS * COLUMNS * 4;  // of sums that leave at once: half of OUT_BYTES
 
 struct Arguments {
     // Tensor maps: of the matrix as [num_out / 8, halves, 8, num_in] in boxes of 128 rows, of tokens in boxes SHARE x 64, of
     // results in boxes OUT_TOKENS x COLUMNS.
     alignas(64) char matrix[128], tokens[128], out[128];
     const char* bias;
+    float4* parts;  // [programs, 2, TOKENS / 8, WARPGROUP]: sums of a tile's later steps
+    int* are_there;  // [programs, 2]: zeros, which are left as zeros
     int num_in, num_out, num_tokens;
     int across;  // tiles of tokens that are gone through for some rows of the matrix before the next rows
+    int num_shared;  // tiles that are shared out
 };
 
 struct Tile {
@@ -42,6 +49,30 @@ struct Tiles {
         const int width = min(across, num_token_tiles - band * across);
         return {(rest / width * CLUSTER + (int)blockIdx.x % CLUSTER) * OUT_ROWS,
                 (band * across + rest % width) * TOKENS};
+    }
+};
+
+struct Piece {
+    int tile, begin, end;  // steps
+};
+
+// What a cluster computes: its share, then whole tiles.
+struct Pieces {
+    const Arguments& a;
+    const int num_steps;
+    int at;  // step, counted through all tiles
+    __device__ __forceinline__ Pieces(const Arguments& a)
+        : a(a), num_steps((a.num_in + DEPTH - 1) / DEPTH), at(share(blockIdx.x / CLUSTER)) {}
+    __device__ __forceinline__ int share(int cluster) const {  // where that of a cluster begins
+        return cluster * a.num_shared * num_steps / (int)(gridDim.x / CLUSTER);
+    }
+    __device__ __forceinline__ bool next(Piece& piece, int num_tiles) {
+        const int cluster = blockIdx.x / CLUSTER, left = share(cluster + 1) - at;
+        if (left == 0) at = (a.num_shared + cluster) * num_steps;
+        piece = {at / num_steps, at % num_steps, num_steps};
+        if (left > 0) piece.end = min(num_steps, piece.begin + left);
+        at += left > 0 ? piece.end - piece.begin : (int)(gridDim.x / CLUSTER) * num_steps;
+        return piece.tile < num_tiles;
     }
 };
 
@@ -65,7 +96,7 @@ struct Ring {
     __device__ __forceinline__ u32 free_at(int n) const { return free + n % STAGES * 8; }
 };
 
-__device__ __forceinline__ void bring(const Arguments& a, const Ring& ring, const Tiles& tiles, int num_steps) {
+__device__ __forceinline__ void bring(const Arguments& a, const Ring& ring, const Tiles& tiles, Pieces pieces) {
     const int rank = blockIdx.x % CLUSTER;
     const auto rows = [&](int n, int step, Tile tile) {
         expect_bytes(ring.full_at(n), STAGE_BYTES);
@@ -75,21 +106,24 @@ __device__ __forceinline__ void bring(const Arguments& a, const Ring& ring, cons
         copy_tokens(ring.at(n) + MATRIX_BYTES + rank * SHARE * 128, a.tokens, step * DEPTH,
                     tile.first_token + rank * SHARE, ring.full_at(n));
     };
-    int n = 0, step = min(STAGES, num_steps);
+    Piece piece;
+    pieces.next(piece, tiles.num());
     // The first rows are on their way before the kernel that makes the tokens is done.
-    const Tile first = tiles.at(blockIdx.x / CLUSTER);
-    for (int i = 0; i < step; ++i) rows(i, i, first);
+    const Tile first = tiles.at(piece.tile);
+    const int early = min(STAGES, piece.end - piece.begin);
+    for (int i = 0; i < early; ++i) rows(i, piece.begin + i, first);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (; n < step; ++n) tokens(n, n, first);
-    for (int i = blockIdx.x / CLUSTER; i < tiles.num(); i += gridDim.x / CLUSTER) {
-        const Tile tile = tiles.at(i);
-        for (; step < num_steps; ++step, ++n) {
+    for (int i = 0; i < early; ++i) tokens(i, piece.begin + i, first);
+    piece.begin += early;
+    int n = early;
+    do {
+        const Tile tile = tiles.at(piece.tile);
+        for (int step = piece.begin; step < piece.end; ++step, ++n) {
             wait(ring.free_at(n), n / STAGES & 1 ^ 1);
             rows(n, step, tile);
             tokens(n, step, tile);
         }
-        step = 0;
-    }
+    } while (pieces.next(piece, tiles.num()));
 }
 
 // A stage is free when both warpgroups of all programs are done with it, as each writes to all.
@@ -114,6 +148,32 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TOKENS / 2], const R
     wait_products<0>();
     hold(sums);
     release(ring.free_at(n - 1), thread);
+}
+
+// Of a tile's later steps, for who has the first.
+__device__ __forceinline__ void leave(const Arguments& a, const float (&sums)[TOKENS / 2]) {
+    const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP, place = blockIdx.x * 2 + warpgroup;
+    float4* part = a.parts + (size_t)place * (TOKENS / 8) * WARPGROUP + thread;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; ++i)
+        __stcg(part + i * WARPGROUP, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+    sync_named(1 + warpgroup, WARPGROUP);
+    if (thread == 0) asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(a.are_there + place) : "memory");
+}
+
+__device__ __forceinline__ void add_rest(const Arguments& a, float (&sums)[TOKENS / 2]) {
+    const int warpgroup = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
+    const int place = (blockIdx.x + CLUSTER) * 2 + warpgroup;
+    for (int is_there = 0; !is_there;)
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(is_there) : "l"(a.are_there + place) : "memory");
+    sync_named(1 + warpgroup, WARPGROUP);
+    if (thread == 0) a.are_there[place] = 0;
+    const float4* part = a.parts + (size_t)place * (TOKENS / 8) * WARPGROUP + thread;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; ++i) {
+        const float4 more = __ldcg(part + i * WARPGROUP);
+        sums[4 * i] += more.x, sums[4 * i + 1] += more.y, sums[4 * i + 2] += more.z, sums[4 * i + 3] += more.w;
+    }
 }
 
 __device__ __forceinline__ float bias_at(const Arguments& a, int out) { return from_T(((const unsigned short*)a.bias)[out]); }
@@ -227,22 +287,27 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) hopper_matmul(con
     }
     meet_cluster();
     __syncthreads();
-    const int num_steps = (a.num_in + DEPTH - 1) / DEPTH;
+    Pieces pieces(a);
     const int warpgroup = __shfl_sync(~0u, (int)threadIdx.x / WARPGROUP, 0);
     if (warpgroup == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 2 * WARPGROUP) bring(a, ring, tiles, num_steps);
+        if (threadIdx.x == 2 * WARPGROUP) bring(a, ring, tiles, pieces);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         int n = 0;
-        for (int i = blockIdx.x / CLUSTER; i < tiles.num(); i += gridDim.x / CLUSTER) {
-            const Tile tile = tiles.at(i);
+        for (Piece piece; pieces.next(piece, tiles.num());) {
             float sums[TOKENS / 2];
-            u32 results[NUM_RESULTS];
-            multiply_tile(sums, ring, num_steps, n);
+            multiply_tile(sums, ring, piece.end - piece.begin, n);
+            if (piece.begin > 0) {
+                leave(a, sums);
+                continue;
+            }
+            if (piece.end < pieces.num_steps) add_rest(a, sums);
+            const Tile tile = tiles.at(piece.tile);
             if (ADDS) {
                 add_to_out(a, sums, out + warpgroup * OUT_BYTES, tile);
             } else {
+                u32 results[NUM_RESULTS];
                 finish(a, sums, results, tile.first_out);
                 send(a, results, out + warpgroup * OUT_BYTES, tile);
             }

@@ -16,6 +16,8 @@ to 256 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens a
 from __future__ import annotations
 
 import struct
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +29,12 @@ from cableway.kernels.lang import gpu_capability, num_processors, triton
 _KERNEL = CudaKernel("hopper_matmul")
 _NUM_THREADS = 384
 _CLUSTER, _ROWS, _DEPTH = 2, 128, 64
-_TILES = (128, 192, 256)  # of tokens
-_ADDED_TOKENS = 32  # that leave at once
+_TILES = {128: 0.82, 192: 0.92, 256: 1.0}  # of tokens, and how fast they are multiplied, as of the largest
 _ACROSS = 8  # tiles of tokens for some rows before the next rows
 _MANY, _LEAST_IN = 1024, 1024
-_LEAST_USE = {True: 0.7, False: 0.92}  # of what processors multiply meanwhile, where gated or not
 _SHARED_BYTES = 225 << 10
+_LEAST_USE = {True: 0.7, False: 0.92}  # of what processors multiply meanwhile, where gated or not
+_SHARING_STEPS = 11  # what sharing takes, in time of a step: sums are written, and read
 
 
 def fits(x: Tensor, weight: Tensor, *, gated: bool) -> bool:
@@ -44,23 +46,38 @@ def fits(x: Tensor, weight: Tensor, *, gated: bool) -> bool:
     if len(x) < _MANY and not gated:
         return False
     # What is compiled ahead has to do for all numbers of tokens.
-    return _use(len(x), len(weight), gated) >= _LEAST_USE[gated] or (x.is_meta and len(x) >= _MANY)
+    return _plan(len(x), *weight.shape, gated).use >= _LEAST_USE[gated] or (x.is_meta and len(x) >= _MANY)
 
 
-def _use(num_tokens: int, num_rows: int, gated: bool) -> float:
-    """The part of all products that are of tokens and rows which there are; tiles come in rounds."""
-    tile, at_once = _tile(num_tokens, gated), num_processors() // _CLUSTER
-    rounds = triton.cdiv(_num_tiles(num_tokens, num_rows, tile), at_once)
-    return num_tokens * num_rows / (rounds * at_once * tile * _ROWS * _CLUSTER)
+class Plan(NamedTuple):
+    """How products become tiles."""
+
+    tile: int  # tokens
+    num_shared: int  # tiles (of clusters) that are shared out along `num_in`
+    num_clusters: int
+    use: float  # the part of what processors multiply meanwhile that are products of tokens and rows which there are
 
 
-def _tile(num_tokens: int, gated: bool) -> int:
-    return next((tile for tile in _TILES if tile >= num_tokens and gated), _TILES[-1])
+@lru_cache(4096)
+def _plan(num_tokens: int, num_rows: int, num_in: int, gated: bool) -> Plan:
+    return max((_plan_of(tile, num_tokens, num_rows, num_in) for tile in _tiles(gated)), key=lambda plan: plan.use)
 
 
-def _num_tiles(num_tokens: int, num_rows: int, tile: int) -> int:
-    """Of clusters."""
-    return triton.cdiv(num_rows, _ROWS * _CLUSTER) * triton.cdiv(num_tokens, tile)
+def _tiles(gated: bool) -> tuple[int, ...]:
+    return tuple(_TILES)[0 if gated else -1 :]
+
+
+def _plan_of(tile: int, num_tokens: int, num_rows: int, num_in: int) -> Plan:
+    """Tiles come in rounds; those of the last two are shared out, unless that takes longer."""
+    at_once = num_processors() // _CLUSTER
+    num_tiles = triton.cdiv(num_rows, _ROWS * _CLUSTER) * triton.cdiv(num_tokens, tile)
+    num_steps = triton.cdiv(num_in, _DEPTH)
+    in_rounds = triton.cdiv(num_tiles, at_once) * num_steps
+    shared_out = num_tiles * num_steps / at_once + _SHARING_STEPS
+    ideal = _TILES[tile] * num_tokens * num_rows * num_in / (at_once * tile * _ROWS * _CLUSTER * _DEPTH)
+    if num_tiles < at_once or in_rounds <= shared_out:
+        return Plan(tile, 0, min(num_tiles, at_once), ideal / in_rounds)
+    return Plan(tile, at_once + num_tiles % at_once, at_once, ideal / shared_out)
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, onto: Tensor | None = None) -> Tensor:
@@ -69,29 +86,36 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, onto:
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if onto is None else onto
     adds = onto is not None
     if x.is_meta:
-        for tile in _TILES if gated else _TILES[-1:]:
+        for tile in _tiles(gated):
             compilation.in_background(_KERNEL.load, _constants(tile, x, bias, gated, adds))
         return y
-    tile = _tile(num_tokens, gated)
+    plan = _plan(num_tokens, *weight.shape, gated)
+    tile = plan.tile
     rows = weight.view(halves, -1, 8, num_in).transpose(0, 1)
     arguments = struct.pack(
-        "128s128s128sP4i40x",
+        "128s128s128s3P5i20x",
         tensor_map(rows, (_ROWS // 8 // halves, halves, 8, _DEPTH)),
         tensor_map(x, (tile // _CLUSTER, _DEPTH)),
-        tensor_map(y, (_ADDED_TOKENS, 32) if adds else (tile * halves // 2, 64 // halves)),
-        address(bias), num_in, num_out, num_tokens, _ACROSS,
+        tensor_map(y, (tile // 8, 32) if adds else (tile * halves // 2, 64 // halves)),
+        *map(address, (bias, *_parts(x.device))), num_in, num_out, num_tokens, _ACROSS, plan.num_shared,
     )  # fmt: skip
-    num_tiles = _num_tiles(num_tokens, len(weight), tile)
     _KERNEL(
         _constants(tile, x, bias, gated, adds),
         arguments,
-        num_programs=min(num_tiles, num_processors() // _CLUSTER) * _CLUSTER,
+        num_programs=plan.num_clusters * _CLUSTER,
         num_threads=_NUM_THREADS,
         shared_bytes=1024 + _out_bytes(tile) + _num_stages(tile) * _stage_bytes(tile),
         cluster=_CLUSTER,
         overlaps=True,
     )
     return y
+
+
+@cache
+def _parts(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of tiles: sums, and for each warpgroup whether it has left some: zeros, which each launch leaves as zeros."""
+    sums = torch.empty(num_processors(), _ROWS, max(_TILES), dtype=torch.float32, device=device)
+    return sums, torch.zeros(num_processors(), 2, dtype=torch.int32, device=device)
 
 
 def _constants(tile: int, x: Tensor, bias: Tensor | None, gated: bool, adds: bool) -> Constants:
