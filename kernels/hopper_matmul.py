@@ -5,12 +5,12 @@ of a half and the same 8 of the other lie in turns, so that a thread has both nu
 stays, and takes tile after tile. Bound: FLOPs.
 
 PERF, H200, us, in brackets the library's (gated with silu_mul): 8,192 tokens 5120 x 2048 234 (257), 2048 x 4096 190
-(201), 1024 x 3072 70 (72), gated 3072 x 1024 156 (185); 2,048 tokens 6144 x 4096 143 (148), 4096 x 4096 94 (99), 4096 x
-14336 310 (317), gated 14336 x 4096 657 (696), of 256 and 128 tokens 99.6 and 66.7 (105.2, 70.6). Slower: one warpgroup
-behind the other, so that its products overlap with that one's results (0 to 1 %); clusters of 4, which never are at
-work on all processors (twice as long); three stages and results in one turn, or bands of 4 or 16 tiles (1 to 8 %). Up
-to 256 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens are bound by what a processor takes in
-(90 KB a us), parts of `num_in` by clusters of 4.
+(201), 1024 x 3072 70 (72), gated 3072 x 1024 156 (185), gated 14336 x 4096 2,634 (2,787) and not shared out 2,665; of
+96, 128, 192, 256, 768 tokens 64, 64, 77, 93, 259 (66, 71, 84, 101, 287), not shared out 68, 67, 82, 99, 293. Slower:
+one warpgroup behind the other, so that its products overlap with that one's results (0 to 1 %); clusters of 4, which
+never are at work on all processors (twice as long); three stages and results in one turn, or bands of 4 or 16 tiles (1
+to 8 %). Up to 2,048 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens are bound by what a processor
+takes in (90 KB a us), parts of `num_in` take 8 us to be put together (4096 x 14336, 256 tokens 54, library 49).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TILES = {128: 0.82, 192: 0.92, 256: 1.0}  # of tokens, and how fast they are mu
 _ACROSS = 8  # tiles of tokens for some rows before the next rows
 _MANY, _LEAST_IN = 1024, 1024
 _SHARED_BYTES = 225 << 10
-_LEAST_USE = {True: 0.7, False: 0.92}  # of what processors multiply meanwhile, where gated or not
+_LEAST_USE, _LEAST_USE_GATED, _LEAST_USE_GATED_FEW, _FEW = 0.92, 0.78, 0.55, 256  # as the library's, and its gate's
 _SHARING_STEPS = 11  # what sharing takes, in time of a step: sums are written, and read
 
 
@@ -45,8 +45,9 @@ def fits(x: Tensor, weight: Tensor, *, gated: bool) -> bool:
         return False
     if len(x) < _MANY and not gated:
         return False
+    least_use = _LEAST_USE if not gated else _LEAST_USE_GATED if len(x) > _FEW else _LEAST_USE_GATED_FEW
     # What is compiled ahead has to do for all numbers of tokens.
-    return _plan(len(x), *weight.shape, gated).use >= _LEAST_USE[gated] or (x.is_meta and len(x) >= _MANY)
+    return _plan(len(x), *weight.shape, gated).use >= least_use or (x.is_meta and len(x) >= _MANY)
 
 
 class Plan(NamedTuple):

@@ -13,6 +13,10 @@ CASES = [
     {"num_tokens": 190, "num_out": 1032, "num_in": 72, "gated": True},  # fewer steps than stages
     {"num_tokens": 5000, "num_out": 4096, "num_in": 1024, "gated": True, "strided": True},  # several tiles a program
     {"num_tokens": 5000, "num_out": 5120, "num_in": 1024, "biased": True},
+    {"num_tokens": 250, "num_out": 14336, "num_in": 4096, "gated": True, "biased": True},  # shared out, all
+    {"num_tokens": 180, "num_out": 14336, "num_in": 4096, "gated": True},
+    {"num_tokens": 120, "num_out": 14336, "num_in": 4096, "gated": True},
+    {"num_tokens": 1030, "num_out": 6152, "num_in": 4096, "biased": True},  # the first of them shared out
 ]
 ADDED = [case for case in CASES if not case.get("gated")]
 
@@ -55,6 +59,7 @@ def of(num_tokens: int, num_rows: int, num_in: int, device: str = "cpu") -> Call
 def processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_matmul, "gpu_capability", lambda: 90)
     monkeypatch.setattr(hopper_matmul, "num_processors", lambda: 132)
+    monkeypatch.setattr(hopper_matmul, "_plan", hopper_matmul._plan.__wrapped__)  # kept for 132 processors alone
 
 
 @pytest.mark.parametrize(
@@ -62,12 +67,13 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (8192, 4096, 4096, False, True),
         (1024, 4096, 4096, False, True),
-        (1024, 6144, 4096, False, False),  # 96 pairs of tiles where 66 are at once
+        (1024, 6144, 4096, False, False),  # 96 pairs of tiles where 66 are at once: shared out, but 11 steps more
         (256, 4096, 14336, False, False),
         (256, 28672, 4096, True, True),
         (192, 28672, 4096, True, True),
-        (140, 28672, 4096, True, False),  # of a tile of 192
-        (256, 6144, 1024, True, False),
+        (80, 28672, 4096, True, False),
+        (320, 28672, 4096, True, False),  # of two tiles of 192
+        (256, 6144, 1024, True, True),
         (8192, 6144, 64, True, False),
         (8192, 6152, 1028, False, False),  # rows begin anywhere
     ],
@@ -93,5 +99,6 @@ def test_all_that_some_number_of_tokens_may_need_is_compiled_ahead(processors, m
     for num_tokens in range(1, 8192, 37):
         x, weight = of(num_tokens, 6144, 4096).args
         if hopper_matmul.fits(x, weight, gated=gated):
-            needed.add((True, hopper_matmul._constants(hopper_matmul._tile(num_tokens, gated), x, None, gated, False)))
+            tile = hopper_matmul._plan(num_tokens, 6144, 4096, gated).tile
+            needed.add((True, hopper_matmul._constants(tile, x, None, gated, False)))
     assert rehearsed >= needed > set()
