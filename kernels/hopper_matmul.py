@@ -9,8 +9,9 @@ PERF, H200, us, in brackets the library's (gated with silu_mul): 8,192 tokens 51
 96, 128, 192, 256, 768 tokens 64, 64, 77, 93, 259 (66, 71, 84, 101, 287), not shared out 68, 67, 82, 99, 293. Slower:
 one warpgroup behind the other, so that its products overlap with that one's results (0 to 1 %); clusters of 4, which
 never are at work on all processors (twice as long); three stages and results in one turn, or bands of 4 or 16 tiles (1
-to 8 %). Up to 2,048 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens are bound by what a processor
-takes in (90 KB a us), parts of `num_in` take 8 us to be put together (4096 x 14336, 256 tokens 54, library 49).
+to 8 %). Up to 2,048 tokens, not gated, nothing beats the library: tiles of 64 or 128 tokens are bound by what a
+processor takes in (90 KB a us), parts of `num_in` take 8 us to be put together (4096 x 14336, 256 tokens 54, library
+49).
 """
 
 from __future__ import annotations
