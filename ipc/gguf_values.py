@@ -123,8 +123,8 @@ def layer_types(file: File) -> list[str] | None:
 
 
 def by_layer(key: str, change: Callable[[Any], Any] = lambda value: value) -> Value:
-    """A number of each layer."""
-    return lambda file: [change(value) for value in file[key]]
+    """A number of each layer, where there is one."""
+    return lambda file: None if file[key] is None else [change(value) for value in file[key]]
 
 
 def kinds(tensors: Mapping[str, str]) -> Value:

@@ -16,12 +16,12 @@ from cableway.workers.models.config import read
 from tests.checkpoints import save
 from tests.models.assembled import REWRITTEN
 from tests.models.converter.families import CONVERSIONS, Conversion
-from tests.models.converter.metadata import ATTENTION, Config, always
+from tests.models.converter.metadata import ATTENTION, INDEXER_TYPES, LLM, Config, always
 from tests.models.converter.tensors import PERMUTED, Tensors, experts_stacked, renamed
 from tests.models.converter.writing import convert, in_blocks, rounded
 from tests.models.harness import load, logits_of
 from tests.models.test_parallel import on_ranks
-from tests.models.test_zoo import close, ids_of, oracle, prompt
+from tests.models.test_zoo import close, ids_of, oracle, their_logits
 from tests.models.zoo import (
     BY_TYPE,
     DEEPSEEK,
@@ -32,6 +32,7 @@ from tests.models.zoo import (
     GEMMA3N,
     HALF,
     HYBRID,
+    INDEX,
     LATENT,
     LINEAR,
     LLAMA3,
@@ -42,6 +43,7 @@ from tests.models.zoo import (
     MULTIPLIERS,
     SOME_NEAR,
     SPARSE,
+    T5,
     YARN,
     ZOO,
 )
@@ -54,6 +56,7 @@ HYBRID_LAYERS = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "position_embedding_type": None,
 }
+OLD_T5 = {**T5, "relative_attention_max_distance": 128}
 FULL = {"rope_type": "default", "rope_theta": 500.0}
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -137,6 +140,17 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "DeepseekV3ForCausalLM": [
         {**LATENT, **DEEPSEEK, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
     ],
+    "DeepseekV32ForCausalLM": [
+        {**LATENT, **DEEPSEEK, **INDEX, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
+    ],
+    "GlmMoeDsaForCausalLM": [
+        {**LATENT, **DEEPSEEK, **INDEX, "num_hidden_layers": 4, "indexer_types": ["full", "full", "full", "shared"]},
+    ],
+    "T5ForConditionalGeneration": [
+        {**OLD_T5, "feed_forward_proj": "gated-gelu"},
+        {**OLD_T5, "num_decoder_layers": None, "num_heads": 6},
+    ],
+    "UMT5ForConditionalGeneration": [OLD_T5],
     "GraniteForCausalLM": [{**MULTIPLIERS}, {**MULTIPLIERS, "attention_bias": True, "mlp_bias": True}],
     "GraniteMoeForCausalLM": [{**LOCAL, **MULTIPLIERS}],
     "GraniteMoeSharedForCausalLM": [{**LOCAL, **MULTIPLIERS, "shared_intermediate_size": 56}],
@@ -203,6 +217,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 REMOTE: dict[str, dict[str, Any]] = {
     "ArcticForCausalLM": {"moe_layer_frequency": 1},
+    "Grok1ModelForCausalLM": {},
+    "Plamo2ForCausalLM": {"sliding_window": 2049},
     "Plamo3ForCausalLM": {},
     "ExaoneForCausalLM": {},
     "InternLM2ForCausalLM": {},
@@ -222,7 +238,14 @@ UNREAD = {"vocab_size", "attention.value_length"}
 """Keys that say nothing of their own: the vocabulary's size is that of its tokens, values are as wide as keys."""
 UNREAD_OF = {
     "deepseek2": {"attention.head_count_kv", "attention.key_length"},  # of latents
+    **dict.fromkeys(
+        ("deepseek32", "glm-dsa"),
+        frozenset({"attention.head_count_kv", "attention.key_length", "expert_gating_func"}),
+    ),
     "minicpm3": {"attention.head_count_kv"},
+    "plamo2": {"ssm.inner_size", "ssm.group_count"},
+    "grok": {"router_logit_softcapping"},
+    "t5": {"attention.layer_norm_epsilon", "decoder_start_token_id"},
     **dict.fromkeys(("mamba", "mamba2"), frozenset({"feed_forward_length", "attention.head_count"})),  # there is none
     **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), frozenset({"full_attention_interval"})),  # tensors say it
     **dict.fromkeys(("glm4moe", "dots1", "minimax-m2", "lfm2moe"), frozenset({"expert_gating_func"})),  # always sigmoid
@@ -255,8 +278,7 @@ def written(
         rewritten.rewrite(name, folder)
     path = folder / "model.gguf"
     convert(folder, path, kind, conversion or CONVERSIONS[name])
-    with torch.inference_mode():
-        return path, model(prompt(40)[None] % model.config.vocab_size).logits[0]
+    return path, their_logits(model)
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
@@ -376,10 +398,20 @@ def test_latents_before_they_were_split(tmp_path: Path) -> None:
     check_older(tmp_path, "DeepseekV2ForCausalLM", (experts_stacked,), fields)
 
 
+def test_which_layers_choose_before_files_said_it(tmp_path: Path) -> None:
+    """GLM 5.2: after three every fourth; those before it, which saw less far: all."""
+    fields = VARIANTS["GlmMoeDsaForCausalLM"][0]
+    check_older(
+        tmp_path, "GlmMoeDsaForCausalLM", None, {INDEXER_TYPES: always(None), LLM.CONTEXT_LENGTH: always(1 << 20)}
+    )
+    kinds = gguf_config.derive([read_header(str(tmp_path / "model.gguf"))])
+    assert read(kinds, models.find(kinds).config).indexer_types == fields["indexer_types"]
+
+
 def check_older(folder: Path, name: str, changes: Any, fields: Any = MappingProxyType({})) -> None:
     """A file as an older converter wrote it."""
     now = CONVERSIONS[name]
-    older = Conversion(now.architecture, {**now.fields, **fields}, changes)
+    older = Conversion(now.architecture, {**now.fields, **fields}, now.changes if changes is None else changes)
     path, expected = written(folder, name, VARIANTS[name][0], Kind.F32, conversion=older)
     close(logits_of(load(path), ids_of(expected)), expected, name)
 

@@ -47,14 +47,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = save(model, tmp_path_factory.mktemp(name))
         if rewritten:
             rewritten.rewrite(name, folder)
-        with torch.inference_mode():
-            ids = prompt(NUM_TOKENS) % model.config.vocab_size
-            more = rewritten.call if rewritten else {}
-            if model.config.is_encoder_decoder:
-                return folder, model(source_of(ids)[None], decoder_input_ids=ids[None], **more).logits[0]
-            return folder, model(ids[None], **more).logits[0]
+        return folder, their_logits(model, **(rewritten.call if rewritten else {}))
 
     return made
+
+
+def their_logits(model: Any, **more: Any) -> Tensor:
+    """transformers' logits [T, vocab] of a prompt."""
+    ids = prompt(NUM_TOKENS)[None] % model.config.vocab_size
+    if model.config.is_encoder_decoder:
+        ids, more = source_of(ids[0])[None], {"decoder_input_ids": ids, **more}
+    with torch.inference_mode():
+        return model(ids, **more).logits[0]
 
 
 def oracle(name: str, variant: dict[str, Any]) -> Any:

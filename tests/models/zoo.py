@@ -468,6 +468,7 @@ ZOO: dict[str, list[Fields]] = {
         T5,
         {**T5, "feed_forward_proj": "relu", "num_decoder_layers": None, "num_heads": 6},
     ],
+    "UMT5ForConditionalGeneration": [T5, {**T5, "feed_forward_proj": "relu", "num_layers": 1, "num_heads": 6}],
     "BambaForCausalLM": [
         {**HYBRID, "attn_layer_indices": [1], "rope_parameters": HALF},
         {**HYBRID, "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True},
@@ -623,6 +624,7 @@ UNUSED: dict[str, set[str]] = {
     },
     "T5ForConditionalGeneration": {"is_gated_act"},
     "MT5ForConditionalGeneration": {"is_gated_act"},
+    "UMT5ForConditionalGeneration": {"is_gated_act"},
     "RwkvForCausalLM": {"context_length", "rescale_every"},  # halves numbers, for float16's sake
     "RWForCausalLM": {"num_kv_heads"},
     "JAISLMHeadModel": {"rope_theta"},

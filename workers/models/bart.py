@@ -12,7 +12,7 @@ from cableway.workers.blocks.encoder import CrossAttention, Encoder, EncoderAtte
 from cableway.workers.blocks.layers import CrossLayer, Layer, PostNormLayer
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
-from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.config import DecoderConfig, NumLayers, Size
 from cableway.workers.models.names import Names, Target, flat, names, scaled
 from cableway.workers.models.registry import arch
 
@@ -37,7 +37,7 @@ class BartConfig(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     hidden_act: str = "gelu"
     tie_word_embeddings: bool = True
-    encoder_layers: Size
+    encoder_layers: NumLayers
     encoder_attention_heads: Size
     encoder_ffn_dim: Size
     max_position_embeddings: Size

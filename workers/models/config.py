@@ -10,6 +10,7 @@ from cableway.ipc.modelfiles import ModelError
 from cableway.workers.blocks.rope import Rope
 
 Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+NumLayers = Annotated[int, Meta(ge=1, le=4096)]
 Count = Annotated[int, Meta(ge=0, le=1 << 24)]
 Window = Annotated[int, Meta(ge=1)]
 Epsilon = Annotated[float, Meta(gt=0, lt=1)]
@@ -55,7 +56,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Fields that decoders share. A family adds its own, with the defaults that an absent key means there."""
 
     hidden_size: Size
-    num_hidden_layers: Annotated[int, Meta(ge=1, le=4096)]
+    num_hidden_layers: NumLayers
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size

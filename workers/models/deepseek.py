@@ -200,22 +200,23 @@ def deepseek_v3(c: DeepseekV3Config) -> Decoder:
     return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
 
 
-def _v32_names(c: DeepseekV32Config) -> Names:
+def _index_names(c: DeepseekV32Config, prefix: str, q: str, k: str, weights: str) -> Names:
     turned = partial(neighbours_to_halves, rotary_dim=c.qk_rope_head_dim) if c.indexer_rope_interleave else None
-    return _names(DEEPSEEK_MOE, c) | names(
-        {
-            "wq_b": Target("q", turned),
-            "wk": Target("k", turned),
-            "k_norm": Target("k_norm", turned),
-            "weights_proj": "weights",
-        },
-        prefix="model.layers.{}.self_attn.indexer.",
-        to="layers.{}.mix.index.",
-    )
+    slots = {q: Target("q", turned), k: Target("k", turned), "k_norm": Target("k_norm", turned), weights: "weights"}
+    return names(slots, prefix=prefix, to="layers.{}.mix.index.")
 
 
-@arch("DeepseekV32ForCausalLM", config=DeepseekV32Config, hf=_v32_names)
-@arch("GlmMoeDsaForCausalLM", config=GlmMoeDsaConfig, hf=_v32_names)
+def _v32_names(c: DeepseekV32Config) -> Names:
+    index = _index_names(c, "model.layers.{}.self_attn.indexer.", "wq_b", "wk", "weights_proj")
+    return _names(DEEPSEEK_MOE, c) | index
+
+
+def _v32_gguf(c: DeepseekV32Config) -> Names:
+    return _gguf(c) | _index_names(c, "blk.{}.indexer.", "attn_q_b", "attn_k", "proj")
+
+
+@arch("DeepseekV32ForCausalLM", config=DeepseekV32Config, hf=_v32_names, gguf=_v32_gguf)
+@arch("GlmMoeDsaForCausalLM", config=GlmMoeDsaConfig, hf=_v32_names, gguf=_v32_gguf)
 def deepseek_v32(c: DeepseekV32Config) -> Decoder:
     sizes = (c.q_lora_rank, c.index_n_heads, c.index_head_dim, c.index_topk)
     index = Index(c.hidden_size, *sizes, rope=c.rope())

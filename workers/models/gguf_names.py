@@ -33,10 +33,10 @@ def less(number: float) -> Layout:
     return lambda stored, parts: concatenated(stored.computed(stored.shape, lambda t: t - number), parts)
 
 
-def logs_of_negatives(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+def logs_of_negatives(stored: Stored, parts: Mapping[str, Axis], layout: Layout = concatenated) -> dict[str, Stored]:
     """-exp(a) in place of a; as a column, where a head has but one."""
     shape = stored.shape[:1] if stored.shape[1:] == (1,) else stored.shape
-    return concatenated(stored.computed(shape, lambda t: torch.log(-t).view(shape)), parts)
+    return layout(stored.computed(shape, lambda t: torch.log(-t).view(shape)), parts)
 
 
 def channels(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:

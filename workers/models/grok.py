@@ -5,7 +5,9 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import Factor, MoEConfig
-from cableway.workers.models.moe import mixture
+from cableway.workers.models.gguf_names import GGUF
+from cableway.workers.models.gguf_names import LAYER as GGUF_LAYER
+from cableway.workers.models.moe import LAYER, mixture
 from cableway.workers.models.names import EMBEDDINGS, Target, experts, names
 from cableway.workers.models.registry import arch, relative
 
@@ -28,10 +30,10 @@ GROK = (
             "moe_block.gate": "mlp.router.gate",
             **{f"{name}.scale": Target(slot, leaf="weight") for name, slot in _NORMS.items()},
         },
-        prefix="model.layers.{}.",
-        to="layers.{}.",
+        **LAYER,
     )
 )
+GGUF_GROK = GGUF | names({"attn_output_norm": "norm_mix_out", "layer_output_norm": "norm_mlp_out"}, **GGUF_LAYER)
 
 
 class GrokConfig(MoEConfig, frozen=True, kw_only=True):
@@ -44,7 +46,7 @@ class GrokConfig(MoEConfig, frozen=True, kw_only=True):
     tie_word_embeddings: bool = True
 
 
-@arch("Grok1ModelForCausalLM", config=GrokConfig, hf=GROK, verified=relative("Gemma2"))
+@arch("Grok1ModelForCausalLM", config=GrokConfig, hf=GROK, gguf=GGUF_GROK, verified=relative("Gemma2"))
 def grok(c: GrokConfig) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Attention.of(c, scale=c.attn_output_multiplier, soft_cap=c.max_attn_value)

@@ -1,6 +1,7 @@
 """PLaMo 3: norms before and after each sublayer, stored as w less a number; most layers see a window and are rotated by
 a base of their own. PLaMo 2: so too, and every other layer is Mamba with heads instead."""
 
+from functools import partial
 from typing import Any
 
 from cableway.workers.blocks.attention import Attention
@@ -11,7 +12,7 @@ from cableway.workers.blocks.mamba import Mamba
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import HeadRMSNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window, every
-from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, larger_norms, less
+from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, MIX, larger_norms, less, logs_of_negatives
 from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_group, flat, in_order, names, repeated
 from cableway.workers.models.registry import arch, relative
 
@@ -68,13 +69,11 @@ class Plamo3Config(DecoderConfig, frozen=True, kw_only=True):
 
 
 class Plamo2Config(DecoderConfig, frozen=True, kw_only=True):
-    """The attention of every `mamba_step`-th layer sees a window, but for the layers of `full_attention_idx`."""
+    """Every `mamba_step`-th layer has attention, to a window but for the layers of `full_attention_idx`."""
 
     head_dim: Size = 128
     attention_window_size: Window = 2048
-    full_attention_idx: tuple[int, ...] = ()
-    mamba_step: Size = 2
-    mamba_enabled: bool = True
+    layer_types: list[str]
     mamba_num_heads: Size = 64
     mamba_d_state: Size = 64
     mamba_d_conv: Size = 4
@@ -84,11 +83,13 @@ class Plamo2Config(DecoderConfig, frozen=True, kw_only=True):
     def derive(config: dict[str, Any]) -> None:
         config["hidden_act"] = "silu"
         config["head_dim"] = config.get("hidden_size_per_head", 128)
-        config["full_attention_idx"] = config.get("full_attention_idx") or []
-
-    def is_mamba(self, layer: int) -> bool:
-        middle, last = self.mamba_step // 2, self.num_hidden_layers - 1
-        return self.mamba_enabled and (layer != last if last < middle else layer % self.mamba_step != middle)
+        num_layers, step = config["num_hidden_layers"], config.get("mamba_step", 2)
+        full, middle = config.get("full_attention_idx") or [], step // 2
+        with_attention = range(middle, num_layers, step) if num_layers > middle else [num_layers - 1]
+        kinds = ["full_attention" if i in full else "sliding_attention" for i in range(num_layers)]
+        if config.get("mamba_enabled", True):
+            kinds = [kind if i in with_attention else "mamba" for i, kind in enumerate(kinds)]
+        config.setdefault("layer_types", kinds)
 
 
 def sandwich(c: DecoderConfig, mixes: list[Any]) -> Decoder:
@@ -114,13 +115,17 @@ def plamo3(c: Plamo3Config) -> Decoder:
     return sandwich(c, c.by_layer(c.layer_types, kinds))
 
 
+_BY_HEAD = in_order("z", "x", layout=by_group)
+_SELECTED = in_order("b", "c", "dt")
+
+
 def _plamo2_names(c: Plamo2Config) -> Names:
     mixer = {
         "q_weight": Target("q_norm", layout=flat),
         "k_weight": Target("k_norm", layout=flat),
-        "in_proj": Target("project", layout=in_order("z", "x", layout=by_group)),
+        "in_proj": Target("project", layout=_BY_HEAD),
         "conv1d": "conv",
-        "bcdt_proj": Target("select", layout=in_order("b", "c", "dt")),
+        "bcdt_proj": Target("select", layout=_SELECTED),
         "dt_norm_weight": "dt_norm",
         "B_norm_weight": "b_norm",
         "C_norm_weight": "c_norm",
@@ -133,7 +138,19 @@ def _plamo2_names(c: Plamo2Config) -> Names:
     return PLAMO | names(mixer, prefix="model.layers.layers.{}.mixer.", to="layers.{}.mix.")
 
 
-@arch("Plamo2ForCausalLM", config=Plamo2Config, hf=_plamo2_names, verified=relative("Gemma3"))
+def _plamo2_gguf(c: Plamo2Config) -> Names:
+    by_number = partial(logs_of_negatives, layout=repeated(c.mamba_d_state))
+    mixer = {
+        "attn_q_norm.weight": Target("q_norm", layout=flat),
+        "attn_k_norm.weight": Target("k_norm", layout=flat),
+        "ssm_in": Target("project", layout=_BY_HEAD),
+        "ssm_x": Target("select", layout=_SELECTED),
+        "ssm_a": Target("a_log", layout=by_number),
+    }
+    return GGUF_PLAMO | names(mixer, **MIX)
+
+
+@arch("Plamo2ForCausalLM", config=Plamo2Config, hf=_plamo2_names, gguf=_plamo2_gguf, verified=relative("Gemma3"))
 def plamo2(c: Plamo2Config) -> Decoder:
     counts = (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
     head_norms = tuple(HeadRMSNorm(Axis(name, count, c.head_dim), c.norm_eps) for name, count in counts)
@@ -152,7 +169,5 @@ def plamo2(c: Plamo2Config) -> Decoder:
         norms=(dt_norm, b_norm, c_norm),
         head_dim=c.head_dim,
     )
-    return sandwich(
-        c,
-        [mamba if c.is_mamba(i) else far if i in c.full_attention_idx else near for i in range(c.num_hidden_layers)],
-    )
+    kinds = {"mamba": mamba, "sliding_attention": near, "full_attention": far}
+    return sandwich(c, c.by_layer(c.layer_types, kinds))

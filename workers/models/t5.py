@@ -1,5 +1,5 @@
 """T5, Flan-T5 and mT5: an encoder, and a decoder that attends to it. No positions: scores have what heads have learned
-of distances, in the first layer, for all; and they are not scaled."""
+of distances, in the first layer, for all, or in UMT5 in each; and they are not scaled."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from cableway.workers.blocks.encoder import BiasedAttention, CrossAttention, Enc
 from cableway.workers.blocks.layers import CrossLayer, Layer
 from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.norm import RMSNorm, Scale
-from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.config import DecoderConfig, NumLayers, Size
 from cableway.workers.models.names import Names, Target, names, transposed
 from cableway.workers.models.registry import arch, relative
 
@@ -29,10 +29,26 @@ _STACK = {
     "DenseReluDense.wi_1": "mlp.gate_up.up",
     "DenseReluDense.wo": "mlp.down",
 }
+_GGUF_STACK = {
+    "attn_norm": "norm_in",
+    "attn_q": "mix.qkv.q",
+    "attn_k": "mix.qkv.k",
+    "attn_v": "mix.qkv.v",
+    "attn_o": "mix.out",
+    "attn_rel_b": Target("mix.relative.table", layout=transposed),
+    "cross_attn_norm": "norm_cross",
+    "cross_attn_q": "cross.q",
+    "cross_attn_k": "cross.kv.k",
+    "cross_attn_v": "cross.kv.v",
+    "cross_attn_o": "cross.out",
+    "ffn_norm": "norm_mlp",
+    "ffn_gate": "mlp.gate_up.gate",
+    "ffn_down": "mlp.down",
+}
 
 
 class T5Config(DecoderConfig, frozen=True, kw_only=True):
-    encoder_layers: Size
+    encoder_layers: NumLayers
     relative_attention_num_buckets: Size = 32
     relative_attention_max_distance: Size = 128
     is_gated: bool
@@ -62,6 +78,13 @@ class MT5Config(T5Config, frozen=True, kw_only=True):
         T5Config.derive(config)
 
 
+class UMT5Config(T5Config, frozen=True, kw_only=True):
+    @staticmethod
+    def derive(config: dict[str, Any]) -> None:
+        config |= {"feed_forward_proj": "gated-gelu"} | config
+        T5Config.derive(config)
+
+
 def _names(c: T5Config) -> Names:
     around = {
         "shared": "embed",
@@ -82,13 +105,39 @@ def _names(c: T5Config) -> Names:
     return scheme
 
 
-@arch("T5ForConditionalGeneration", config=T5Config, hf=_names)
+def _gguf(c: T5Config) -> Names:
+    around = {
+        "token_embd": "embed",
+        "enc.output_norm": "encoder.norm_out",
+        "dec.output_norm": "norm_out",
+        "output": "head",
+    }
+    stack = _GGUF_STACK | {"ffn_up": "mlp.gate_up.up" if c.is_gated else "mlp.up"}
+    encoder = names(stack, prefix="enc.blk.{}.", to="encoder.layers.{}.")
+    decoder = names(stack, ignored=("cross_attn_rel_b",), prefix="dec.blk.{}.", to="layers.{}.")
+    return names(around) | encoder | decoder
+
+
+@arch("T5ForConditionalGeneration", config=T5Config, hf=_names, gguf=_gguf)
 @arch("MT5ForConditionalGeneration", config=MT5Config, hf=_names)
 @arch("T5WithLMHeadModel", config=T5Config, hf=_names, verified=relative("T5"))
 def t5(c: T5Config) -> Decoder:
-    norm, mlp = RMSNorm(c.hidden_size, c.norm_eps), (MLP if c.is_gated else PlainMLP).of(c)
+    return _encoder_decoder(c, *map(shared, _biases(c)))
+
+
+@arch("UMT5ForConditionalGeneration", config=UMT5Config, hf=_names, gguf=_gguf)
+def umt5(c: UMT5Config) -> Decoder:
+    return _encoder_decoder(c, *_biases(c))
+
+
+def _biases(c: T5Config) -> list[RelativeBias]:
+    """Of a decoder, which looks back, and of an encoder."""
     buckets = (c.num_attention_heads, c.relative_attention_num_buckets, c.relative_attention_max_distance)
-    before, around = (shared(RelativeBias(*buckets, both_ways=both_ways)) for both_ways in (False, True))
+    return [RelativeBias(*buckets, both_ways=both_ways) for both_ways in (False, True)]
+
+
+def _encoder_decoder(c: T5Config, before: RelativeBias, around: RelativeBias) -> Decoder:
+    norm, mlp = RMSNorm(c.hidden_size, c.norm_eps), (MLP if c.is_gated else PlainMLP).of(c)
     options = {"rope": None, "scale": 1.0}
     encoder_layer = Layer(norm_in=norm, mix=EncoderAttention.of(c, relative=around, **options), norm_mlp=norm, mlp=mlp)
     decoder_layer = CrossLayer(

@@ -12,7 +12,10 @@ from tests.models.converter.metadata import (
     DELTA_NETS,
     EXPERT_SIZES,
     FOURFOLD,
+    GROK,
     HYBRID,
+    INDEX,
+    INDEXER_TYPES,
     JAMBA,
     LATENT,
     LAYER_NORM_SIZES,
@@ -23,6 +26,7 @@ from tests.models.converter.metadata import (
     MULTIPLIERS,
     NEAR,
     NEAR_LAYERS,
+    PLAMO2,
     ROPE,
     ROTATED,
     SHARED,
@@ -30,6 +34,7 @@ from tests.models.converter.metadata import (
     SOFT_CAPS,
     SSM,
     STATE_SPACE,
+    T5,
     Config,
     always,
     block_types,
@@ -55,9 +60,11 @@ from tests.models.converter.tensors import (
     granite_experts,
     granite_hybrid,
     granite_shared,
+    grok_experts,
     heads_stacked,
     hybrid_states,
     internlm2_split,
+    latent_correction,
     latents_split,
     llama4_down,
     llama4_experts,
@@ -66,6 +73,7 @@ from tests.models.converter.tensors import (
     negated,
     one_more,
     pack_split,
+    plamo2_states,
     plamo_norms,
     renamed,
     rope_divisors,
@@ -78,9 +86,12 @@ from tests.models.converter.tensors import (
 
 
 class Conversion(NamedTuple):
+    """`kin`: an architecture with the same names, where the gguf package does not know this one's yet."""
+
     architecture: str
     fields: Mapping[str, Callable[[Config], Any]]
     changes: Iterable[Callable[[Tensors, Config], None]] = ()
+    kin: str = ""
 
 
 without_transformer = renamed((r"^transformer\.", ""))
@@ -131,6 +142,10 @@ CONVERSIONS = {
         PERMUTED,
     ),
     "ArcticForCausalLM": Conversion("arctic", BASE | ROTATED, (*PERMUTED, experts_stacked)),
+    "Grok1ModelForCausalLM": Conversion("grok", BASE | GROK, (grok_experts,)),
+    "T5ForConditionalGeneration": Conversion("t5", T5),
+    "UMT5ForConditionalGeneration": Conversion("t5", T5),
+    "Plamo2ForCausalLM": Conversion("plamo2", PLAMO2, (plamo_norms, negated, squeezed, plamo2_states)),
     "Plamo3ForCausalLM": Conversion(
         "plamo3",
         BASE
@@ -235,7 +250,20 @@ CONVERSIONS = {
     "DeepseekV3ForCausalLM": Conversion(
         "deepseek2",
         latent(**{LLM.EXPERT_GATING_FUNC: always(2)}),
-        (latents_split, experts_stacked, renamed(("e_score_correction_bias", "e_score_correction.bias"))),
+        (latents_split, experts_stacked, latent_correction),
+    ),
+    "DeepseekV32ForCausalLM": Conversion(
+        "deepseek32",
+        latent(**{LLM.EXPERT_GATING_FUNC: always(2)}) | INDEX,
+        (latents_split, experts_stacked, latent_correction),
+        kin="glm-dsa",
+    ),
+    "GlmMoeDsaForCausalLM": Conversion(
+        "glm-dsa",
+        latent(**{LLM.EXPERT_GATING_FUNC: always(2)})
+        | INDEX
+        | {INDEXER_TYPES: lambda c: [kind == "full" for kind in c["indexer_types"]]},
+        (latents_split, experts_stacked, latent_correction),
     ),
     "GraniteForCausalLM": Conversion("granite", LLAMA | MULTIPLIERS, PERMUTED),
     "GraniteMoeForCausalLM": Conversion("granitemoe", LLAMA | MULTIPLIERS, (*PERMUTED, granite_experts)),

@@ -143,6 +143,20 @@ def latent(**more: Callable[[Config], Any]) -> Fields:
     return fields | more
 
 
+INDEX = {
+    ATTENTION.Indexer.HEAD_COUNT: said("index_n_heads"),
+    ATTENTION.Indexer.KEY_LENGTH: said("index_head_dim"),
+    ATTENTION.Indexer.TOP_K: said("index_topk"),
+    LLM.EXPERT_WEIGHTS_NORM: lambda c: c["norm_topk_prob"] or None,
+}
+INDEXER_TYPES = "{arch}.attention.indexer.types"  # newer than the package
+GROK = {
+    ATTENTION.OUTPUT_SCALE: said("attn_output_multiplier"),
+    LLM.ATTN_LOGIT_SOFTCAPPING: said("max_attn_value"),
+    LLM.ROUTER_LOGIT_SOFTCAPPING: always(30.0),  # which llama.cpp reads and does not use
+    LLM.EMBEDDING_SCALE: said("embedding_multiplier_scale"),
+    LLM.LOGIT_SCALE: said("output_multiplier_scale"),
+}
 LAYER_NORM_SIZES = {**SIZES, ATTENTION.LAYERNORM_EPS: said("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon")}
 FOURFOLD = {LLM.FEED_FORWARD_LENGTH: lambda c: 4 * hidden(c)}
 STATE_SPACE = {
@@ -171,3 +185,40 @@ JAMBA = {
     LLM.EXPERT_USED_COUNT: said("num_experts_per_tok"),
 }
 LLAMA = BASE | ROTATED | {LLM.VOCAB_SIZE: said("vocab_size")}
+
+
+def of_attention(*keys: str) -> Callable[[Config], Any]:
+    """PLaMo 2: a number of each layer, 0 where it has no attention."""
+    return lambda c: [said(*keys)(c) * (i % c["mamba_step"] == c["mamba_step"] // 2) for i in range(layers(c))]
+
+
+PLAMO2 = {
+    **{key: BASE[key] for key in (LLM.CONTEXT_LENGTH, LLM.FEED_FORWARD_LENGTH, ROPE.FREQ_BASE)},
+    LLM.VOCAB_SIZE: said("vocab_size"),
+    LLM.BLOCK_COUNT: layers,
+    LLM.EMBEDDING_LENGTH: hidden,
+    ATTENTION.HEAD_COUNT: of_attention("num_attention_heads"),
+    ATTENTION.HEAD_COUNT_KV: of_attention("num_key_value_heads"),
+    ATTENTION.KEY_LENGTH: said("hidden_size_per_head"),
+    ATTENTION.VALUE_LENGTH: said("hidden_size_per_head"),
+    ATTENTION.LAYERNORM_RMS_EPS: said("rms_norm_eps"),
+    SSM.STATE_SIZE: said("mamba_d_state"),
+    SSM.CONV_KERNEL: said("mamba_d_conv"),
+    SSM.TIME_STEP_RANK: said("mamba_num_heads"),
+    SSM.INNER_SIZE: lambda c: c["mamba_num_heads"] * c["hidden_size_per_head"],
+    SSM.GROUP_COUNT: always(0),
+}
+T5 = {
+    LLM.CONTEXT_LENGTH: lambda c: c.get("n_positions", 512),
+    LLM.EMBEDDING_LENGTH: hidden,
+    LLM.FEED_FORWARD_LENGTH: said("d_ff"),
+    LLM.BLOCK_COUNT: layers,
+    LLM.DECODER_BLOCK_COUNT: said("num_decoder_layers"),
+    ATTENTION.HEAD_COUNT: said("num_heads"),
+    ATTENTION.KEY_LENGTH: said("d_kv"),
+    ATTENTION.VALUE_LENGTH: said("d_kv"),
+    ATTENTION.LAYERNORM_EPS: said("layer_norm_epsilon"),
+    ATTENTION.LAYERNORM_RMS_EPS: said("layer_norm_epsilon"),
+    ATTENTION.REL_BUCKETS_COUNT: said("relative_attention_num_buckets"),
+    LLM.DECODER_START_TOKEN_ID: said("decoder_start_token_id"),
+}

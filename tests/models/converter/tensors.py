@@ -301,3 +301,21 @@ def longrope_factors(tensors: Tensors, c: Config) -> None:
     for length in ("long", "short"):
         if factors := rope(c).get(f"{length}_factor"):
             tensors[f"rope_factors_{length}.weight"] = torch.tensor(factors)
+
+
+latent_correction = renamed(("e_score_correction_bias", "e_score_correction.bias"))
+plamo2_states = renamed(
+    (r"\.dt_bias$", ".dt_proj.bias"), (r"_norm_weight$", "_norm.weight"), (r"mixer\.([qk])_weight$", r"mixer.\1.weight")
+)
+
+
+def grok_experts(tensors: Tensors, c: Config) -> None:
+    """Under the names of the first release, which are in the map."""
+    experts_stacked(tensors, c)
+    renamed(
+        (r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)\.weight", r"transformer.decoder_layer.\1.moe.\2.weight"),
+        (r"model\.layers\.(\d+)\.moe_block\.gate", r"transformer.decoder_layer.\1.router"),
+        (r"model\.layers\.(\d+)\.post_moe_norm", r"transformer.decoder_layer.\1.rms_norm_3"),
+        (r"\.attn\.", ".self_attn."),
+        (r"\.scale$", ".weight"),
+    )(tensors, c)

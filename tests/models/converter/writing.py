@@ -51,8 +51,9 @@ def convert(folder: Path, path: Path, kind: Kind, conversion: Conversion, **opti
         if key not in conversion.fields:
             put(writer, key, value)
     writer.add_token_list([f"token {i}" for i in range(config["vocab_size"])])
-    architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == conversion.architecture)
-    names = names_of(architecture, layers(config))
+    known_as = conversion.kin or conversion.architecture
+    architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == known_as)
+    names = names_of(architecture, max(layers(config), config.get("num_decoder_layers", 0)))
     for name, tensor in tensors.items():
         known = name if name.startswith(("rope_f", "blk.")) else names.get_name(name, (".weight", ".bias"))
         assert known is not None, name
