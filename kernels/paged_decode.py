@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
+from cableway.kernels.decode_parts import leave_part
 from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, as_factor, block_size_of, scales_at
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, num_processors, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid, kernel
@@ -203,36 +204,24 @@ def _attend(
 
 
 @jit
-def _put_together(
-    out_ptr, tops_ptr, masses_ptr, sums_ptr, num_parts, part_stride, value_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr,
+def _beginning(
+    slopes_ptr, sinks_ptr, seq_len_ptr, head, first_head, has_sinks,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_SLOPES: tl.constexpr, REACH: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Write the softmax over all of a sequence's keys [GROUP, HEAD_DIM] from its parts, `part_stride` heads apart."""
-    head, dim = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
-    top = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_GROUP,), tl.float32)
-    sums = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
-    for first_part in range(0, num_parts, BLOCK_PARTS):
-        part = first_part + tl.arange(0, BLOCK_PARTS)
-        inside = (part < num_parts)[:, None] & (head < GROUP)[None, :]
-        place = part[:, None].to(tl.int64) * part_stride + head[None, :]
-        # Other programs wrote these: not to be looked for in this processor's own cache.
-        tops = tl.load(tops_ptr + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        masses = tl.load(masses_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
-        element = place[:, :, None] * HEAD_DIM + dim[None, None, :]
-        element_inside = inside[:, :, None] & (dim < HEAD_DIM)[None, None, :]
-        parts = tl.load(sums_ptr + element, mask=element_inside, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # that of heads past the last
-        weights = tl.exp(tops - shift[None, :])
-        decay = tl.exp(top - shift)
-        mass = mass * decay + tl.sum(weights * masses, 0)
-        sums = sums * decay[:, None] + tl.sum(weights[:, :, None] * parts, 0)
-        top = new_top
-    y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]
-    inside = (head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    tl.store(out_ptr + head[:, None] * HEAD_DIM + dim[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
+    """What `_attend` begins with: `slope`, the newest key, `top` and `mass`. has_sinks: of one part of a sequence."""
+    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    mass, slope, last_key = tl.zeros((BLOCK_ROWS,), tl.float32), top, 0
+    if REACH:
+        slope = slopes_ptr + (first_head + tl.minimum(head, GROUP - 1)) * (REACH + 1)
+    elif HAS_SLOPES:
+        slope = tl.load(slopes_ptr + first_head + head, mask=head < GROUP, other=0.0)
+    if REACH or HAS_SLOPES:
+        last_key = tl.load(seq_len_ptr) - 1
+    if HAS_SINKS and has_sinks:  # a score that this part has seen before all keys
+        top = tl.load(sinks_ptr + first_head + head, mask=head < GROUP, other=0.0)
+        mass += 1.0
+    return slope, last_key, top, mass
 
 
 @jit(do_not_specialize=("tops_ptr", "masses_ptr", "table_stride"))  # which vary between steps
@@ -286,17 +275,10 @@ def _paged_decode(
                 tile, key == newest, cache_ptr, value_offset, newest_block, newest, kv_head,
                 NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, ROWS_A_BLOCK, BLOCK_DIM, HAS_SCALES,
             )  # fmt: skip
-        top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-        mass, slope, last_key = tl.zeros((BLOCK_ROWS,), tl.float32), top, 0
-        if REACH:
-            slope = slopes_ptr + (first_head + tl.minimum(head, GROUP - 1)) * (REACH + 1)
-        elif HAS_SLOPES:
-            slope = tl.load(slopes_ptr + first_head + head, mask=head < GROUP, other=0.0)
-        if REACH or HAS_SLOPES:
-            last_key = tl.load(seq_lens_ptr + sequence) - 1
-        if HAS_SINKS and item == first_item:  # a score that one part has seen before all keys
-            top = tl.load(sinks_ptr + first_head + head, mask=head < GROUP, other=0.0)
-            mass += 1.0
+        slope, last_key, top, mass = _beginning(
+            slopes_ptr, sinks_ptr, seq_lens_ptr + sequence, head, first_head, item == first_item,
+            GROUP, BLOCK_ROWS, HAS_SLOPES, REACH, HAS_SINKS,
+        )  # fmt: skip
         top, mass, sums = _attend(
             q, tile, cache_ptr, value_offset, table_ptr, first_key, end_key, kv_head, scale, soft_cap, last_key,
             slope, top, mass,
@@ -308,19 +290,11 @@ def _paged_decode(
             y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]
             tl.store(out_ptr + element, y.to(q.dtype), mask=inside)
         else:
-            part = item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
-            tl.store(tops_ptr + part + head, top, mask=head < GROUP)
-            tl.store(masses_ptr + part + head, mass, mask=head < GROUP)
-            tl.store(sums_ptr + part * HEAD_DIM + element, sums, mask=inside)
-            tl.debug_barrier()  # every thread has stored before one of them tells
-            arrival_ptr = arrivals_ptr + sequence * NUM_KV_HEADS + kv_head
-            if tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
-                tl.store(arrival_ptr, 0)  # for the next layer
-                part = first_item.to(tl.int64) * NUM_KV_HEADS * GROUP + first_head
-                _put_together(
-                    out_ptr, tops_ptr + part, masses_ptr + part, sums_ptr + part * HEAD_DIM, num_parts,
-                    NUM_KV_HEADS * GROUP, value_scale, GROUP, HEAD_DIM, BLOCK_PARTS, BLOCK_GROUP, BLOCK_DIM,
-                )  # fmt: skip
+            leave_part(
+                out_ptr, tops_ptr, masses_ptr, sums_ptr, arrivals_ptr + sequence * NUM_KV_HEADS + kv_head,
+                item, first_item, num_parts, first_head, top, mass, sums, value_scale,
+                NUM_KV_HEADS * GROUP, GROUP, HEAD_DIM, BLOCK_PARTS, BLOCK_ROWS, BLOCK_GROUP, BLOCK_DIM,
+            )  # fmt: skip
 
 
 def launch(
