@@ -81,7 +81,10 @@ class TimedDecoder:
 @click.option("--num-threads", default=0, type=click.IntRange(0), help="0: automatic.")
 @click.option("--batch-invariant", is_flag=True)
 @click.option(
-    "--shapes", default="decode:1@64,decode:16@64,prefill:512", show_default=True, help="What to run; see above."
+    "--shapes",
+    default="decode:1@64,decode:16@64,prefill:512",
+    show_default=True,
+    help="decode:ROWS@CONTEXT (a token a row, after CONTEXT others) or prefill:LENGTH, with commas between.",
 )
 @click.option("--steps", default=48, show_default=True, type=click.IntRange(1), help="Timed steps of a decode.")
 @click.option("--temperature", default=0.0, show_default=True)

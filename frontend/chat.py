@@ -204,7 +204,7 @@ def _own_server(arguments: tuple[str, ...], console: Console) -> Iterator[Server
 
 @click.command(
     "chat",
-    context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]},
+    context_settings={"ignore_unknown_options": True},
     epilog="Without --url, MODEL and any flags of `cableway serve` say what is started.",
 )
 @click.option("--url", default="", help="A running OpenAI server, such as http://127.0.0.1:8000.")

@@ -234,7 +234,11 @@ def _elsewhere(group: click.Group, name: str, module: str, what: str) -> None:
     @click.pass_context
     def command(context: click.Context) -> None:
         found: click.Command = importlib.import_module(module).command
-        found.main(args=context.args, prog_name=context.command_path)
+        alike: dict[str, Any] = {
+            "help_option_names": context.help_option_names,
+            "max_content_width": context.max_content_width,
+        }
+        found.main(args=context.args, prog_name=context.command_path, **alike)
 
 
 _elsewhere(commands, "chat", "cableway.frontend.chat", "Talk with a model in this terminal.")

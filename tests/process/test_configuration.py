@@ -207,6 +207,14 @@ def test_flags_win_over_the_file(tmp_path: Path, served: list[Options]) -> None:
     assert served == [given]
 
 
+@pytest.mark.parametrize("command", ["serve", "chat", "bench", "bench serve"])
+def test_every_command_is_asked_for_help_alike(command: str) -> None:
+    short, long = (CliRunner().invoke(cli.commands, [*command.split(), option]) for option in ("-h", "--help"))
+    assert short.output.startswith(f"Usage: commands {command} [OPTIONS]")
+    assert "-h, --help" in short.output
+    assert (short.exit_code, short.output) == (0, long.output)
+
+
 def test_every_option_has_its_flag() -> None:
     text = CliRunner().invoke(cli.commands, ["serve", "--help"], terminal_width=200).output
     for name in Options.__struct_fields__:
