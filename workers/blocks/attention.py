@@ -65,9 +65,15 @@ class Attention(Mixer):
         cls, c: Any, *, scale: float | None = None, window: int = 0, chunk: int = 0, soft_cap: float = 0.0,
         **options: Any,
     ) -> Self:  # fmt: skip
-        """Heads and rotation as the config has them; the scale is 1 / sqrt(head_dim) unless it is said otherwise."""
+        """Heads, rotation and biases as the config has them; the scale is 1 / sqrt(head_dim), if nothing else is said.
+
+        The output has a bias where the input has one, unless there is an `attention_out_bias`.
+        """
         if "rope" not in options:
             options["rope"] = Rope.of(c.head_dim, c.rope_parameters)
+        if "bias" not in options and hasattr(c, "attention_bias"):
+            options["bias"] = c.attention_bias
+            options.setdefault("out_bias", getattr(c, "attention_out_bias", c.attention_bias))
         scores = Scores(c.head_dim**-0.5 if scale is None else scale, window, soft_cap, chunk=chunk)
         return cls(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, scores, **options)
 

@@ -3,6 +3,8 @@
 Key: T tokens, E hidden.
 """
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,12 @@ class GatedDeltaNet(Recurrent):
         self.norm = RMSNorm(head_dim, norm_eps)
         self.out = Linear(embed, self.values)
         self.head_dim, self.key_dim, self.most = head_dim, key_dim, most
+
+    @classmethod
+    def of(cls, c: Any, **options: Any) -> Self:
+        """Sizes as the config has them."""
+        heads = (c.linear_num_value_heads, c.linear_num_key_heads, c.linear_value_head_dim, c.linear_key_head_dim)
+        return cls(c.hidden_size, *heads, c.linear_conv_kernel_dim, **options)
 
     def state_len(self, mesh: Mesh) -> int:
         return self.conv.state_len(mesh) + mesh.span(self.values).size * self.key_dim

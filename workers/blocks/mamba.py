@@ -4,6 +4,7 @@ Key: T tokens, E hidden, C channels, H heads of P numbers, G groups, N numbers o
 """
 
 from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -170,6 +171,13 @@ class Mamba2(Recurrent):
         self.norm_eps = norm_eps or 0.0
         self.out = Linear(embed, self.channels, bias=bias)
         self.head_dim, self.state_size, self.num_groups, self.limit = head_dim, state_size, num_groups, limit
+
+    @classmethod
+    def of(cls, c: Any, *, norm_eps: float | None) -> Self:
+        """Sizes, biases and limit as the config has them."""
+        sizes = (c.mamba_n_heads, c.mamba_d_head, c.mamba_n_groups, c.mamba_d_state, c.mamba_d_conv)
+        biases = {"bias": c.mamba_proj_bias, "conv_bias": c.mamba_conv_bias}
+        return cls(c.hidden_size, *sizes, **biases, norm_eps=norm_eps, limit=c.time_step_limit)
 
     def state_len(self, mesh: Mesh) -> int:
         return self.conv.state_len(mesh) + mesh.span(self.channels).size * self.state_size

@@ -90,7 +90,19 @@ class PolyNorm(Block):
         return (y * up).to(gate_up.dtype)
 
 
-class MLP(Block):
+class FeedForward(Block):
+    """What is said of it when nothing else is: sizes, activation and biases of the config."""
+
+    takes_sum = True
+
+    @classmethod
+    def of(cls, c: Any, **options: Any) -> Self:
+        if "act" not in options:
+            options["act"] = Activation(c.hidden_act)
+        return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, "bias": getattr(c, "mlp_bias", False), **options})
+
+
+class MLP(FeedForward):
     """y = down(act(gate(x)) * up(x))
 
     Args:
@@ -98,8 +110,6 @@ class MLP(Block):
         bias: of every matrix, or with `out_bias` of those before the last.
         norm: of what goes into `down`.
     """
-
-    takes_sum = True
 
     def __init__(
         self,
@@ -117,12 +127,6 @@ class MLP(Block):
         self._is_silu = isinstance(self.act, Activation) and self.act.kind == "silu"
         self.norm = norm
         self.down = Linear(hidden, ffn, bias=bias if out_bias is None else out_bias)
-
-    @classmethod
-    def of(cls, c: Any, **options: Any) -> Self:
-        if "act" not in options:
-            options["act"] = Activation(c.hidden_act)
-        return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, **options})
 
     def __call__(self, x: Tensor | Sum) -> Tensor | Later:
         """x [T, E] -> [T, E]"""
@@ -158,22 +162,14 @@ class SparseMLP(MLP):
         return self.down(self.act.gate(gate_up))
 
 
-class PlainMLP(Block):
+class PlainMLP(FeedForward):
     """y = down(act(up(x)))"""
-
-    takes_sum = True
 
     def __init__(self, hidden_size: int, ffn_size: int, *, act: Activation | XIELU, bias: bool | None = False):
         hidden, ffn = Axis("embed", hidden_size), Axis("ffn", ffn_size)
         self.up = Linear(ffn, hidden, bias=bias)
         self.act = act
         self.down = Linear(hidden, ffn, bias=bias)
-
-    @classmethod
-    def of(cls, c: Any, **options: Any) -> Self:
-        if "act" not in options:
-            options["act"] = Activation(c.hidden_act)
-        return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, **options})
 
     def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, E] -> [T, E]"""

@@ -4,7 +4,7 @@ Key: T tokens, X experts, K of them a token, E hidden.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class Router(Block):
         self.correction = Vector(experts) if correction else None
         some = groups if groups is not None and groups.kept < groups.num else None
         self._rule = {"top_k": top_k, "score": score, "groups": some, "renorm": renorm, "scale": scale}
+
+    @classmethod
+    def of(cls, c: Any, **rule: Any) -> Self:
+        """Of as many experts as the config has."""
+        return cls(c.hidden_size, c.num_experts, c.num_experts_per_tok, **rule)
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [T, X], of `gate` -> weights [T, K] f32, experts [T, K] i32"""
@@ -144,6 +149,13 @@ class MoE(Block):
         self.shared = shared
         self.shared_gate = Linear(Axis("one", 1), hidden) if shared_gate else None
         self.num_experts, self.ffn = num_experts, ffn
+
+    @classmethod
+    def of(cls, c: Any, router: Router | SparseMixer, **options: Any) -> Self:
+        """Sizes and activation as the config has them."""
+        if "act" not in options:
+            options["act"] = Activation(c.hidden_act)
+        return cls(c.hidden_size, c.moe_intermediate_size, c.num_experts, router=router, **options)
 
     def prepare(self, place: Place) -> None:
         super().prepare(place)

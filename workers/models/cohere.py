@@ -5,11 +5,11 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import ParallelLayer
 from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
+from cableway.workers.models.frames import side_by_side
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
 from cableway.workers.models.names import HF, Target, flat, names
@@ -45,10 +45,9 @@ class Cohere2Config(CohereConfig, frozen=True, kw_only=True):
         config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
 
 
-def side_by_side(c: CohereConfig, mixes: list[Attention]) -> Decoder:
+def command_r(c: CohereConfig, mix: Attention | list[Attention]) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps, bias=False)
-    layers = [ParallelLayer(norm_in=norm, mix=mix, mlp=MLP.of(c)) for mix in mixes]
-    return Decoder(c, layers, norm_out=norm, on_logits=Scale(c.logit_scale))
+    return side_by_side(c, mix, MLP.of(c), norm, on_logits=Scale(c.logit_scale))
 
 
 @arch("CohereForCausalLM", config=CohereConfig, hf=halves(COHERE), gguf=halves(GGUF_COHERE))
@@ -58,13 +57,10 @@ def cohere(c: CohereConfig) -> Decoder:
         for name, count in (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
     )
     norms = tuple(LayerNorm(c.head_dim, c.norm_eps, bias=False, heads=axis) for axis in (heads, kv_heads))
-    bias, qk_norm = c.attention_bias, norms if c.use_qk_norm else None
-    return side_by_side(c, [Attention.of(c, bias=bias, out_bias=bias, qk_norm=qk_norm)] * c.num_hidden_layers)
+    return command_r(c, Attention.of(c, qk_norm=norms if c.use_qk_norm else None))
 
 
 @arch("Cohere2ForCausalLM", config=Cohere2Config, hf=halves(HF), gguf=halves(GGUF))
 def cohere2(c: Cohere2Config) -> Decoder:
-    bias = c.attention_bias
-    near = Attention.of(c, bias=bias, out_bias=bias, window=c.sliding_window)
-    far = Attention.of(c, bias=bias, out_bias=bias, rope=None)
-    return side_by_side(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))
+    near, far = Attention.of(c, window=c.sliding_window), Attention.of(c, rope=None)
+    return command_r(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))

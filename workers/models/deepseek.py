@@ -7,24 +7,25 @@ from typing import Any
 
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.latent import LatentAttention, LatentSizes
-from cableway.workers.blocks.layers import Layer, ShortcutLayer
+from cableway.workers.blocks.layers import ShortcutLayer
 from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.moe import Groups, IdentityMoE, Router
-from cableway.workers.blocks.norm import RMSNorm, Scale
+from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.blocks.rope import yarn_length
 from cableway.workers.blocks.sparse import Index, SparseLatentAttention
-from cableway.workers.models.config import Count, DecoderConfig, Factor, Never, Size
+from cableway.workers.models.config import Count, Never, Size
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.moe import (
     DEEPSEEK_MOE,
     DeepseekMoEConfig,
     mixture,
-    on_frame,
     shared_experts,
     sigmoid_mixture,
     some_sparse,
 )
+from cableway.workers.models.multipliers import MiniCPMConfig, multiplied
 from cableway.workers.models.names import (
     HF,
     Names,
@@ -140,24 +141,19 @@ class GlmMoeDsaConfig(DeepseekV32Config, frozen=True, kw_only=True):
         config["indexer_types"] = config.get("indexer_types") or [kinds.get(kind, kind) for kind in pattern]
 
 
-class MiniCPM3Config(DecoderConfig, frozen=True, kw_only=True):
+class MiniCPM3Config(MiniCPMConfig, frozen=True, kw_only=True):
     q_lora_rank: Size | None = None
     kv_lora_rank: Size
     qk_nope_head_dim: Size
     qk_rope_head_dim: Size
     v_head_dim: Size
     rope_interleave: bool = False
-    attention_bias: bool = False
-    mlp_bias: Never = False
-    scale_emb: Factor = 1.0
-    scale_depth: Factor = 1.0
-    dim_model_base: Size = 1
     tie_word_embeddings: bool = True
 
     @staticmethod
     def derive(config: dict[str, Any]) -> None:
-        head_dim = config["hidden_size"] // config["num_attention_heads"]
-        config.setdefault("v_head_dim", head_dim)
+        MiniCPMConfig.derive(config)
+        config.setdefault("v_head_dim", config["hidden_size"] // config["num_attention_heads"])
         config["head_dim"] = config["qk_rope_head_dim"]
 
 
@@ -196,8 +192,7 @@ def latent_attention(
     gguf=_gguf,
 )
 def deepseek_v3(c: DeepseekV3Config) -> Decoder:
-    mixes = [latent_attention(c)] * c.num_hidden_layers
-    return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+    return pre_norm(c, latent_attention(c), some_sparse(c, sigmoid_mixture(c)))
 
 
 def _index_names(c: DeepseekV32Config, prefix: str, q: str, k: str, weights: str) -> Names:
@@ -223,23 +218,19 @@ def deepseek_v32(c: DeepseekV32Config) -> Decoder:
     mix = partial(latent_attention, c, kind=SparseLatentAttention)
     kinds = c.indexer_types or ["full"] * c.num_hidden_layers
     mixes = c.by_layer(kinds, {"full": mix(index=index), "shared": mix(index=None)})
-    return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+    return pre_norm(c, mixes, some_sparse(c, sigmoid_mixture(c)))
 
 
 @arch("DeepseekV2ForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE), gguf=_gguf)
 def deepseek_v2(c: DeepseekV3Config) -> Decoder:
     groups = Groups(c.n_group, c.topk_group, 1) if c.topk_method == "group_limited_greedy" else None
     moe = mixture(c, shared=shared_experts(c), groups=groups, scale=c.routed_scaling_factor)
-    return on_frame(c, [latent_attention(c)] * c.num_hidden_layers, some_sparse(c, moe, MLP.of(c)))
+    return pre_norm(c, latent_attention(c), some_sparse(c, moe))
 
 
 @arch("MiniCPM3ForCausalLM", config=MiniCPM3Config, hf=partial(_names, HF), gguf=GGUF)
 def minicpm3(c: MiniCPM3Config) -> Decoder:
-    norm, less = RMSNorm(c.hidden_size, c.norm_eps), Scale(c.scale_depth * c.num_hidden_layers**-0.5)
-    mix, mlp = latent_attention(c), MLP.of(c)
-    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=mlp, norm_mlp_out=less)
-    embed, logits = Scale(c.scale_emb), Scale(c.dim_model_base / c.hidden_size)
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
+    return multiplied(c, latent_attention(c))
 
 
 def _longcat_names(c: LongcatConfig) -> Names:
@@ -254,17 +245,12 @@ def _longcat_names(c: LongcatConfig) -> Names:
 def longcat(c: LongcatConfig) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     q_scale, kv_scale = ((c.hidden_size / size) ** 0.5 for size in (c.q_lora_rank or c.hidden_size, c.kv_lora_rank))
-    router = Router(
-        c.hidden_size,
-        c.num_experts + c.zero_expert_num,
-        c.num_experts_per_tok,
-        correction=True,
-        scale=c.routed_scaling_factor,
-    )
+    num_choices = c.num_experts + c.zero_expert_num
+    router = Router(c.hidden_size, num_choices, c.num_experts_per_tok, correction=True, scale=c.routed_scaling_factor)
     layer = ShortcutLayer(
         mixes=[latent_attention(c, q_scale=q_scale, kv_scale=kv_scale)] * 2,
         mlps=[MLP.of(c)] * 2,
-        moe=IdentityMoE(c.hidden_size, c.moe_intermediate_size, c.num_experts, router=router),
+        moe=IdentityMoE.of(c, router),
         norms_in=[norm] * 2,
         norms_mlp=[norm] * 2,
     )

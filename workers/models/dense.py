@@ -4,15 +4,15 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, LateNormAttention, NormedAttention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import ParallelLayer
 from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP, XIELU, PlainMLP
 from cableway.workers.blocks.norm import HeadNorms, JointNorm, LayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, WindowedConfig
+from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, MID_NORM, larger_norms
 from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
 from cableway.workers.models.glm import halves
-from cableway.workers.models.llama import LlamaConfig, pre_norm
+from cableway.workers.models.llama import LlamaConfig
 from cableway.workers.models.names import (
     ATTENTION,
     EMBEDDINGS,
@@ -149,49 +149,40 @@ class ErnieConfig(BiasConfig, frozen=True, kw_only=True):
 @arch("Ernie4_5ForCausalLM", config=ErnieConfig, hf=halves(HF), gguf=GGUF_NEIGHBOURS)
 @arch("Ernie4_5_ForCausalLM", config=ErnieConfig, hf=halves(HF), verified=relative("Ernie4_5"))
 def biased(c: BiasConfig) -> Decoder:
-    mix = Attention.of(c, bias=c.attention_bias, out_bias=c.attention_out_bias)
-    return pre_norm(c, [mix] * c.num_hidden_layers, MLP.of(c, bias=c.mlp_bias))
+    return pre_norm(c, Attention.of(c))
 
 
 @arch("OrionForCausalLM", config=BiasConfig, hf=HF, gguf=GGUF, verified=relative("StableLm"))
 def orion(c: BiasConfig) -> Decoder:
-    return pre_norm(c, [Attention.of(c)] * c.num_hidden_layers, norm=LayerNorm(c.hidden_size, c.norm_eps))
+    return pre_norm(c, Attention.of(c), norm=LayerNorm(c.hidden_size, c.norm_eps))
 
 
 @arch("ArceeForCausalLM", config=NormConfig, hf=PLAIN, gguf=GGUF_NEIGHBOURS | GGUF_PLAIN_MLP)
 def arcee(c: NormConfig) -> Decoder:
-    mix = Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias)
-    return pre_norm(c, [mix] * c.num_hidden_layers, PlainMLP.of(c, bias=c.mlp_bias))
+    return pre_norm(c, Attention.of(c), PlainMLP.of(c))
 
 
 @arch("NemotronForCausalLM", config=NemotronConfig, hf=PLAIN, gguf=larger_norms(GGUF | GGUF_PLAIN_MLP))
 def nemotron(c: NemotronConfig) -> Decoder:
-    return layer_norms(c, 1.0)
+    return pre_norm(c, Attention.of(c), PlainMLP.of(c), LayerNorm(c.hidden_size, c.norm_eps, offset=1.0))
 
 
 @arch("Jais2ForCausalLM", config=NormConfig, hf=PLAIN)
 def jais2(c: NormConfig) -> Decoder:
-    return layer_norms(c, 0.0)
-
-
-def layer_norms(c: NormConfig, offset: float) -> Decoder:
-    mix = Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias)
-    norm = LayerNorm(c.hidden_size, c.norm_eps, offset=offset)
-    return pre_norm(c, [mix] * c.num_hidden_layers, PlainMLP.of(c, bias=c.mlp_bias), norm)
+    return pre_norm(c, Attention.of(c), PlainMLP.of(c), LayerNorm(c.hidden_size, c.norm_eps))
 
 
 @arch("ApertusForCausalLM", config=LlamaConfig, hf=APERTUS)
 def apertus(c: LlamaConfig) -> Decoder:
-    bias, norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps)
-    mixes = [Attention.of(c, bias=bias, out_bias=bias, qk_norm=norm)] * c.num_hidden_layers
-    return pre_norm(c, mixes, PlainMLP.of(c, act=XIELU()))
+    mix = Attention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
+    return pre_norm(c, mix, PlainMLP.of(c, act=XIELU()))
 
 
 @arch("PersimmonForCausalLM", config=PersimmonConfig, hf=PERSIMMON)
 def persimmon(c: PersimmonConfig) -> Decoder:
     head_norm = LayerNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else None
-    mixes = [Attention.of(c, bias=True, out_bias=True, qk_norm=head_norm)] * c.num_hidden_layers
-    return pre_norm(c, mixes, PlainMLP.of(c, bias=True), LayerNorm(c.hidden_size, c.norm_eps))
+    mix = Attention.of(c, bias=True, out_bias=True, qk_norm=head_norm)
+    return pre_norm(c, mix, PlainMLP.of(c, bias=True), LayerNorm(c.hidden_size, c.norm_eps))
 
 
 @arch("StableLmForCausalLM", config=StableLmConfig, hf=STABLELM, gguf=GGUF_STABLELM)
@@ -201,33 +192,25 @@ def stablelm(c: StableLmConfig) -> Decoder:
     if c.qk_layernorm:
         counts = (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
         head_norms = tuple(HeadNorms(Axis(name, count), c.head_dim, c.norm_eps) for name, count in counts)
-    mix, mlp = Attention.of(c, bias=c.use_qkv_bias, qk_norm=head_norms), MLP.of(c)
-    if c.use_parallel_residual:
-        layers = [ParallelLayer(norm_in=norm, mix=mix, mlp=mlp)] * c.num_hidden_layers
-        return Decoder(c, layers, norm_out=norm)
-    return pre_norm(c, [mix] * c.num_hidden_layers, mlp, norm)
+    mix = Attention.of(c, bias=c.use_qkv_bias, qk_norm=head_norms)
+    return (side_by_side if c.use_parallel_residual else pre_norm)(c, mix, MLP.of(c), norm)
 
 
 @arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HUNYUAN, gguf=GGUF)
 @arch("HunYuanVLForConditionalGeneration", config=LlamaConfig, hf=of_text(HUNYUAN), verified=relative("HunYuanDenseV1"))
 def hunyuan(c: LlamaConfig) -> Decoder:
-    bias, norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps)
-    return pre_norm(c, [LateNormAttention.of(c, qk_norm=norm, bias=bias, out_bias=bias)] * c.num_hidden_layers)
+    return pre_norm(c, LateNormAttention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps)))
 
 
 @arch("BitNetForCausalLM", config=LlamaConfig, hf=BITNET)
 def bitnet(c: LlamaConfig) -> Decoder:
-    ffn, bias = Axis("ffn", c.intermediate_size), c.attention_bias
-    mix = NormedAttention.of(c, eps=c.norm_eps, bias=bias, out_bias=bias)
-    return pre_norm(c, [mix] * c.num_hidden_layers, MLP.of(c, norm=JointNorm(ffn, c.norm_eps)))
+    norm = JointNorm(Axis("ffn", c.intermediate_size), c.norm_eps)
+    return pre_norm(c, NormedAttention.of(c, eps=c.norm_eps), MLP.of(c, norm=norm))
 
 
 @arch("SmolLM3ForCausalLM", config=SmolLM3Config, hf=HF, gguf=GGUF_NEIGHBOURS)
 def smollm3(c: SmolLM3Config) -> Decoder:
-    period, bias = c.no_rope_layer_interval, c.attention_bias
-    turns = c.no_rope_layers or [(i + 1) % period for i in range(c.num_hidden_layers)]
-    mixes = [
-        Attention.of(c, window=window, bias=bias, out_bias=bias, **({} if turn else {"rope": None}))
-        for window, turn in zip(c.windows(), turns, strict=True)
-    ]
-    return pre_norm(c, mixes, MLP.of(c, bias=c.mlp_bias))
+    turns = c.no_rope_layers or [(i + 1) % c.no_rope_layer_interval for i in range(c.num_hidden_layers)]
+    ropes = [c.rope() if turn else None for turn in turns]
+    layers = zip(c.windows(), ropes, strict=True)
+    return pre_norm(c, [Attention.of(c, window=window, rope=rope) for window, rope in layers])

@@ -31,15 +31,7 @@ class DogeConfig(LlamaConfig, frozen=True, kw_only=True):
 
 @arch("DogeForCausalLM", config=DogeConfig, hf=DOGE)
 def doge(c: DogeConfig) -> Decoder:
-    norm, bias = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias
-    mix = KeyBiasAttention.of(
-        c,
-        window=c.sliding_window or 0,
-        qk_norm=RMSNorm(c.head_dim, c.norm_eps),
-        bias=bias,
-        out_bias=bias,
-        most_tokens=c.keep_window_size,
-    )
-    mlp = MLP.of(c, bias=c.mlp_bias)
-    layer = WeightedStreamLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp, hidden_size=c.hidden_size)
+    norm, head_norm = RMSNorm(c.hidden_size, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+    mix = KeyBiasAttention.of(c, window=c.sliding_window or 0, qk_norm=head_norm, most_tokens=c.keep_window_size)
+    layer = WeightedStreamLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=MLP.of(c), hidden_size=c.hidden_size)
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)

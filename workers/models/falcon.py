@@ -9,6 +9,7 @@ from cableway.workers.blocks.layers import Layer, ParallelLayer, PostNormLayer
 from cableway.workers.blocks.mlp import Activation, PlainMLP
 from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Never, Size
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
 from cableway.workers.models.names import Names, Target, by_group, names
 from cableway.workers.models.registry import arch, relative
@@ -145,8 +146,7 @@ def falcon(c: FalconConfig) -> Decoder:
 def bloom(c: BloomConfig) -> Decoder:
     norm, alibi = LayerNorm(c.hidden_size, c.norm_eps), ALiBi(c.num_attention_heads)
     mix = Attention.of(c, rope=alibi, bias=True, out_bias=True)
-    layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=PlainMLP.of(c, act=Activation("gelu_tanh"), bias=True))
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=norm)
+    return pre_norm(c, mix, PlainMLP.of(c, act=Activation("gelu_tanh"), bias=True), norm, on_embed=norm)
 
 
 @arch("MptForCausalLM", config=MPTConfig, hf=MPT, gguf=GGUF | PLAIN_MLP)
@@ -155,8 +155,7 @@ def mpt(c: MPTConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps, bias=None)
     alibi = ALiBi(c.num_attention_heads, most=c.alibi_bias_max)
     mix = ClippedAttention.of(c, rope=alibi, scale=c.softmax_scale, clip=c.clip_qkv, bias=None, out_bias=None)
-    layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=PlainMLP.of(c, act=Activation("gelu"), bias=None))
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+    return pre_norm(c, mix, PlainMLP.of(c, act=Activation("gelu"), bias=None), norm)
 
 
 @arch("OPTForCausalLM", config=OPTConfig, hf=OPT)

@@ -5,12 +5,10 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer
-from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import DecoderConfig, Factor, Size, Window, every
+from cableway.workers.models.frames import pre_norm, sandwich
 from cableway.workers.models.gguf_names import GGUF, larger_norms
-from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import HF, SANDWICH_NORMS, of_text
 from cableway.workers.models.registry import arch, relative
 
@@ -57,13 +55,13 @@ class Gemma3Config(Gemma2Config, frozen=True, kw_only=True):
 
 @arch("GemmaForCausalLM", config=GemmaConfig, hf=HF, gguf=larger_norms(GGUF))
 def gemma(c: GemmaConfig) -> Decoder:
-    mixes = [Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias)] * c.num_hidden_layers
-    return pre_norm(c, mixes, norm=RMSNorm(c.hidden_size, c.norm_eps, 1.0), on_embed=Scale(c.hidden_size**0.5))
+    norm = RMSNorm(c.hidden_size, c.norm_eps, 1.0)
+    return pre_norm(c, Attention.of(c), norm=norm, on_embed=Scale(c.hidden_size**0.5))
 
 
 @arch("Gemma2ForCausalLM", config=Gemma2Config, hf=HF | SANDWICH_NORMS, gguf=larger_norms(GGUF))
 def gemma2(c: Gemma2Config) -> Decoder:
-    return sandwich(c, None)
+    return near_and_far(c, None)
 
 
 @arch(
@@ -74,23 +72,17 @@ def gemma2(c: Gemma2Config) -> Decoder:
 )
 @arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | SANDWICH_NORMS, gguf=larger_norms(GGUF))
 def gemma3(c: Gemma3Config) -> Decoder:
-    return sandwich(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))
+    return near_and_far(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))
 
 
-def sandwich(c: Gemma2Config, head_norm: RMSNorm | None) -> Decoder:
-    norm, bias = RMSNorm(c.hidden_size, c.norm_eps, 1.0), c.attention_bias
-    layers = []
-    for kind in c.by_layer(c.layer_types, {kind: kind for kind in ("full_attention", "sliding_attention")}):
-        mix = Attention.of(
-            c,
-            rope=c.rope(kind),
-            window=c.sliding_window if kind == "sliding_attention" else 0,
-            scale=c.query_pre_attn_scalar**-0.5,
-            soft_cap=c.attn_logit_softcapping or 0.0,
-            qk_norm=head_norm,
-            bias=bias,
-            out_bias=bias,
-        )
-        layers.append(Layer(norm_in=norm, mix=mix, norm_mix_out=norm, norm_mlp=norm, mlp=MLP.of(c), norm_mlp_out=norm))
-    on_logits = SoftCap(c.final_logit_softcapping) if c.final_logit_softcapping else None
-    return Decoder(c, layers, norm_out=norm, on_embed=Scale(c.hidden_size**0.5), on_logits=on_logits)
+def near_and_far(c: Gemma2Config, head_norm: RMSNorm | None) -> Decoder:
+    norm, scale = RMSNorm(c.hidden_size, c.norm_eps, 1.0), c.query_pre_attn_scalar**-0.5
+    soft_cap = c.attn_logit_softcapping or 0.0
+    kinds = {
+        kind: Attention.of(c, rope=c.rope(kind), window=window, scale=scale, soft_cap=soft_cap, qk_norm=head_norm)
+        for kind, window in (("full_attention", 0), ("sliding_attention", c.sliding_window))
+        if kind in c.layer_types
+    }
+    embed, logits = Scale(c.hidden_size**0.5), c.final_logit_softcapping and SoftCap(c.final_logit_softcapping)
+    mixes = c.by_layer(c.layer_types, kinds)
+    return sandwich(c, mixes, norm=norm, mix_out=norm, mlp_out=norm, on_embed=embed, on_logits=logits)

@@ -144,13 +144,11 @@ def _gguf(c: Gemma3nConfig) -> Names:
 @arch("Gemma3nForCausalLM", config=Gemma3nConfig, hf=_names, gguf=_gguf)
 @arch("Gemma3nForConditionalGeneration", config=Gemma3nConfig, hf=of_text(_names), verified=relative("Gemma3n"))
 def gemma3n(c: Gemma3nConfig) -> AltUpDecoder:
-    eps, act, bias = c.norm_eps, Activation(c.hidden_act), c.attention_bias
+    eps, act = c.norm_eps, Activation(c.hidden_act)
     norm, head_norm = RMSNorm(c.hidden_size, eps), RMSNorm(c.head_dim, eps)
     windows = {"full_attention": 0, "sliding_attention": c.sliding_window}
     kinds = {
-        kind: ValueNormAttention.of(
-            c, scale=1.0, rope=c.rope(kind), window=window, qk_norm=head_norm, eps=eps, bias=bias, out_bias=bias
-        )
+        kind: ValueNormAttention.of(c, scale=1.0, rope=c.rope(kind), window=window, qk_norm=head_norm, eps=eps)
         for kind, window in windows.items()
     }
 
@@ -160,7 +158,7 @@ def gemma3n(c: Gemma3nConfig) -> AltUpDecoder:
         return AltUpLayer(
             number=number,
             norm_in=norm,
-            mix=BorrowingAttention(c.source(kind), kinds[kind], bias=bias) if borrows else kinds[kind],
+            mix=BorrowingAttention(c.source(kind), kinds[kind], bias=c.attention_bias) if borrows else kinds[kind],
             norm_mix_out=norm,
             norm_mlp=norm,
             mlp=SparseMLP.of(c, ffn_size=ffn_size, sparsity=sparsity) if sparsity else MLP.of(c, ffn_size=ffn_size),

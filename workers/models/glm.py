@@ -5,12 +5,11 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.frames import pre_norm, sandwich
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF
-from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import HF, Names, interleaved, names
 from cableway.workers.models.registry import arch, relative
 
@@ -66,14 +65,13 @@ def halves(scheme: Names) -> Any:
 
 @arch("GlmForCausalLM", config=GlmConfig, hf=halves(HF), gguf=halves(GGUF | FUSED_MLP))
 def glm(c: GlmConfig) -> Decoder:
-    return pre_norm(c, [Attention.of(c, bias=c.attention_bias)] * c.num_hidden_layers)
+    return pre_norm(c, Attention.of(c, out_bias=False))
 
 
 @arch("Glm4ForCausalLM", config=GlmConfig, hf=halves(GLM4), gguf=halves(GGUF | FUSED_MLP))
 def glm4(c: GlmConfig) -> Decoder:
-    norm, mix = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c, bias=c.attention_bias)
-    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=norm, norm_mlp=norm, mlp=MLP.of(c), norm_mlp_out=norm)
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+    norm = RMSNorm(c.hidden_size, c.norm_eps)
+    return sandwich(c, Attention.of(c, out_bias=False), mix_out=norm, mlp_out=norm)
 
 
 @arch(
@@ -85,5 +83,4 @@ def glm4(c: GlmConfig) -> Decoder:
 )
 def chatglm(c: ChatGLMConfig) -> Decoder:
     bias = c.add_bias_linear
-    mixes = [Attention.of(c, bias=bias or c.add_qkv_bias, out_bias=bias)] * c.num_hidden_layers
-    return pre_norm(c, mixes, MLP.of(c, bias=bias))
+    return pre_norm(c, Attention.of(c, bias=bias or c.add_qkv_bias, out_bias=bias), MLP.of(c, bias=bias))

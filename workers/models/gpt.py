@@ -8,6 +8,7 @@ from cableway.workers.blocks.layers import Layer, ParallelLayer
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window
+from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, PRE_NORMS, Names, Target, by_group, interleaved, names
 from cableway.workers.models.names import transposed as across
@@ -134,29 +135,25 @@ def gpt2(c: GPT2Config) -> Decoder:
     by_depth = c.scale_attn_by_inverse_layer_idx
     scales = [scale / (i + 1) if by_depth else scale for i in range(c.num_hidden_layers)]
     mixes = [Attention.of(c, rope=None, scale=scale, bias=True, out_bias=True) for scale in scales]
-    layers = [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp) for mix in mixes]
-    return Decoder(c, layers, norm_out=norm, positions=Positions(c.max_position_embeddings, c.hidden_size))
+    return pre_norm(c, mixes, mlp, norm, positions=Positions(c.max_position_embeddings, c.hidden_size))
 
 
 @arch("GPTJForCausalLM", config=GPTJConfig, hf=lambda c: interleaved(GPTJ, c.rotary_dim))
 def gptj(c: GPTJConfig) -> Decoder:
-    norm = LayerNorm(c.hidden_size, c.norm_eps)
-    layer = ParallelLayer(norm_in=norm, mix=Attention.of(c), mlp=PlainMLP.of(c, bias=True))
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, head_bias=True)
+    mlp, norm = PlainMLP.of(c, bias=True), LayerNorm(c.hidden_size, c.norm_eps)
+    return side_by_side(c, Attention.of(c), mlp, norm, head_bias=True)
 
 
 @arch("GPTNeoXForCausalLM", config=NeoXConfig, hf=NEOX, gguf=GGUF | PLAIN_MLP)
 def neox(c: NeoXConfig) -> Decoder:
-    norm, bias = LayerNorm(c.hidden_size, c.norm_eps), c.attention_bias
+    norm = LayerNorm(c.hidden_size, c.norm_eps)
     shape = ParallelLayer if c.use_parallel_residual else Layer
-    mix, mlp = Attention.of(c, bias=bias, out_bias=bias), PlainMLP.of(c, bias=True)
-    layer = shape(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)
+    layer = shape(norm_in=norm, mix=Attention.of(c), norm_mlp=norm, mlp=PlainMLP.of(c, bias=True))
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
 
 
 @arch("Starcoder2ForCausalLM", config=StarCoder2Config, hf=STARCODER2, gguf=GGUF | PLAIN_MLP)
 def starcoder2(c: StarCoder2Config) -> Decoder:
-    norm, bias = LayerNorm(c.hidden_size, c.norm_eps), c.use_bias
+    bias = c.use_bias
     mix = Attention.of(c, window=c.sliding_window or 0, bias=bias, out_bias=bias)
-    layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=PlainMLP.of(c, bias=bias))
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+    return pre_norm(c, mix, PlainMLP.of(c, bias=bias), LayerNorm(c.hidden_size, c.norm_eps))

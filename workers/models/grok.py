@@ -2,9 +2,9 @@
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import Factor, MoEConfig
+from cableway.workers.models.frames import sandwich
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.gguf_names import LAYER as GGUF_LAYER
 from cableway.workers.models.moe import LAYER, mixture
@@ -50,6 +50,5 @@ class GrokConfig(MoEConfig, frozen=True, kw_only=True):
 def grok(c: GrokConfig) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Attention.of(c, scale=c.attn_output_multiplier, soft_cap=c.max_attn_value)
-    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=norm, norm_mlp=norm, mlp=mixture(c), norm_mlp_out=norm)
     embed, logits = Scale(c.embedding_multiplier_scale), Scale(c.output_multiplier_scale)
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
+    return sandwich(c, mix, mixture(c), mix_out=norm, mlp_out=norm, on_embed=embed, on_logits=logits)

@@ -5,16 +5,18 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer, MixerLayer, MLPLayer, TwoMixerLayer
+from cableway.workers.blocks.layers import MixerLayer, MLPLayer, TwoMixerLayer
 from cableway.workers.blocks.mamba import Mamba, Mamba2
-from cableway.workers.blocks.mlp import MLP, Activation, PlainMLP
-from cableway.workers.blocks.moe import Groups, PlainMoE, Router
+from cableway.workers.blocks.mlp import MLP, PlainMLP
+from cableway.workers.blocks.moe import PlainMoE
 from cableway.workers.blocks.norm import RMSNorm, Scale
-from cableway.workers.models.config import Count, DecoderConfig, Factor, MoEConfig, Never, Size, SomeMoEConfig
+from cableway.workers.models.config import Count, Factor, MoEConfig, Never, Size, SomeMoEConfig
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, PLAIN_MLP, TWO_MIXERS
 from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
 from cableway.workers.models.mamba import MAMBA, MIXER
-from cableway.workers.models.moe import GRANITE_MOE, LAYER, mixture, on_frame
+from cableway.workers.models.moe import GRANITE_MOE, LAYER, mixture, sigmoid_router, some_sparse
+from cableway.workers.models.multipliers import multiplied
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, Names, Target, experts, names, scaled
 from cableway.workers.models.registry import arch
 
@@ -85,6 +87,9 @@ class JambaConfig(MoEConfig, frozen=True, kw_only=True):
         if config.get("mamba_dt_rank", "auto") == "auto":
             config["mamba_dt_rank"] = -(-config["hidden_size"] // 16)
 
+    def is_sparse(self, layer: int) -> bool:
+        return layer % self.expert_layer_period == self.expert_layer_offset and self.num_experts > 1
+
 
 class HybridConfig(SomeMoEConfig, frozen=True, kw_only=True):
     """Attention and Mamba 2; of Granite with experts, multipliers, and attention that mostly knows no positions."""
@@ -121,20 +126,9 @@ class HybridConfig(SomeMoEConfig, frozen=True, kw_only=True):
         if config["mamba_n_heads"] * head_dim != config.get("mamba_expand", 2) * config["hidden_size"]:
             raise ValueError("mamba_n_heads are not `mamba_expand` times as wide as hidden_size")
 
-    def mixes(self, attention: Attention, norm_eps: float | None) -> list[Any]:
+    def mixes(self, attention: Attention) -> list[Any]:
         """The mixer of each layer."""
-        mamba = Mamba2(
-            self.hidden_size,
-            self.mamba_n_heads,
-            self.mamba_d_head,
-            self.mamba_n_groups,
-            self.mamba_d_state,
-            self.mamba_d_conv,
-            bias=self.mamba_proj_bias,
-            conv_bias=self.mamba_conv_bias,
-            norm_eps=norm_eps,
-            limit=self.time_step_limit,
-        )
+        mamba = Mamba2.of(self, norm_eps=self.norm_eps)
         kinds = {
             **dict.fromkeys(("attention", "full_attention"), attention),
             **dict.fromkeys(("mamba", "linear_attention"), mamba),
@@ -146,27 +140,19 @@ class BambaConfig(HybridConfig, frozen=True, kw_only=True):
     rotary_frac = 0.5
 
 
-class NemotronHConfig(SomeMoEConfig, frozen=True, kw_only=True):
+class NemotronHConfig(HybridConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     norm_topk_prob: bool = True
     moe_shared_expert_intermediate_size: Count = 0
     moe_latent_size: Size | None = None
     head_dim: Size = 128
-    layer_types: list[str]
     hidden_act: str = "relu2"
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    mamba_num_heads: Size = 128
-    mamba_head_dim: Size = 64
-    n_groups: Size = 8
-    ssm_state_size: Size = 128
-    conv_kernel: Size = 4
-    use_conv_bias: bool = True
-    mamba_proj_bias: bool = False
-    time_step_min: float = 0.001
+    mamba_n_groups: Size = 8
+    mamba_d_state: Size = 128
 
     @staticmethod
     def derive(config: dict[str, Any]) -> None:
+        config["time_step_limit"] = (config.get("time_step_min", 0.001), float("inf"))
         config["hidden_act"] = config.get("mlp_hidden_act", "relu2")
         kinds = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
         config["layer_types"] = config.get("layers_block_type") or [
@@ -177,21 +163,14 @@ class NemotronHConfig(SomeMoEConfig, frozen=True, kw_only=True):
             config["n_routed_experts"] = 0
 
 
-class FalconH1Config(DecoderConfig, frozen=True, kw_only=True):
+class FalconH1Config(HybridConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
+    layer_types: tuple[str, ...] = ()
     attention_bias: Never = False
     mlp_bias: Never = False
     projectors_bias: Never = False
     mamba_proj_bias: Never = False
     mamba_rms_norm: Never = False
-    mamba_n_heads: Size = 128
-    mamba_d_head: Size = 64
-    mamba_n_groups: Size = 1
-    mamba_d_state: Size = 256
-    mamba_d_conv: Size = 4
-    mamba_conv_bias: bool = True
-    time_step_limit: tuple[float, float] = (0.0, float("inf"))
-    embedding_multiplier: Factor = 1.0
     lm_head_multiplier: Factor = 1.0
     key_multiplier: Factor = 1.0
     attention_in_multiplier: Factor = 1.0
@@ -229,48 +208,25 @@ def _falcon_h1_names(c: FalconH1Config) -> Names:
 
 @arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names, gguf=GGUF | TWO_MIXERS)
 def falcon_h1(c: FalconH1Config) -> Decoder:
-    norm = RMSNorm(c.hidden_size, c.norm_eps)
-    mix = Mamba2(
-        c.hidden_size,
-        c.mamba_n_heads,
-        c.mamba_d_head,
-        c.mamba_n_groups,
-        c.mamba_d_state,
-        c.mamba_d_conv,
-        bias=False,
-        conv_bias=c.mamba_conv_bias,
-        norm_eps=None,
-        limit=c.time_step_limit,
-    )
-    layer = TwoMixerLayer(norm_in=norm, mixes=[mix, Attention.of(c)], norm_mlp=norm, mlp=MLP.of(c))
+    norm, mixes = RMSNorm(c.hidden_size, c.norm_eps), [Mamba2.of(c, norm_eps=None), Attention.of(c)]
+    layer = TwoMixerLayer(norm_in=norm, mixes=mixes, norm_mlp=norm, mlp=MLP.of(c))
     embed, logits = Scale(c.embedding_multiplier), Scale(c.lm_head_multiplier)
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
 @arch("JambaForCausalLM", config=JambaConfig, hf=JAMBA, gguf=GGUF)
 def jamba(c: JambaConfig) -> Decoder:
-    sizes, eps = (c.mamba_dt_rank, c.mamba_d_state, c.mamba_d_state), c.norm_eps
-    dt_norm, b_norm, c_norm = (RMSNorm(size, eps) for size in sizes)
-    mix = Mamba(
-        c.hidden_size,
-        c.mamba_expand * c.hidden_size,
-        c.mamba_d_state,
-        c.mamba_dt_rank,
-        c.mamba_d_conv,
-        bias=c.mamba_proj_bias,
-        conv_bias=c.mamba_conv_bias,
-        norms=(dt_norm, b_norm, c_norm),
-    )
-    attention, moe, dense, layers = Attention.of(c, rope=None), mixture(c), MLP.of(c), range(c.num_hidden_layers)
+    norms = tuple(RMSNorm(size, c.norm_eps) for size in (c.mamba_dt_rank, c.mamba_d_state, c.mamba_d_state))
+    sizes = (c.mamba_expand * c.hidden_size, c.mamba_d_state, c.mamba_dt_rank, c.mamba_d_conv)
+    mix = Mamba(c.hidden_size, *sizes, bias=c.mamba_proj_bias, conv_bias=c.mamba_conv_bias, norms=norms)
+    attention, layers = Attention.of(c, rope=None), range(c.num_hidden_layers)
     mixes = [attention if i % c.attn_layer_period == c.attn_layer_offset else mix for i in layers]
-    is_sparse = [i % c.expert_layer_period == c.expert_layer_offset and c.num_experts > 1 for i in layers]
-    return on_frame(c, mixes, [moe if sparse else dense for sparse in is_sparse])
+    return pre_norm(c, mixes, some_sparse(c, mixture(c)))
 
 
 @arch("BambaForCausalLM", config=BambaConfig, hf=JAMBA)
 def bamba(c: BambaConfig) -> Decoder:
-    mixes = c.mixes(Attention.of(c, bias=c.attention_bias, out_bias=c.attention_bias), c.norm_eps)
-    return on_frame(c, mixes, [MLP.of(c, bias=c.mlp_bias)] * c.num_hidden_layers)
+    return pre_norm(c, c.mixes(Attention.of(c)))
 
 
 def _granite_names(c: HybridConfig) -> Any:
@@ -279,62 +235,26 @@ def _granite_names(c: HybridConfig) -> Any:
 
 @arch("GraniteMoeHybridForCausalLM", config=HybridConfig, hf=_granite_names, gguf=GGUF_NEIGHBOURS | GGUF_MAMBA2)
 def granite_hybrid(c: HybridConfig) -> Decoder:
-    norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
-    position = {} if c.position_embedding_type == "rope" else {"rope": None}
-    attention = Attention.of(c, bias=bias, out_bias=bias, scale=c.attention_multiplier, **position)
-    shared = MLP.of(c, ffn_size=c.shared_intermediate_size)
+    rope = c.rope() if c.position_embedding_type == "rope" else None
+    shared = MLP.of(c, ffn_size=c.shared_intermediate_size, bias=False)
     mlp = mixture(c, shared=shared, renorm=0.0) if c.num_experts else shared
-    layers = [
-        Layer(norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=mlp, norm_mlp_out=less)
-        for mix in c.mixes(attention, c.norm_eps)
-    ]
-    embed, logits = Scale(c.embedding_multiplier), Scale(1 / c.logits_scaling)
-    return Decoder(c, layers, norm_out=norm, on_embed=embed, on_logits=logits)
+    return multiplied(c, c.mixes(Attention.of(c, rope=rope, scale=c.attention_multiplier)), mlp)
 
 
 def _nemotron_experts(c: NemotronHConfig) -> PlainMoE:
-    router = Router(
-        c.hidden_size,
-        c.num_experts,
-        c.num_experts_per_tok,
-        score="sigmoid",
-        correction=True,
-        groups=Groups(c.n_group, c.topk_group, 2),
-        renorm=1e-20 if c.norm_topk_prob else None,
-        scale=c.routed_scaling_factor,
-    )
-    return PlainMoE(
-        c.hidden_size,
-        c.moe_intermediate_size,
-        c.num_experts,
-        router=router,
-        act=Activation(c.hidden_act),
-        shared=PlainMLP.of(c, ffn_size=c.moe_shared_expert_intermediate_size, bias=c.mlp_bias),
-        latent=c.moe_latent_size or 0,
-        bias=c.mlp_bias,
-    )
+    shared = PlainMLP.of(c, ffn_size=c.moe_shared_expert_intermediate_size)
+    return PlainMoE.of(c, sigmoid_router(c), shared=shared, latent=c.moe_latent_size or 0, bias=c.mlp_bias)
 
 
 @arch("NemotronHForCausalLM", config=NemotronHConfig, hf=NEMOTRON_H, gguf=GGUF | GGUF_MAMBA2 | PLAIN_MLP)
 def nemotron_h(c: NemotronHConfig) -> Decoder:
-    norm, bias = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias
-    mix = Mamba2(
-        c.hidden_size,
-        c.mamba_num_heads,
-        c.mamba_head_dim,
-        c.n_groups,
-        c.ssm_state_size,
-        c.conv_kernel,
-        bias=c.mamba_proj_bias,
-        conv_bias=c.use_conv_bias,
-        norm_eps=c.norm_eps,
-        limit=(c.time_step_min, float("inf")),
-    )
-    attention = MixerLayer(norm_in=norm, mix=Attention.of(c, rope=None, bias=bias, out_bias=bias))
+    norm = RMSNorm(c.hidden_size, c.norm_eps)
+    mamba = MixerLayer(norm_in=norm, mix=Mamba2.of(c, norm_eps=c.norm_eps))
+    attention = MixerLayer(norm_in=norm, mix=Attention.of(c, rope=None))
     kinds = {
-        **dict.fromkeys(("mamba", "linear_attention"), MixerLayer(norm_in=norm, mix=mix)),
+        **dict.fromkeys(("mamba", "linear_attention"), mamba),
         **dict.fromkeys(("attention", "full_attention"), attention),
-        "mlp": MLPLayer(norm_in=norm, mlp=PlainMLP.of(c, bias=c.mlp_bias)),
+        "mlp": MLPLayer(norm_in=norm, mlp=PlainMLP.of(c)),
     }
     if c.num_experts:
         kinds["moe"] = MLPLayer(norm_in=norm, mlp=_nemotron_experts(c))

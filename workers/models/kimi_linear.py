@@ -5,10 +5,10 @@ from typing import Any
 
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.delta import KeyedDeltaNet
-from cableway.workers.blocks.mlp import MLP
 from cableway.workers.models.config import Size
 from cableway.workers.models.deepseek import DeepseekV3Config, latent_attention, latent_names
-from cableway.workers.models.moe import LAYER, MIXTRAL, SHARED, on_frame, sigmoid_mixture, some_sparse
+from cableway.workers.models.frames import pre_norm
+from cableway.workers.models.moe import LAYER, MIXTRAL, SHARED, sigmoid_mixture, some_sparse
 from cableway.workers.models.names import GATED_MLP, Target, flat, names
 from cableway.workers.models.registry import arch
 
@@ -92,4 +92,4 @@ def kimi_linear(c: KimiLinearConfig) -> Decoder:
         "full_attention": latent_attention(c, rope=None),
         "linear_attention": KeyedDeltaNet(c.hidden_size, *sizes, norm_eps=c.norm_eps),
     }
-    return on_frame(c, c.by_layer(c.layer_types, kinds), some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+    return pre_norm(c, c.by_layer(c.layer_types, kinds), some_sparse(c, sigmoid_mixture(c)))

@@ -8,8 +8,9 @@ from cableway.workers.blocks.mamba import ShortConv
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, Size, SomeMoEConfig
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
-from cableway.workers.models.moe import LAYER, mixture, on_frame
+from cableway.workers.models.moe import LAYER, mixture, some_sparse
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, experts, names
 from cableway.workers.models.registry import arch
 
@@ -63,16 +64,16 @@ class Lfm2Config(SomeMoEConfig, frozen=True, kw_only=True):
                 size = -(-int(config["block_ffn_dim_multiplier"] * size) // step) * step
             config["intermediate_size"] = size
 
+    def is_sparse(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer >= self.num_dense_layers
+
 
 @arch("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", config=Lfm2Config, hf=LFM2, gguf=GGUF_LFM2)
 def lfm2(c: Lfm2Config) -> Decoder:
     attention = Attention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
     conv = ShortConv(c.hidden_size, c.conv_L_cache, bias=c.conv_bias)
-    dense = MLP.of(c)
-    moe = None
+    mlps: Any = MLP.of(c)
     if c.num_experts:
-        renorm = 1e-6 if c.norm_topk_prob else None
-        router = {"score": "sigmoid", "correction": c.use_expert_bias, "renorm": renorm}
-        moe = mixture(c, scale=c.routed_scaling_factor, **router)
-    mlps = [dense if moe is None or i < c.num_dense_layers else moe for i in range(c.num_hidden_layers)]
-    return on_frame(c, c.by_layer(c.layer_types, {"full_attention": attention, "conv": conv}), mlps)
+        rule = {"score": "sigmoid", "correction": c.use_expert_bias, "renorm": 1e-6 if c.norm_topk_prob else None}
+        mlps = some_sparse(c, mixture(c, scale=c.routed_scaling_factor, **rule))
+    return pre_norm(c, c.by_layer(c.layer_types, {"full_attention": attention, "conv": conv}), mlps)

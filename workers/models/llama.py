@@ -4,10 +4,9 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, Temper, TemperedAttention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer, Norm
 from cableway.workers.blocks.mlp import MLP
-from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Never, Window, WindowedConfig, every
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
 from cableway.workers.models.names import HF, names, of_text
 from cableway.workers.models.registry import arch, relative
@@ -37,15 +36,6 @@ class CwmConfig(MinistralConfig, frozen=True, kw_only=True):
         config.setdefault("layer_types", kinds)
 
 
-def pre_norm(
-    c: DecoderConfig, mixes: list[Attention], mlp: Any = None, norm: Norm | None = None, **out: Any
-) -> Decoder:
-    """A norm before each mixer and each MLP (RMS and gated unless they are given), and one at the end."""
-    norm, mlp = norm or RMSNorm(c.hidden_size, c.norm_eps), mlp or MLP.of(c)
-    layers = [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp) for mix in mixes]
-    return Decoder(c, layers, norm_out=norm, **out)
-
-
 @arch("LlamaForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
 @arch("AquilaForCausalLM", "AquilaModel", config=LlamaConfig, hf=HF, verified=relative("Llama"))
 @arch("XverseForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS, verified=relative("Llama"))
@@ -59,13 +49,12 @@ def pre_norm(
 def llama(c: LlamaConfig) -> Decoder:
     # Relatives of Llama save biases without a word about them in the config: one is used where there is one.
     bias, mlp_bias = c.attention_bias or None, c.mlp_bias or None
-    mixes = [Attention.of(c, bias=bias, out_bias=bias)] * c.num_hidden_layers
-    return pre_norm(c, mixes, MLP.of(c, bias=mlp_bias))
+    return pre_norm(c, Attention.of(c, bias=bias, out_bias=bias), MLP.of(c, bias=mlp_bias))
 
 
 @arch("MistralForCausalLM", config=MistralConfig, hf=HF)
 def mistral(c: MistralConfig) -> Decoder:
-    return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers)
+    return pre_norm(c, Attention.of(c, window=c.sliding_window or 0))
 
 
 @arch("Ministral3ForCausalLM", config=MistralConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
@@ -75,8 +64,7 @@ def ministral3(c: MistralConfig) -> Decoder:
     if not scale:
         return mistral(c)
     temper = Temper(c.rope_parameters["original_max_position_embeddings"], scale)
-    mix = TemperedAttention.of(c, window=c.sliding_window or 0, temper=temper)
-    return pre_norm(c, [mix] * c.num_hidden_layers)
+    return pre_norm(c, TemperedAttention.of(c, window=c.sliding_window or 0, temper=temper))
 
 
 @arch("MinistralForCausalLM", config=MinistralConfig, hf=HF)

@@ -5,13 +5,14 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, LateNormAttention, Temper, TemperedAttention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.mlp import MLP, Activation
+from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.moe import InputMoE, Router
 from cableway.workers.blocks.norm import RMSScale
 from cableway.workers.models.config import Factor, MoEConfig, Size
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
-from cableway.workers.models.moe import SHARED, on_frame
+from cableway.workers.models.moe import SHARED, some_sparse
 from cableway.workers.models.names import (
     ATTENTION,
     EMBEDDINGS,
@@ -66,6 +67,9 @@ class Llama4Config(MoEConfig, frozen=True, kw_only=True):
         if config.get("moe_layers") is None:
             config["moe_layers"] = list(layers[step - 1 :: step])
 
+    def is_sparse(self, layer: int) -> bool:
+        return layer in self.moe_layers
+
 
 @arch("Llama4ForCausalLM", config=Llama4Config, hf=halves(LLAMA4), gguf=halves(GGUF))
 @arch(
@@ -75,21 +79,11 @@ class Llama4Config(MoEConfig, frozen=True, kw_only=True):
     verified=relative("Llama4"),
 )
 def llama4(c: Llama4Config) -> Decoder:
-    biases = {"bias": c.attention_bias, "out_bias": c.attention_bias}
     near_norm = RMSScale(c.head_dim, c.norm_eps) if c.use_qk_norm else None
-    near = LateNormAttention.of(c, chunk=c.attention_chunk_size or 0, qk_norm=near_norm, **biases)
-    far = Attention.of(c, rope=None, **biases)
+    near = LateNormAttention.of(c, chunk=c.attention_chunk_size or 0, qk_norm=near_norm)
+    far = Attention.of(c, rope=None)
     if c.attn_temperature_tuning:
-        far = TemperedAttention.of(c, rope=None, temper=Temper(c.floor_scale, c.attn_scale, 1), **biases)
-    router = Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, score="sigmoid")
-    moe = InputMoE(
-        c.hidden_size,
-        c.intermediate_size,
-        c.num_experts,
-        router=router,
-        act=Activation(c.hidden_act),
-        shared=MLP.of(c),
-    )
-    dense = MLP.of(c, ffn_size=c.intermediate_size_mlp)
-    mlps = [moe if i in c.moe_layers else dense for i in range(c.num_hidden_layers)]
-    return on_frame(c, [near if turns else far for turns in c.no_rope_layers[: c.num_hidden_layers]], mlps)
+        far = TemperedAttention.of(c, rope=None, temper=Temper(c.floor_scale, c.attn_scale, 1))
+    moe = InputMoE.of(c, Router.of(c, score="sigmoid"), shared=MLP.of(c))
+    mixes = [near if turns else far for turns in c.no_rope_layers[: c.num_hidden_layers]]
+    return pre_norm(c, mixes, some_sparse(c, moe, MLP.of(c, ffn_size=c.intermediate_size_mlp)))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cableway.workers.blocks.block import Mixer
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import MixerLayer
 from cableway.workers.blocks.mamba import Mamba, Mamba2
@@ -57,18 +58,19 @@ class MambaConfig(DecoderConfig, frozen=True, kw_only=True):
 
 class Mamba2Config(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
-    num_heads: Size = 128
-    head_dim: Size = 64
-    n_groups: Size = 8
-    state_size: Size = 128
-    conv_kernel: Size = 4
-    use_bias: bool = False
-    use_conv_bias: bool = True
+    mamba_n_heads: Size = 128
+    mamba_d_head: Size = 64
+    mamba_n_groups: Size = 8
+    mamba_d_state: Size = 128
+    mamba_d_conv: Size = 4
+    mamba_proj_bias: bool = False
+    mamba_conv_bias: bool = True
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
 
     @staticmethod
     def derive(config: dict[str, Any]) -> None:
         config["num_attention_heads"], config["intermediate_size"] = 1, 1
+        config["mamba_d_head"], config["mamba_proj_bias"] = config["head_dim"], config.get("use_bias", False)
         if config["num_heads"] * config["head_dim"] != config.get("expand", 2) * config["hidden_size"]:
             raise ValueError("heads are not `expand` times as wide as hidden_size")
 
@@ -85,33 +87,15 @@ def falcon_mamba(c: MambaConfig) -> Decoder:
 
 
 def mamba_decoder(c: MambaConfig, norms: Any) -> Decoder:
-    norm = RMSNorm(c.hidden_size, c.norm_eps)
-    mix = Mamba(
-        c.hidden_size,
-        c.intermediate_size,
-        c.state_size,
-        c.time_step_rank,
-        c.conv_kernel,
-        bias=c.use_bias,
-        conv_bias=c.use_conv_bias,
-        norms=norms,
-    )
-    return Decoder(c, [MixerLayer(norm_in=norm, mix=mix)] * c.num_hidden_layers, norm_out=norm)
+    sizes = (c.intermediate_size, c.state_size, c.time_step_rank, c.conv_kernel)
+    return mixers(c, Mamba(c.hidden_size, *sizes, bias=c.use_bias, conv_bias=c.use_conv_bias, norms=norms))
 
 
 @arch("Mamba2ForCausalLM", config=Mamba2Config, hf=MAMBA, gguf=GGUF | GGUF_MAMBA2)
 def mamba2(c: Mamba2Config) -> Decoder:
+    return mixers(c, Mamba2.of(c, norm_eps=c.norm_eps))
+
+
+def mixers(c: DecoderConfig, mix: Mixer) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
-    mix = Mamba2(
-        c.hidden_size,
-        c.num_heads,
-        c.head_dim,
-        c.n_groups,
-        c.state_size,
-        c.conv_kernel,
-        bias=c.use_bias,
-        conv_bias=c.use_conv_bias,
-        norm_eps=c.norm_eps,
-        limit=c.time_step_limit,
-    )
     return Decoder(c, [MixerLayer(norm_in=norm, mix=mix)] * c.num_hidden_layers, norm_out=norm)

@@ -5,14 +5,14 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, ClippedAttention, LateNormAttention, SinkAttention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer
-from cableway.workers.blocks.mlp import MLP, Activation, ClampedGate
+from cableway.workers.blocks.mlp import MLP, ClampedGate
 from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer
-from cableway.workers.blocks.norm import LayerNorm, RMSNorm, Scale
+from cableway.workers.blocks.norm import LayerNorm, RMSNorm
 from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window, every
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, MID_NORM
 from cableway.workers.models.glm import halves
-from cableway.workers.models.llama import pre_norm
+from cableway.workers.models.multipliers import multiplied
 from cableway.workers.models.names import (
     ATTENTION,
     EMBEDDINGS,
@@ -273,25 +273,10 @@ class GptOssConfig(MoEConfig, frozen=True, kw_only=True):
         config.setdefault("layer_types", every(2, config["num_hidden_layers"]))
 
 
-def on_frame(c: MoEConfig, mixes: list[Attention], mlps: list[Any], norm: Any = None, **out: Any) -> Decoder:
-    """A norm before each mixer and each MLP, and one at the end."""
-    norm = norm or RMSNorm(c.hidden_size, c.norm_eps)
-    layers = [Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp) for mix, mlp in zip(mixes, mlps, strict=True)]
-    return Decoder(c, layers, norm_out=norm, **out)
-
-
-def mixture(c: MoEConfig, *, shared: Any = None, shared_gate: bool = False, **router: Any) -> MoE:
+def mixture(c: MoEConfig, *, shared: Any = None, shared_gate: bool = False, **rule: Any) -> MoE:
     """Experts chosen by softmax unless it is said otherwise."""
-    router = {"renorm": 0.0 if c.norm_topk_prob else None, **router}
-    return MoE(
-        c.hidden_size,
-        c.moe_intermediate_size,
-        c.num_experts,
-        router=Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, **router),
-        act=Activation(c.hidden_act),
-        shared=shared,
-        shared_gate=shared_gate,
-    )
+    router = Router.of(c, **{"renorm": 0.0 if c.norm_topk_prob else None, **rule})
+    return MoE.of(c, router, shared=shared, shared_gate=shared_gate)
 
 
 def shared_experts(c: MoEConfig, **options: Any) -> MLP | None:
@@ -299,62 +284,53 @@ def shared_experts(c: MoEConfig, **options: Any) -> MLP | None:
     return MLP.of(c, ffn_size=c.moe_intermediate_size * c.n_shared_experts, **options) if c.n_shared_experts else None
 
 
+def sigmoid_router(c: MoEConfig) -> Router:
+    """That of DeepSeek V3: sigmoid scores, corrected and grouped for the choice."""
+    groups, renorm = Groups(c.n_group, c.topk_group, 2), 1e-20 if c.norm_topk_prob else None
+    return Router.of(c, score="sigmoid", correction=True, groups=groups, renorm=renorm, scale=c.routed_scaling_factor)
+
+
 def sigmoid_mixture(c: MoEConfig) -> MoE:
-    """The experts of DeepSeek V3: sigmoid scores, corrected and grouped for the choice."""
-    return mixture(
-        c,
-        shared=shared_experts(c),
-        score="sigmoid",
-        correction=True,
-        groups=Groups(c.n_group, c.topk_group, 2),
-        renorm=1e-20 if c.norm_topk_prob else None,
-        scale=c.routed_scaling_factor,
-    )
+    """The experts of DeepSeek V3."""
+    return MoE.of(c, sigmoid_router(c), shared=shared_experts(c))
 
 
-def some_sparse(c: Any, moe: MoE, dense: MLP) -> list[Any]:
+def some_sparse(c: Any, moe: MoE, dense: MLP | None = None) -> list[Any]:
+    """The MLP of each layer: experts where the config says so."""
+    dense = dense or MLP.of(c)
     return [moe if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)]
 
 
 @arch("MixtralForCausalLM", config=MixtralConfig, hf=MIXTRAL, gguf=GGUF_NEIGHBOURS)
 def mixtral(c: MixtralConfig) -> Decoder:
-    return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers, mixture(c, renorm=0.0))
+    return pre_norm(c, Attention.of(c, window=c.sliding_window or 0), mixture(c, renorm=0.0))
 
 
 @arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, gguf=GGUF)
 @arch("PhiMoEForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, verified=relative("Phimoe"))
 def phimoe(c: PhiMoEConfig) -> Decoder:
-    bias = c.attention_bias
-    mix = Attention.of(c, window=c.sliding_window or 0, bias=bias, out_bias=bias)
+    mix, norm = Attention.of(c, window=c.sliding_window or 0), LayerNorm(c.hidden_size, c.norm_eps)
     router = SparseMixer(c.hidden_size, c.num_experts, c.num_experts_per_tok, jitter=c.router_jitter_noise)
-    moe = MoE(c.hidden_size, c.intermediate_size, c.num_experts, router=router)
-    norm = LayerNorm(c.hidden_size, c.norm_eps)
-    return pre_norm(c, [mix] * c.num_hidden_layers, moe, norm, head_bias=c.lm_head_bias)
+    return pre_norm(c, mix, MoE.of(c, router), norm, head_bias=c.lm_head_bias)
 
 
 @arch("OlmoeForCausalLM", config=OlmoeConfig, hf=QWEN_MOE, gguf=GGUF)
 def olmoe(c: OlmoeConfig) -> Decoder:
-    bias = c.attention_bias
-    mix = ClippedAttention.of(c, clip=c.clip_qkv, qk_norm=joint_norms(c), bias=bias, out_bias=bias)
-    return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c))
+    return pre_norm(c, ClippedAttention.of(c, clip=c.clip_qkv, qk_norm=joint_norms(c)), mixture(c))
 
 
 @arch("Qwen2MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE, gguf=GGUF)
 def qwen2_moe(c: QwenMoEConfig) -> Decoder:
     mixes = [Attention.of(c, window=window, bias=c.qkv_bias) for window in c.windows()]
     moe = mixture(c, shared=MLP.of(c, ffn_size=c.shared_expert_intermediate_size), shared_gate=True)
-    return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c)))
+    return pre_norm(c, mixes, some_sparse(c, moe))
 
 
 @arch("Qwen3MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE, gguf=GGUF)
 def qwen3_moe(c: QwenMoEConfig) -> Decoder:
-    norm, bias, window = (
-        RMSNorm(c.head_dim, c.norm_eps),
-        c.attention_bias,
-        (c.use_sliding_window and c.sliding_window) or 0,
-    )
-    mixes = [Attention.of(c, window=window, qk_norm=norm, bias=bias, out_bias=bias)] * c.num_hidden_layers
-    return on_frame(c, mixes, some_sparse(c, mixture(c), MLP.of(c)))
+    window = (c.use_sliding_window and c.sliding_window) or 0
+    mix = Attention.of(c, window=window, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
+    return pre_norm(c, mix, some_sparse(c, mixture(c)))
 
 
 @arch(
@@ -365,16 +341,13 @@ def qwen3_moe(c: QwenMoEConfig) -> Decoder:
     verified=relative("Qwen2Moe"),
 )
 def deepseek(c: DeepseekMoEConfig) -> Decoder:
-    moe = mixture(c, shared=shared_experts(c))
-    bias = c.attention_bias
-    mixes = [Attention.of(c, bias=bias, out_bias=bias)] * c.num_hidden_layers
-    return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c)))
+    return pre_norm(c, Attention.of(c), some_sparse(c, mixture(c, shared=shared_experts(c))))
 
 
 @arch("BailingMoeForCausalLM", config=BailingConfig, hf=DEEPSEEK_MOE | BAILING, verified=relative("Qwen2Moe"))
 def bailing(c: BailingConfig) -> Decoder:
-    mixes = [Attention.of(c, bias=c.use_qkv_bias or c.use_bias, out_bias=c.use_bias)] * c.num_hidden_layers
-    return on_frame(c, mixes, some_sparse(c, mixture(c, shared=shared_experts(c)), MLP.of(c)))
+    mix = Attention.of(c, bias=c.use_qkv_bias or c.use_bias, out_bias=c.use_bias)
+    return pre_norm(c, mix, some_sparse(c, mixture(c, shared=shared_experts(c))))
 
 
 def _with_predictors(c: DeepseekMoEConfig) -> Names:
@@ -389,36 +362,33 @@ def _gguf_with_predictors(c: DeepseekMoEConfig) -> Names:
 @arch("SolarOpenForCausalLM", config=SolarOpenConfig, hf=_with_predictors)
 def glm4_moe(c: SolarOpenConfig) -> Decoder:
     head_norm = RMSNorm(c.head_dim, c.norm_eps) if c.use_qk_norm else None
-    mixes = [Attention.of(c, bias=c.attention_bias, qk_norm=head_norm)] * c.num_hidden_layers
-    return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+    return pre_norm(c, Attention.of(c, out_bias=False, qk_norm=head_norm), some_sparse(c, sigmoid_mixture(c)))
 
 
 @arch("Dots1ForCausalLM", config=Dots1Config, hf=DEEPSEEK_MOE, gguf=GGUF)
 def dots1(c: Dots1Config) -> Decoder:
-    norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
-    mixes = [Attention.of(c, window=window, qk_norm=norm, bias=bias, out_bias=bias) for window in c.windows()]
-    return on_frame(c, mixes, some_sparse(c, sigmoid_mixture(c), MLP.of(c)))
+    norm = RMSNorm(c.head_dim, c.norm_eps)
+    mixes = [Attention.of(c, window=window, qk_norm=norm) for window in c.windows()]
+    return pre_norm(c, mixes, some_sparse(c, sigmoid_mixture(c)))
 
 
 @arch("Ernie4_5_MoeForCausalLM", config=ErnieMoEConfig, hf=halves(ERNIE_MOE), gguf=GGUF_NEIGHBOURS)
 def ernie_moe(c: ErnieMoEConfig) -> Decoder:
     bias = c.use_bias
-    mixes = [Attention.of(c, bias=bias, out_bias=bias)] * c.num_hidden_layers
     moe = mixture(c, shared=shared_experts(c, bias=bias), correction=True, renorm=0.0)
-    return on_frame(c, mixes, some_sparse(c, moe, MLP.of(c, bias=bias)))
+    return pre_norm(c, Attention.of(c, bias=bias, out_bias=bias), some_sparse(c, moe, MLP.of(c, bias=bias)))
 
 
 @arch("HunYuanMoEV1ForCausalLM", config=HunyuanMoEConfig, hf=HUNYUAN_MOE, gguf=GGUF)
 def hunyuan_moe(c: HunyuanMoEConfig) -> Decoder:
-    norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
-    mix = LateNormAttention.of(c, qk_norm=norm, bias=bias, out_bias=bias)
-    return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c, shared=MLP.of(c), renorm=0.0))
+    mix = LateNormAttention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
+    return pre_norm(c, mix, mixture(c, shared=MLP.of(c), renorm=0.0))
 
 
 @arch("MiniMaxM2ForCausalLM", config=MiniMaxM2Config, hf=MINIMAX_M2, gguf=GGUF)
 def minimax_m2(c: MiniMaxM2Config) -> Decoder:
-    mixes = [Attention.of(c, qk_norm=joint_norms(c))] * c.num_hidden_layers
-    return pre_norm(c, mixes, mixture(c, score="sigmoid", correction=True, renorm=0.0))
+    mix = Attention.of(c, qk_norm=joint_norms(c))
+    return pre_norm(c, mix, mixture(c, score="sigmoid", correction=True, renorm=0.0))
 
 
 @arch(
@@ -429,32 +399,20 @@ def minimax_m2(c: MiniMaxM2Config) -> Decoder:
     gguf=GGUF_NEIGHBOURS,
 )
 def granite_moe(c: GraniteMoEConfig) -> Decoder:
-    norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
-    mix = Attention.of(c, bias=bias, out_bias=bias, scale=c.attention_multiplier)
     shared = MLP.of(c, ffn_size=c.shared_intermediate_size) if c.shared_intermediate_size else None
-    moe = mixture(c, shared=shared, renorm=0.0)
-    layer = Layer(norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=moe, norm_mlp_out=less)
-    embed, logits = Scale(c.embedding_multiplier), Scale(1 / c.logits_scaling)
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
+    return multiplied(c, Attention.of(c, scale=c.attention_multiplier), mixture(c, shared=shared, renorm=0.0))
 
 
 @arch("DbrxForCausalLM", config=DbrxConfig, hf=DBRX, gguf=GGUF | GGUF_DBRX)
 def dbrx(c: DbrxConfig) -> Decoder:
-    mix = ClippedAttention.of(c, clip=c.clip_qkv)
-    return pre_norm(c, [mix] * c.num_hidden_layers, mixture(c), LayerNorm(c.hidden_size, c.norm_eps, bias=False))
+    norm = LayerNorm(c.hidden_size, c.norm_eps, bias=False)
+    return pre_norm(c, ClippedAttention.of(c, clip=c.clip_qkv), mixture(c), norm)
 
 
 @arch("GptOssForCausalLM", config=GptOssConfig, hf=GPT_OSS, gguf=GGUF | MID_NORM)
 def gpt_oss(c: GptOssConfig) -> Decoder:
-    bias = c.attention_bias
     windows = c.by_layer(c.layer_types, {"full_attention": 0, "sliding_attention": c.sliding_window})
-    mixes = [SinkAttention.of(c, window=window, bias=bias, out_bias=bias) for window in windows]
-    moe = MoE(
-        c.hidden_size,
-        c.intermediate_size,
-        c.num_experts,
-        router=Router(c.hidden_size, c.num_experts, c.num_experts_per_tok, renorm=0.0, bias=True),
-        act=ClampedGate(c.swiglu_alpha, c.swiglu_limit),
-        bias=True,
+    act, router = ClampedGate(c.swiglu_alpha, c.swiglu_limit), Router.of(c, renorm=0.0, bias=True)
+    return pre_norm(
+        c, [SinkAttention.of(c, window=window) for window in windows], MoE.of(c, router, act=act, bias=True)
     )
-    return on_frame(c, mixes, [moe] * c.num_hidden_layers)

@@ -4,10 +4,9 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer
-from cableway.workers.blocks.mlp import MLP
-from cableway.workers.blocks.norm import RMSNorm, Scale
+from cableway.workers.blocks.norm import Scale
 from cableway.workers.models.config import DecoderConfig, Factor
+from cableway.workers.models.frames import sandwich
 from cableway.workers.models.gguf_names import GGUF_NEIGHBOURS
 from cableway.workers.models.names import HF
 from cableway.workers.models.registry import arch, relative
@@ -45,15 +44,10 @@ class TeleFLMConfig(GraniteConfig, frozen=True, kw_only=True):
 @arch("MiniCPMForCausalLM", config=MiniCPMConfig, hf=HF, gguf=GGUF_NEIGHBOURS, verified=relative("Granite"))
 @arch("TeleFLMForCausalLM", "TeleFLM", config=TeleFLMConfig, hf=HF, verified=relative("Granite"))
 def granite(c: GraniteConfig) -> Decoder:
-    norm, bias, less = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, Scale(c.residual_multiplier)
-    mix = Attention.of(c, bias=bias, out_bias=bias, scale=c.attention_multiplier)
-    layer = Layer(
-        norm_in=norm, mix=mix, norm_mix_out=less, norm_mlp=norm, mlp=MLP.of(c, bias=c.mlp_bias), norm_mlp_out=less
-    )
-    return Decoder(
-        c,
-        [layer] * c.num_hidden_layers,
-        norm_out=norm,
-        on_embed=Scale(c.embedding_multiplier),
-        on_logits=Scale(1 / c.logits_scaling),
-    )
+    return multiplied(c, Attention.of(c, scale=c.attention_multiplier))
+
+
+def multiplied(c: Any, mix: Any, mlp: Any = None) -> Decoder:
+    """Layers before norms, with the multipliers of the config."""
+    less, embed, logits = Scale(c.residual_multiplier), Scale(c.embedding_multiplier), Scale(1 / c.logits_scaling)
+    return sandwich(c, mix, mlp, mix_out=less, mlp_out=less, on_embed=embed, on_logits=logits)

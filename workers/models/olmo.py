@@ -5,13 +5,11 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, ClippedAttention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.linear import Axis
-from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import JointNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
+from cableway.workers.models.frames import post_norm, pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import ATTENTION, EMBEDDINGS, GATED_MLP, HF, names
 from cableway.workers.models.registry import arch, relative
 
@@ -72,15 +70,7 @@ class Exaone4Config(DecoderConfig, frozen=True, kw_only=True):
 
 @arch("OlmoForCausalLM", config=OlmoConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
 def olmo(c: OlmoConfig) -> Decoder:
-    bias = c.attention_bias
-    mixes = [ClippedAttention.of(c, clip=c.clip_qkv, bias=bias, out_bias=bias)] * c.num_hidden_layers
-    return pre_norm(c, mixes, norm=PlainLayerNorm(c.hidden_size, 1e-5))
-
-
-def post_norm(c: DecoderConfig, mixes: list[Attention]) -> Decoder:
-    norm = RMSNorm(c.hidden_size, c.norm_eps)
-    layers = [Layer(mix=mix, norm_mix_out=norm, mlp=MLP.of(c), norm_mlp_out=norm) for mix in mixes]
-    return Decoder(c, layers, norm_out=norm)
+    return pre_norm(c, ClippedAttention.of(c, clip=c.clip_qkv), norm=PlainLayerNorm(c.hidden_size, 1e-5))
 
 
 def joint_norms(c: DecoderConfig) -> tuple[JointNorm, JointNorm]:
@@ -92,21 +82,13 @@ def joint_norms(c: DecoderConfig) -> tuple[JointNorm, JointNorm]:
 
 @arch("Olmo2ForCausalLM", config=Olmo2Config, hf=OLMO2, gguf=GGUF)
 def olmo2(c: Olmo2Config) -> Decoder:
-    bias = c.attention_bias
-    return post_norm(c, [Attention.of(c, qk_norm=joint_norms(c), bias=bias, out_bias=bias)] * c.num_hidden_layers)
+    return post_norm(c, Attention.of(c, qk_norm=joint_norms(c)))
 
 
 @arch("Olmo3ForCausalLM", config=Olmo3Config, hf=OLMO2, gguf=GGUF)
 def olmo3(c: Olmo3Config) -> Decoder:
     kinds = {
-        kind: Attention.of(
-            c,
-            rope=c.rope(kind),
-            window=window,
-            qk_norm=joint_norms(c),
-            bias=c.attention_bias,
-            out_bias=c.attention_bias,
-        )
+        kind: Attention.of(c, rope=c.rope(kind), window=window, qk_norm=joint_norms(c))
         for kind, window in (("full_attention", 0), ("sliding_attention", c.sliding_window))
     }
     return post_norm(c, c.by_layer(c.layer_types, kinds))
@@ -122,4 +104,4 @@ def exaone4(c: Exaone4Config) -> Decoder:
 
 @arch("ExaoneForCausalLM", config=DecoderConfig, hf=EXAONE, gguf=GGUF, verified=relative("Llama"))
 def exaone(c: DecoderConfig) -> Decoder:
-    return pre_norm(c, [Attention.of(c)] * c.num_hidden_layers)
+    return pre_norm(c, Attention.of(c))

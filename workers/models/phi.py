@@ -2,12 +2,11 @@
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import ParallelLayer
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.models.config import DecoderConfig, Window
+from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, PLAIN_MLP
-from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import HF, names
 from cableway.workers.models.registry import arch
 
@@ -37,14 +36,12 @@ class Phi3Config(DecoderConfig, frozen=True, kw_only=True):
 
 @arch("PhiForCausalLM", config=PhiConfig, hf=PHI, gguf=GGUF | PLAIN_MLP)
 def phi(c: PhiConfig) -> Decoder:
-    norm = LayerNorm(c.hidden_size, c.norm_eps)
     head_norm = LayerNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else None
-    layer = ParallelLayer(
-        norm_in=norm, mix=Attention.of(c, bias=True, out_bias=True, qk_norm=head_norm), mlp=PlainMLP.of(c, bias=True)
-    )
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, head_bias=True)
+    mix = Attention.of(c, bias=True, out_bias=True, qk_norm=head_norm)
+    norm = LayerNorm(c.hidden_size, c.norm_eps)
+    return side_by_side(c, mix, PlainMLP.of(c, bias=True), norm, head_bias=True)
 
 
 @arch("Phi3ForCausalLM", config=Phi3Config, hf=HF, gguf=GGUF | FUSED_MLP)
 def phi3(c: Phi3Config) -> Decoder:
-    return pre_norm(c, [Attention.of(c, window=c.sliding_window or 0)] * c.num_hidden_layers)
+    return pre_norm(c, Attention.of(c, window=c.sliding_window or 0))

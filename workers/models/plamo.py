@@ -6,12 +6,11 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mamba import Mamba
-from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import HeadRMSNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window, every
+from cableway.workers.models.frames import sandwich
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, MIX, larger_norms, less, logs_of_negatives
 from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_group, flat, in_order, names, repeated
 from cableway.workers.models.registry import arch, relative
@@ -92,13 +91,9 @@ class Plamo2Config(DecoderConfig, frozen=True, kw_only=True):
         config.setdefault("layer_types", kinds)
 
 
-def sandwich(c: DecoderConfig, mixes: list[Any]) -> Decoder:
-    before, after_mix, after_mlp = (RMSNorm(c.hidden_size, c.norm_eps, offset) for offset in (1.0, *_AFTER.values()))
-    layers = [
-        Layer(norm_in=before, mix=mix, norm_mix_out=after_mix, norm_mlp=before, mlp=MLP.of(c), norm_mlp_out=after_mlp)
-        for mix in mixes
-    ]
-    return Decoder(c, layers, norm_out=before)
+def lessened(c: DecoderConfig, mixes: list[Any]) -> Decoder:
+    norm, mix_out, mlp_out = (RMSNorm(c.hidden_size, c.norm_eps, offset) for offset in (1.0, *_AFTER.values()))
+    return sandwich(c, mixes, norm=norm, mix_out=mix_out, mlp_out=mlp_out)
 
 
 @arch(
@@ -112,7 +107,7 @@ def plamo3(c: Plamo3Config) -> Decoder:
     norm = RMSNorm(c.head_dim, c.norm_eps, 1.0)
     windows = {"full_attention": 0, "sliding_attention": c.window_size}
     kinds = {kind: Attention.of(c, rope=c.rope(kind), window=windows[kind], qk_norm=norm) for kind in windows}
-    return sandwich(c, c.by_layer(c.layer_types, kinds))
+    return lessened(c, c.by_layer(c.layer_types, kinds))
 
 
 _BY_HEAD = in_order("z", "x", layout=by_group)
@@ -157,17 +152,8 @@ def plamo2(c: Plamo2Config) -> Decoder:
     # A window is said without the token that looks.
     near, far = (Attention.of(c, qk_norm=head_norms, window=window) for window in (c.attention_window_size + 1, 0))
     step_size = max(64, c.hidden_size // 16)
-    dt_norm, b_norm, c_norm = (RMSNorm(size, c.norm_eps) for size in (step_size, c.mamba_d_state, c.mamba_d_state))
-    mamba = Mamba(
-        c.hidden_size,
-        c.mamba_num_heads * c.head_dim,
-        c.mamba_d_state,
-        step_size,
-        c.mamba_d_conv,
-        bias=False,
-        conv_bias=False,
-        norms=(dt_norm, b_norm, c_norm),
-        head_dim=c.head_dim,
-    )
+    norms = tuple(RMSNorm(size, c.norm_eps) for size in (step_size, c.mamba_d_state, c.mamba_d_state))
+    sizes = (c.mamba_num_heads * c.head_dim, c.mamba_d_state, step_size, c.mamba_d_conv)
+    mamba = Mamba(c.hidden_size, *sizes, bias=False, conv_bias=False, norms=norms, head_dim=c.head_dim)
     kinds = {"mamba": mamba, "sliding_attention": near, "full_attention": far}
-    return sandwich(c, c.by_layer(c.layer_types, kinds))
+    return lessened(c, c.by_layer(c.layer_types, kinds))

@@ -4,8 +4,8 @@ from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Size, WindowedConfig
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
-from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import HF, of_text
 from cableway.workers.models.registry import arch, relative
 
@@ -18,5 +18,5 @@ class Qwen3Config(WindowedConfig, frozen=True, kw_only=True):
 @arch("Qwen3ForCausalLM", config=Qwen3Config, hf=HF, gguf=GGUF)
 @arch("Qwen3VLForConditionalGeneration", config=Qwen3Config, hf=of_text(HF), verified=relative("Qwen3"))
 def qwen3(c: Qwen3Config) -> Decoder:
-    norm, bias = RMSNorm(c.head_dim, c.norm_eps), c.attention_bias
-    return pre_norm(c, [Attention.of(c, window=w, qk_norm=norm, bias=bias, out_bias=bias) for w in c.windows()])
+    norm = RMSNorm(c.head_dim, c.norm_eps)
+    return pre_norm(c, [Attention.of(c, window=window, qk_norm=norm) for window in c.windows()])

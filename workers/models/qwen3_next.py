@@ -11,8 +11,9 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, DecoderConfig, Size, SomeMoEConfig
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, MID_NORM, MIX, larger_norms, value_heads_in_turns
-from cableway.workers.models.moe import QWEN_MOE, mixture, on_frame
+from cableway.workers.models.moe import QWEN_MOE, mixture, some_sparse
 from cableway.workers.models.names import HF, Names, Target, by_group, names, of_text, without_predictors
 from cableway.workers.models.olmo import joint_norms
 from cableway.workers.models.registry import arch, relative
@@ -43,9 +44,7 @@ class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
         config.setdefault("layer_types", kinds)
 
     def is_sparse(self, layer: int) -> bool:
-        return (
-            bool(self.num_experts) and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
-        )
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 
 def _names(c: Qwen3NextConfig) -> Names:
@@ -92,23 +91,15 @@ def _gguf_in_turns(c: Qwen3NextConfig) -> Names:
 @arch("Qwen3_5ForConditionalGeneration", config=Qwen3NextConfig, hf=of_text(_names), verified=relative("Qwen3_5"))
 @arch("Qwen3_5MoeForConditionalGeneration", config=Qwen3NextConfig, hf=of_text(_names), verified=relative("Qwen3_5Moe"))
 def qwen3_next(c: Qwen3NextConfig) -> Decoder:
-    bias, head_norm = c.attention_bias, RMSNorm(c.head_dim, c.norm_eps, 1.0)
-    attention = GatedAttention.of(c, qk_norm=head_norm, bias=bias, out_bias=bias)
-    linear = GatedDeltaNet(
-        c.hidden_size,
-        c.linear_num_value_heads,
-        c.linear_num_key_heads,
-        c.linear_value_head_dim,
-        c.linear_key_head_dim,
-        c.linear_conv_kernel_dim,
-        norm_eps=c.norm_eps,
-    )
-    dense, moe = MLP.of(c), None
+    kinds = {
+        "full_attention": GatedAttention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps, 1.0)),
+        "linear_attention": GatedDeltaNet.of(c, norm_eps=c.norm_eps),
+    }
+    mlps: Any = MLP.of(c)
     if c.num_experts:
-        moe = mixture(c, shared=MLP.of(c, ffn_size=c.shared_expert_intermediate_size), shared_gate=True)
-    mlps = [moe if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)]
-    mixes = c.by_layer(c.layer_types, {"full_attention": attention, "linear_attention": linear})
-    return on_frame(c, mixes, mlps, RMSNorm(c.hidden_size, c.norm_eps, 1.0))
+        shared = MLP.of(c, ffn_size=c.shared_expert_intermediate_size)
+        mlps = some_sparse(c, mixture(c, shared=shared, shared_gate=True))
+    return pre_norm(c, c.by_layer(c.layer_types, kinds), mlps, RMSNorm(c.hidden_size, c.norm_eps, 1.0))
 
 
 class OlmoHybridConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -157,19 +148,9 @@ def _olmo_names(c: OlmoHybridConfig) -> Names:
 
 @arch("OlmoHybridForCausalLM", config=OlmoHybridConfig, hf=_olmo_names)
 def olmo_hybrid(c: OlmoHybridConfig) -> Decoder:
-    norm, bias, mlp = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias, MLP.of(c)
-    position = {} if c.has_rope else {"rope": None}
-    attention = Attention.of(c, qk_norm=joint_norms(c), bias=bias, out_bias=bias, **position)
-    linear = GatedDeltaNet(
-        c.hidden_size,
-        c.linear_num_value_heads,
-        c.linear_num_key_heads,
-        c.linear_value_head_dim,
-        c.linear_key_head_dim,
-        c.linear_conv_kernel_dim,
-        norm_eps=1e-5,
-        most=2.0 if c.linear_allow_neg_eigval else 1.0,
-    )
+    norm, mlp = RMSNorm(c.hidden_size, c.norm_eps), MLP.of(c)
+    attention = Attention.of(c, qk_norm=joint_norms(c), rope=c.rope() if c.has_rope else None)
+    linear = GatedDeltaNet.of(c, norm_eps=1e-5, most=2.0 if c.linear_allow_neg_eigval else 1.0)
     kinds = {
         "linear_attention": Layer(norm_in=norm, mix=linear, norm_mlp=norm, mlp=mlp),
         "full_attention": Layer(mix=attention, norm_mix_out=norm, mlp=mlp, norm_mlp_out=norm),

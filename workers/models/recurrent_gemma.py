@@ -10,7 +10,7 @@ from cableway.workers.blocks.lru import GatedLRU
 from cableway.workers.blocks.mlp import MLP, Activation
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import DecoderConfig, Factor, Size, Window
-from cableway.workers.models.moe import on_frame
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.names import EMBEDDINGS, Target, by_head_transposed, flat, names
 from cableway.workers.models.registry import arch
 
@@ -70,18 +70,10 @@ def _rounded(x: float) -> float:
 
 @arch("RecurrentGemmaForCausalLM", config=RecurrentGemmaConfig, hf=RECURRENT_GEMMA)
 def recurrent_gemma(c: RecurrentGemmaConfig) -> Decoder:
-    num_layers, kinds = c.num_hidden_layers, c.block_types
-    mixes = {
-        "recurrent": GatedLRU(
-            c.hidden_size, c.num_attention_heads, c.lru_width, c.conv1d_width, act=Activation(c.hidden_act)
-        ),
-        "attention": Attention.of(c, window=c.attention_window_size, bias=c.attention_bias, out_bias=True),
-    }
-    return on_frame(
-        c,
-        c.by_layer([kinds[i % len(kinds)] for i in range(num_layers)], mixes),
-        [MLP.of(c, bias=True)] * num_layers,
-        RMSNorm(c.hidden_size, c.norm_eps, 1.0),
-        on_embed=Scale(_rounded(c.hidden_size**0.5)),
-        on_logits=SoftCap(c.logits_soft_cap),
-    )
+    sizes, act = (c.hidden_size, c.num_attention_heads, c.lru_width, c.conv1d_width), Activation(c.hidden_act)
+    attention = Attention.of(c, window=c.attention_window_size, bias=c.attention_bias, out_bias=True)
+    kinds = [c.block_types[i % len(c.block_types)] for i in range(c.num_hidden_layers)]
+    mixes = c.by_layer(kinds, {"recurrent": GatedLRU(*sizes, act=act), "attention": attention})
+    embed, logits = Scale(_rounded(c.hidden_size**0.5)), SoftCap(c.logits_soft_cap)
+    norm = RMSNorm(c.hidden_size, c.norm_eps, 1.0)
+    return pre_norm(c, mixes, MLP.of(c, bias=True), norm, on_embed=embed, on_logits=logits)

@@ -5,12 +5,11 @@ from typing import Any
 
 from cableway.workers.blocks.attention import ALiBi, Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.llama import pre_norm
 from cableway.workers.models.names import HF, Names, Target, by_group, names, normalised_rows, transposed
 from cableway.workers.models.registry import arch, relative
 
@@ -117,25 +116,23 @@ def _baichuan_gguf(c: BaichuanConfig) -> Names:
     verified=relative("Llama"),
 )
 def baichuan(c: BaichuanConfig) -> Decoder:
-    position = {} if c.has_rope else {"rope": ALiBi(c.num_attention_heads)}
-    return pre_norm(c, [Attention.of(c, **position)] * c.num_hidden_layers)
+    return pre_norm(c, Attention.of(c, rope=c.rope() if c.has_rope else ALiBi(c.num_attention_heads)))
 
 
 @arch("QWenLMHeadModel", config=QwenConfig, hf=QWEN, gguf=GGUF, verified=relative("Qwen2"))
 def qwen(c: QwenConfig) -> Decoder:
     bias = not c.no_bias
-    return pre_norm(c, [Attention.of(c, bias=True, out_bias=bias)] * c.num_hidden_layers, MLP.of(c, bias=bias))
+    return pre_norm(c, Attention.of(c, bias=True, out_bias=bias), MLP.of(c, bias=bias))
 
 
 @arch("TeleChat2ForCausalLM", config=DecoderConfig, hf=TELECHAT2, verified=relative("Llama"))
 def telechat2(c: DecoderConfig) -> Decoder:
-    return pre_norm(c, [Attention.of(c, out_bias=True)] * c.num_hidden_layers, MLP.of(c, out_bias=True))
+    return pre_norm(c, Attention.of(c, out_bias=True), MLP.of(c, out_bias=True))
 
 
 @arch("JAISLMHeadModel", config=JaisConfig, hf=JAIS, verified=relative("StableLm"))
 def jais(c: JaisConfig) -> Decoder:
     norm, scale = LayerNorm(c.hidden_size, c.norm_eps), c.head_dim ** -(1.0 if c.mup_scale_qk_dot_by_d else 0.5)
     mix = Attention.of(c, rope=ALiBi(c.num_attention_heads), scale=scale, bias=True, out_bias=True)
-    layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=MLP.of(c, bias=True))
     embed, logits = Scale(c.embedding_factor), Scale(c.logit_factor)
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
+    return pre_norm(c, mix, MLP.of(c, bias=True), norm, on_embed=embed, on_logits=logits)

@@ -28,8 +28,7 @@ class SolarConfig(LlamaConfig, frozen=True, kw_only=True):
 
 @arch("SolarForCausalLM", config=SolarConfig, hf=HF, verified=relative("Llama"))
 def solar(c: SolarConfig) -> Decoder:
-    norm, bias = RMSNorm(c.hidden_size, c.norm_eps), c.attention_bias
-    mix, mlp = Attention.of(c, bias=bias, out_bias=bias), MLP.of(c, bias=c.mlp_bias)
+    norm, mix, mlp = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c), MLP.of(c)
 
     def layer(number: int) -> BridgedLayer:
         keeps = [name for name, at in (("first", c.bskcn_1), ("second", c.bskcn_2)) if number in at]

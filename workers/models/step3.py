@@ -6,7 +6,8 @@ from cableway.workers.blocks.attention import NarrowAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.models.config import MoEConfig, Size
-from cableway.workers.models.moe import SHARED, mixture, on_frame
+from cableway.workers.models.frames import pre_norm
+from cableway.workers.models.moe import SHARED, mixture, some_sparse
 from cableway.workers.models.names import HF, Target, names, stacked
 from cableway.workers.models.registry import arch, relative
 
@@ -38,10 +39,11 @@ class Step3Config(MoEConfig, frozen=True, kw_only=True):
         layers = config.get("moe_layers_enum") or range(1, config["num_hidden_layers"])
         config["moe_layers"] = [int(i) for i in (layers.split(",") if isinstance(layers, str) else layers)]
 
+    def is_sparse(self, layer: int) -> bool:
+        return layer in self.moe_layers
+
 
 @arch("Step3TextForCausalLM", config=Step3Config, hf=STEP3, verified=relative("Qwen2Moe"))
 def step3(c: Step3Config) -> Decoder:
     mix = NarrowAttention.of(c, latent=c.share_q_dim, eps=c.norm_eps)
-    moe, dense = mixture(c, shared=MLP.of(c, ffn_size=c.share_expert_dim)), MLP.of(c)
-    mlps = [moe if i in c.moe_layers else dense for i in range(c.num_hidden_layers)]
-    return on_frame(c, [mix] * c.num_hidden_layers, mlps)
+    return pre_norm(c, mix, some_sparse(c, mixture(c, shared=MLP.of(c, ffn_size=c.share_expert_dim))))

@@ -131,34 +131,19 @@ def _derive_head_dim(config: dict[str, Any]) -> None:
 
 @arch("ZambaForCausalLM", config=ZambaConfig, hf=_zamba_names)
 def zamba(c: ZambaConfig) -> Decoder:
-    mix = HeadedMamba(
-        c.hidden_size,
-        c.mamba_expand * c.hidden_size,
-        c.mamba_d_state,
-        c.mamba_dt_rank,
-        c.mamba_d_conv,
-        num_heads=c.n_mamba_heads,
-        bias=c.mamba_proj_bias,
-        conv_bias=c.mamba_conv_bias,
-    )
+    sizes = (c.mamba_expand * c.hidden_size, c.mamba_d_state, c.mamba_dt_rank, c.mamba_d_conv)
+    biases = {"bias": c.mamba_proj_bias, "conv_bias": c.mamba_conv_bias}
+    mix = HeadedMamba(c.hidden_size, *sizes, num_heads=c.n_mamba_heads, **biases)
     attention = WideAttention.of(c, rope=None, scale=(c.head_dim / 2) ** -0.5)
     return sharing(c, mix, [(attention, MLP.of(c))])
 
 
 @arch("Zamba2ForCausalLM", config=Zamba2Config, hf=_zamba2_names)
 def zamba2(c: Zamba2Config) -> Decoder:
-    mix = Mamba2(
-        c.hidden_size,
-        c.n_mamba_heads,
-        c.mamba_expand * c.hidden_size // c.n_mamba_heads,
-        c.mamba_ngroups,
-        c.mamba_d_state,
-        c.mamba_d_conv,
-        bias=c.add_bias_linear,
-        conv_bias=True,
-        norm_eps=1e-5,
-        limit=(c.time_step_min, float("inf")),
-    )
+    head_dim = c.mamba_expand * c.hidden_size // c.n_mamba_heads
+    sizes = (c.n_mamba_heads, head_dim, c.mamba_ngroups, c.mamba_d_state, c.mamba_d_conv)
+    limit, bias = (c.time_step_min, float("inf")), c.add_bias_linear
+    mix = Mamba2(c.hidden_size, *sizes, bias=bias, conv_bias=True, norm_eps=1e-5, limit=limit)
     options = {"scale": (c.head_dim / 2) ** -0.5, "rope": c.rope() if c.use_mem_rope else None}
     blocks = []
     for _ in range(c.num_mem_blocks):

@@ -1,0 +1,43 @@
+"""How most families put layers together. A mixer or an MLP is that of every layer, or a list has one for each."""
+
+from typing import Any
+
+from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.layers import Layer, Norm, ParallelLayer
+from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.models.config import DecoderConfig
+
+
+def pre_norm(c: DecoderConfig, mix: Any, mlp: Any = None, norm: Norm | None = None, **out: Any) -> Decoder:
+    """A norm before each mixer and each MLP (RMS and gated unless they are given), and one at the end."""
+    return sandwich(c, mix, mlp, norm, mix_out=None, mlp_out=None, **out)
+
+
+def sandwich(
+    c: DecoderConfig, mix: Any, mlp: Any = None, norm: Norm | None = None, *, mix_out: Any, mlp_out: Any, **out: Any
+) -> Decoder:
+    """Norms, or multipliers, after each mixer and each MLP too."""
+    norm, mlp = norm or RMSNorm(c.hidden_size, c.norm_eps), mlp or MLP.of(c)
+    layers = [
+        Layer(norm_in=norm, mix=mix, norm_mix_out=mix_out, norm_mlp=norm, mlp=mlp, norm_mlp_out=mlp_out)
+        for mix, mlp in zip(_each(c, mix), _each(c, mlp), strict=True)
+    ]
+    return Decoder(c, layers, norm_out=norm, **out)
+
+
+def post_norm(c: DecoderConfig, mix: Any) -> Decoder:
+    """A norm after each mixer and each MLP, and none before them."""
+    norm, mlp = RMSNorm(c.hidden_size, c.norm_eps), MLP.of(c)
+    layers = [Layer(mix=mix, norm_mix_out=norm, mlp=mlp, norm_mlp_out=norm) for mix in _each(c, mix)]
+    return Decoder(c, layers, norm_out=norm)
+
+
+def side_by_side(c: DecoderConfig, mix: Any, mlp: Any, norm: Norm, **out: Any) -> Decoder:
+    """Mixer and MLP on the same stream, after one norm."""
+    layers = [ParallelLayer(norm_in=norm, mix=mix, mlp=mlp) for mix in _each(c, mix)]
+    return Decoder(c, layers, norm_out=norm, **out)
+
+
+def _each(c: DecoderConfig, block: Any) -> list[Any]:
+    return block if isinstance(block, list) else [block] * c.num_hidden_layers
