@@ -1,7 +1,7 @@
 """Grouped-query attention over a paged cache."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -17,14 +17,13 @@ from cableway.kernels.paged_attention import paged_attention
 from cableway.kernels.rope import rope as rotate
 from cableway.kernels.rope_and_write import rope_and_write
 from cableway.workers.batch import StateSpec
-from cableway.workers.blocks.block import Block, Mixer, Slot
+from cableway.workers.blocks.block import Block, Filling, Mixer, Slot
 from cableway.workers.blocks.gates import sigmoid, softplus
 from cableway.workers.blocks.linear import Later, Linear, Vector
 from cableway.workers.blocks.norm import HeadRMSNorm, JointNorm, LayerNorm, RMSNorm, RMSScale
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place, Sum
-from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis, Mesh
 
 _ALIGNED = 8
@@ -145,7 +144,7 @@ class KeptScales(Slot):
         self.leaves, self.optional = {"weight": ()}, frozenset({"weight"})
         self.given = NO_SCALES
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+    def load(self, parts: Filling, place: Place) -> None:
         given = [leaves["weight"] for leaves in parts.values() if leaves]
         if given and place.device.type != "meta":
             self.given = KVScales(*(float(stored.read()) for stored in given))

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from cableway.kernels.kv_cache import NO_SCALES, KVScales
@@ -17,6 +18,9 @@ from cableway.workers.blocks.rope import Rope
 from cableway.workers.formats.base import Place
 from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis, Mesh
+
+Filling = Mapping[str, Mapping[str, Stored]]
+"""part -> leaf -> tensor"""
 
 
 class Block:
@@ -101,9 +105,13 @@ class Slot(Block):
     def slots(self, path: str = "") -> Iterator[tuple[str, "Slot"]]:
         yield path, self
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+    def load(self, parts: Filling, place: Place) -> None:
         """Take this rank's share of the given tensors: part -> leaf -> tensor, names and shapes already checked."""
         raise NotImplementedError
+
+    def share(self, parts: Filling, place: Place, dtype: torch.dtype, leaf: str = "weight") -> list[Tensor]:
+        """This rank's share of one leaf of each part."""
+        return [parts[part][leaf].piece(place.mesh.span(axis)).decode(dtype) for part, axis in self.parts.items()]
 
 
 BlockType = TypeVar("BlockType", bound=Block)

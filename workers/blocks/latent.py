@@ -6,7 +6,6 @@ gives through the matrix that makes its values.
 Key: T tokens, H heads, R rank of the latents.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,13 +16,12 @@ from cableway.kernels.latent_attention import latent_attention
 from cableway.kernels.latent_write import latent_write
 from cableway.kernels.rope import rope as rotate
 from cableway.workers.batch import StateSpec
-from cableway.workers.blocks.block import Mixer, Slot
+from cableway.workers.blocks.block import Filling, Mixer, Slot
 from cableway.workers.blocks.linear import Linear, by_heads
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place
-from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis, Mesh
 
 _EPS = 1e-6
@@ -37,13 +35,11 @@ class HeadMatrices(Slot):
         self.parts = {"k": Axis("heads", num_heads, nope_dim), "v": Axis("heads", num_heads, v_dim)}
         self.leaves = {"weight": (rank,)}
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
-        by_head = {
-            part: parts[part]["weight"].piece(place.mesh.span(axis)).decode(place.dtype).unflatten(0, (-1, axis.unit))
-            for part, axis in self.parts.items()
-        }
-        self.make_keys = by_head["k"].to(place.device, copy=True)  # [H, nope, R]
-        self.make_values = by_head["v"].transpose(1, 2).contiguous().to(place.device)  # [H, R, v]
+    def load(self, parts: Filling, place: Place) -> None:
+        shares = zip(self.share(parts, place, place.dtype), self.parts.values(), strict=True)
+        keys, values = (share.unflatten(0, (-1, axis.unit)) for share, axis in shares)
+        self.make_keys = keys.to(place.device, copy=True)  # [H, nope, R]
+        self.make_values = values.transpose(1, 2).contiguous().to(place.device)  # [H, R, v]
         self._is_invariant = place.invariant
 
     def through(self, x: Tensor, matrices: Tensor) -> Tensor:

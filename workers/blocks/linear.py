@@ -10,9 +10,8 @@ from torch import Tensor
 
 from cableway.kernels.silu_mul import silu_mul
 from cableway.workers import formats
-from cableway.workers.blocks.block import Slot
+from cableway.workers.blocks.block import Filling, Slot
 from cableway.workers.formats.base import Place, Sum, joined
-from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
 
 _TILE_ROWS = 8
@@ -49,7 +48,7 @@ class Linear(Slot):
         self._bias: Tensor | None = None
         self._reduce: Callable[[Tensor], Tensor] | None = None
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+    def load(self, parts: Filling, place: Place) -> None:
         mesh, columns = place.mesh, place.mesh.span(self._in)
         spans = {part: mesh.span(axis) for part, axis in self.parts.items()}
         self.local_sizes = [span.size for span in spans.values()]
@@ -61,8 +60,7 @@ class Linear(Slot):
         if can_add := getattr(form, "can_add", None):
             self._can_add, self._add_to = can_add, form.add_to
         if any("bias" in leaves for leaves in parts.values()):
-            biases = [parts[part]["bias"].piece(span).decode(place.dtype) for part, span in spans.items()]
-            self._bias = joined(biases, place.device)
+            self._bias = joined(self.share(parts, place, place.dtype, "bias"), place.device)
         if mesh.is_cut(self._in):
             self._reduce = mesh.all_reduce
             if mesh.tp_rank > 0:
@@ -150,14 +148,11 @@ class HeadLinear(Slot):
         self._bias: Tensor | None = None
         self._is_invariant = False
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+    def load(self, parts: Filling, place: Place) -> None:
         def side_by_side(leaf: str) -> Tensor:
             """[H, out, …]"""
-            pieces = [
-                parts[part][leaf].piece(place.mesh.span(axis)).decode(place.dtype).unflatten(0, (-1, axis.unit))
-                for part, axis in self.parts.items()
-            ]
-            return torch.cat(pieces, 1).to(place.device)
+            shares = zip(self.share(parts, place, place.dtype, leaf), self.parts.values(), strict=True)
+            return torch.cat([share.unflatten(0, (-1, axis.unit)) for share, axis in shares], 1).to(place.device)
 
         self._weight = side_by_side("weight").transpose(1, 2).contiguous()
         if "bias" in self.leaves:
@@ -188,12 +183,11 @@ class Embedding(Slot):
         self._first = 0
         self._reduce: Callable[[Tensor], Tensor] | None = None
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
-        vocab = self.parts[""]
-        span = place.mesh.span(vocab)
-        self._table = parts[""]["weight"].piece(span).decode(place.dtype).to(place.device, copy=True)
-        if place.mesh.is_cut(vocab):
-            self._first, self._reduce = span.start, place.mesh.all_reduce
+    def load(self, parts: Filling, place: Place) -> None:
+        (table,) = self.share(parts, place, place.dtype)
+        self._table = table.to(place.device, copy=True)
+        if place.mesh.is_cut(self.parts[""]):
+            self._first, self._reduce = place.mesh.span(self.parts[""]).start, place.mesh.all_reduce
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """token_ids [T] -> [T, hidden]"""
@@ -212,10 +206,10 @@ class Vector(Slot):
         self.optional = frozenset({"weight"} if optional else ())
         self.weight: Tensor | None = None
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
-        if stored := parts[""].get("weight"):
-            piece = stored.piece(place.mesh.span(self.parts[""]))
-            self.weight = piece.decode(torch.float32).to(place.device, copy=True)
+    def load(self, parts: Filling, place: Place) -> None:
+        if "weight" in parts[""]:
+            (weight,) = self.share(parts, place, torch.float32)
+            self.weight = weight.to(place.device, copy=True)
 
 
 class Table(Slot):
@@ -225,6 +219,5 @@ class Table(Slot):
         self.parts, self.leaves = parts, {"weight": dims}
         self.weight: Tensor
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
-        pieces = [parts[part]["weight"].piece(place.mesh.span(axis)) for part, axis in self.parts.items()]
-        self.weight = joined([piece.decode(torch.float32) for piece in pieces], place.device)
+    def load(self, parts: Filling, place: Place) -> None:
+        self.weight = joined(self.share(parts, place, torch.float32), place.device)

@@ -14,11 +14,10 @@ from cableway.kernels.gated_norm import gated_norm
 from cableway.kernels.state_scan import state_scan
 from cableway.kernels.time_steps import time_steps
 from cableway.workers.batch import StateSpec
-from cableway.workers.blocks.block import Block, Mixer, Slot
+from cableway.workers.blocks.block import Block, Filling, Mixer, Slot
 from cableway.workers.blocks.linear import HeadLinear, Linear, Table, Vector
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place
-from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis, Mesh
 
 
@@ -31,16 +30,11 @@ class CausalConv(Slot):
         self._weight: Tensor
         self._bias: Tensor | None = None
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
-        spans = {part: place.mesh.span(axis) for part, axis in self.parts.items()}
-
-        def joined(leaf: str) -> Tensor:
-            pieces = [parts[part][leaf].piece(span).decode(torch.float32) for part, span in spans.items()]
-            return torch.cat(pieces).to(place.device)
-
-        self._weight = joined("weight").squeeze(1).T.contiguous()
+    def load(self, parts: Filling, place: Place) -> None:
+        weight = torch.cat(self.share(parts, place, torch.float32)).to(place.device)
+        self._weight = weight.squeeze(1).T.contiguous()
         if "bias" in self.leaves:
-            self._bias = joined("bias")
+            self._bias = torch.cat(self.share(parts, place, torch.float32, "bias")).to(place.device)
 
     def state_len(self, mesh: Mesh) -> int:
         return sum(mesh.span(axis).size for axis in self.parts.values()) * (self.width - 1)

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from cableway.kernels.choose_experts import choose_experts
 from cableway.workers import formats
-from cableway.workers.blocks.block import Block, Slot
+from cableway.workers.blocks.block import Block, Filling, Slot
 from cableway.workers.blocks.gates import sigmoid
 from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.mlp import Activation, ClampedGate
 from cableway.workers.formats.base import Place, Sum, joined
 from cableway.workers.formats.experts import Order
-from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
 
 
@@ -95,7 +94,7 @@ class Experts(Slot):
         self._params: Any
         self._bias: Tensor | None = None
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+    def load(self, parts: Filling, place: Place) -> None:
         mesh, columns = place.mesh, place.mesh.span(self._in)
         spans = {part: mesh.span(axis) for part, axis in self.parts.items()}
         pieces = [parts[part]["weight"].piece(span, columns) for part, span in spans.items()]
@@ -105,8 +104,7 @@ class Experts(Slot):
         self._form = formats.choose_for_experts([p.encoding for p in pieces], num_out, columns.size, place)
         self._params = self._form.finish(experts)
         if "bias" in self.leaves:
-            biases = [parts[part]["bias"].piece(span).decode(place.dtype) for part, span in spans.items()]
-            self._bias = joined(biases, place.device).view(self._num_experts, -1)
+            self._bias = joined(self.share(parts, place, place.dtype, "bias"), place.device).view(self._num_experts, -1)
             if mesh.is_cut(self._in) and mesh.tp_rank > 0:
                 self._bias.zero_()  # it is added once, by rank 0
 

@@ -1,7 +1,5 @@
 """Normalisation. A norm is called on rows; `add` fuses the sum of a residual stream with the norm of it."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -9,10 +7,9 @@ from cableway.kernels.add_layer_norm import add_layer_norm
 from cableway.kernels.add_rms_norm import add_rms_norm
 from cableway.kernels.layer_norm import layer_norm
 from cableway.kernels.rms_norm import rms_norm
-from cableway.workers.blocks.block import Block, Slot
+from cableway.workers.blocks.block import Block, Filling, Slot
 from cableway.workers.blocks.linear import Later, Vector
 from cableway.workers.formats.base import Place
-from cableway.workers.formats.stored import Stored
 from cableway.workers.parallel import Axis
 
 
@@ -28,7 +25,7 @@ class RMSNorm(Vector):
         self.eps = eps
         self.offset = offset
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+    def load(self, parts: Filling, place: Place) -> None:
         super().load(parts, place)
         self.weight += self.offset
 
@@ -44,8 +41,8 @@ class RMSNorm(Vector):
         return add_rms_norm(x, residual, self.weight, eps=self.eps)
 
 
-class RMSScale(Block):
-    """y = x / sqrt(mean(x²) + eps): an RMSNorm without a weight."""
+class Unweighted(Block):
+    """A norm without a weight: one of ones, for kernels that want one."""
 
     def __init__(self, size: int, eps: float):
         self.size = size
@@ -54,6 +51,10 @@ class RMSScale(Block):
 
     def prepare(self, place: Place) -> None:
         self._ones = torch.ones(self.size, device=place.device)
+
+
+class RMSScale(Unweighted):
+    """y = x / sqrt(mean(x²) + eps): an RMSNorm without a weight."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self._ones, eps=self.eps)
@@ -97,7 +98,7 @@ class LayerNorm(Slot):
         self._weight: Tensor
         self._bias: Tensor | None = None
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+    def load(self, parts: Filling, place: Place) -> None:
         span = place.mesh.span(self.parts[""])
         leaves = {leaf: stored.piece(span).decode(torch.float32) for leaf, stored in parts[""].items()}
         weight = leaves["weight"] + self.offset
@@ -123,12 +124,9 @@ class HeadNorms(Slot):
         self.heads, self.eps = heads, eps
         self._weight: Tensor
 
-    def load(self, parts: Mapping[str, Mapping[str, Stored]], place: Place) -> None:
+    def load(self, parts: Filling, place: Place) -> None:
         held = place.mesh.span(self.heads)
-        rows = [
-            parts[str(head)]["weight"].piece(place.mesh.span(self.parts[str(head)])).decode(torch.float32)
-            for head in range(held.start, held.stop)
-        ]
+        rows = self.share(parts, place, torch.float32)[held.start : held.stop]
         self._weight = torch.stack(rows).to(place.device)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -136,16 +134,8 @@ class HeadNorms(Slot):
         return layer_norm(x, self._weight, None, eps=self.eps)
 
 
-class PlainLayerNorm(Block):
+class PlainLayerNorm(Unweighted):
     """A LayerNorm without weight or bias."""
-
-    def __init__(self, size: int, eps: float):
-        self.size = size
-        self.eps = eps
-        self._ones: Tensor
-
-    def prepare(self, place: Place) -> None:
-        self._ones = torch.ones(self.size, device=place.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, self._ones, None, eps=self.eps)

@@ -8,12 +8,14 @@ from cableway.workers.blocks.layers import BypassLayer, Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import MoEConfig, Size
-from cableway.workers.models.gguf_names import GGUF_NEIGHBOURS
+from cableway.workers.models.gguf_names import GGUF_LAYER, GGUF_NEIGHBOURS
+from cableway.workers.models.hf_names import LAYER, experts
+from cableway.workers.models.layouts import stacked
 from cableway.workers.models.moe import MIXTRAL, mixture
-from cableway.workers.models.names import Names, Target, experts, names, stacked
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.names import Names, Target, names, of_mlp
+from cableway.workers.models.registry import arch
 
-_MLP = {"w1": "mlp.gate_up.gate", "w3": "mlp.gate_up.up", "w2": "mlp.down"}
+_MATRICES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 class ArcticConfig(MoEConfig, frozen=True, kw_only=True):
@@ -36,25 +38,23 @@ PAST = names(
         "ffn_up_exps": Target("moe.gate_up", layout=stacked, parts=("up",)),
         "ffn_down_exps": Target("moe.down", layout=stacked),
     },
-    prefix="blk.{}.",
-    to="layers.{}.",
+    **GGUF_LAYER,
 )
 
 
 def _names(c: ArcticConfig) -> Names:
-    layer = {"prefix": "model.layers.{}.", "to": "layers.{}."}
-    scheme = MIXTRAL | names({f"block_sparse_moe.mlp.{name}": slot for name, slot in _MLP.items()}, **layer)
+    scheme = MIXTRAL | names(of_mlp("block_sparse_moe.mlp.*", **_MATRICES), **LAYER)
     if not c.parallel_attn_mlp_res:
         return scheme
     past = experts("block_sparse_moe.experts", "w1", "w3", "w2")
     scheme |= Names({name: t._replace(path=t.path.replace(".mlp.", ".moe.")) for name, t in past.targets.items()})
-    scheme |= names({"block_sparse_moe.gate": "moe.router.gate", "residual_layernorm": "norm_mlp"}, **layer)
-    scheme |= names({f"residual_mlp.{name}": slot for name, slot in _MLP.items()}, **layer)
+    scheme |= names({"block_sparse_moe.gate": "moe.router.gate", "residual_layernorm": "norm_mlp"}, **LAYER)
+    scheme |= names(of_mlp("residual_mlp.*", **_MATRICES), **LAYER)
     sparse = [i for i in range(c.num_hidden_layers) if c.is_sparse(i)]
     return scheme | names({f"model.layers.{i}.post_attention_layernorm": f"layers.{i}.norm_moe" for i in sparse})
 
 
-@arch("ArcticForCausalLM", config=ArcticConfig, hf=_names, gguf=GGUF_NEIGHBOURS | PAST, verified=relative("Mixtral"))
+@arch("ArcticForCausalLM", config=ArcticConfig, hf=_names, gguf=GGUF_NEIGHBOURS | PAST, like="Mixtral")
 def arctic(c: ArcticConfig) -> Decoder:
     norm, mix = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c)
     moe = mixture(c, renorm=0.0 if c.num_experts_per_tok > 1 else None)

@@ -13,7 +13,8 @@ from cableway.workers.blocks.layers import CrossLayer, Layer, PostNormLayer
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.models.config import DecoderConfig, NumLayers, Size
-from cableway.workers.models.names import Names, Target, flat, names, scaled
+from cableway.workers.models.layouts import flat, scaled
+from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.registry import arch
 
 _LAYER = {

@@ -10,20 +10,20 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
 from cableway.workers.models.frames import side_by_side
-from cableway.workers.models.gguf_names import GGUF
+from cableway.workers.models.gguf_names import GGUF, GGUF_MIX
 from cableway.workers.models.glm import halves
-from cableway.workers.models.names import HF, Target, flat, names
+from cableway.workers.models.hf_names import HF, MIX
+from cableway.workers.models.layouts import flat
+from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
 COHERE = HF | names(
     {"q_norm": Target("q_norm", layout=flat), "k_norm": Target("k_norm", layout=flat)},
-    prefix="model.layers.{}.self_attn.",
-    to="layers.{}.mix.",
+    **MIX,
 )
 GGUF_COHERE = GGUF | names(
     {"attn_q_norm": Target("q_norm", layout=flat), "attn_k_norm": Target("k_norm", layout=flat)},
-    prefix="blk.{}.",
-    to="layers.{}.mix.",
+    **GGUF_MIX,
 )
 
 

@@ -16,7 +16,9 @@ from cableway.workers.blocks.rope import yarn_length
 from cableway.workers.blocks.sparse import Index, SparseLatentAttention
 from cableway.workers.models.config import Count, Never, Size
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.gguf_names import GGUF
+from cableway.workers.models.gguf_names import GGUF, GGUF_MIX
+from cableway.workers.models.hf_names import HF, LAYER, experts, without_predictors
+from cableway.workers.models.layouts import by_group
 from cableway.workers.models.moe import (
     DEEPSEEK_MOE,
     DeepseekMoEConfig,
@@ -26,16 +28,7 @@ from cableway.workers.models.moe import (
     some_sparse,
 )
 from cableway.workers.models.multipliers import MiniCPMConfig, multiplied
-from cableway.workers.models.names import (
-    HF,
-    Names,
-    Target,
-    by_group,
-    experts,
-    names,
-    neighbours_to_halves,
-    without_predictors,
-)
+from cableway.workers.models.names import Names, Target, names, neighbours_to_halves
 from cableway.workers.models.registry import arch
 
 
@@ -74,7 +67,7 @@ def _names(scheme: Names, c: Any) -> Names:
 def _gguf(c: Any) -> Names:
     turned = partial(last_neighbours, rope_dim=c.qk_rope_head_dim)
     q, kv = Target("q", turned), Target("kv_down", turned)
-    mix = names({"attn_q": q, "attn_q_b": q, "attn_kv_a_mqa": kv}, prefix="blk.{}.", to="layers.{}.mix.")
+    mix = names({"attn_q": q, "attn_q_b": q, "attn_kv_a_mqa": kv}, **GGUF_MIX)
     return GGUF | mix | without_predictors(c, "blk.")
 
 
@@ -94,8 +87,7 @@ LONGCAT = (
             "mlp.router.classifier": "moe.router.gate",
             "mlp.router.e_score_correction_bias": "moe.router.correction",
         },
-        prefix="model.layers.{}.",
-        to="layers.{}.",
+        **LAYER,
     )
 )
 

@@ -9,26 +9,16 @@ from cableway.workers.blocks.mlp import MLP, XIELU, PlainMLP
 from cableway.workers.blocks.norm import HeadNorms, JointNorm, LayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, WindowedConfig
 from cableway.workers.models.frames import pre_norm, side_by_side
-from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, MID_NORM, larger_norms
+from cableway.workers.models.gguf_names import GGUF, GGUF_MIX, GGUF_NEIGHBOURS, MID_NORM, larger_norms
 from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
 from cableway.workers.models.glm import halves
+from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, HF, LAYER, PLAIN_MLP, PRE_NORMS, of_text
+from cableway.workers.models.layouts import by_group, stacked
 from cableway.workers.models.llama import LlamaConfig
-from cableway.workers.models.names import (
-    ATTENTION,
-    EMBEDDINGS,
-    HF,
-    PLAIN_MLP,
-    PRE_NORMS,
-    Target,
-    by_group,
-    names,
-    of_text,
-    stacked,
-)
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.names import Target, names, of_mlp
+from cableway.workers.models.registry import arch
 
 PLAIN = EMBEDDINGS | ATTENTION | PLAIN_MLP | PRE_NORMS
-LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
 APERTUS = PLAIN | names(
     {
         "attention_layernorm": "norm_in",
@@ -61,8 +51,7 @@ STABLELM = HF | names(
 )
 GGUF_STABLELM = GGUF | names(
     {"attn_q_norm": Target("q_norm", layout=stacked), "attn_k_norm": Target("k_norm", layout=stacked)},
-    prefix="blk.{}.",
-    to="layers.{}.mix.",
+    **GGUF_MIX,
 )
 HUNYUAN = HF | names({"self_attn.query_layernorm": "mix.q_norm", "self_attn.key_layernorm": "mix.k_norm"}, **LAYER)
 BITNET = HF | names({"self_attn.attn_sub_norm": "mix.norm_y", "mlp.ffn_sub_norm": "mlp.norm"}, **LAYER)
@@ -73,9 +62,7 @@ INTERNLM2 = names(
         "model.layers.{}.attention.wqkv": Target("layers.{}.mix.qkv", layout=by_group),
         "model.layers.{}.attention.wo": "layers.{}.mix.out",
         "model.layers.{}.ffn_norm": "layers.{}.norm_mlp",
-        "model.layers.{}.feed_forward.w1": "layers.{}.mlp.gate_up.gate",
-        "model.layers.{}.feed_forward.w3": "layers.{}.mlp.gate_up.up",
-        "model.layers.{}.feed_forward.w2": "layers.{}.mlp.down",
+        **of_mlp("model.layers.{}.feed_forward.*", "layers.{}.mlp", gate="w1", up="w3", down="w2"),
         "model.norm": "norm_out",
         "output": "head",
     }
@@ -141,18 +128,18 @@ class ErnieConfig(BiasConfig, frozen=True, kw_only=True):
 
 
 @arch("SeedOssForCausalLM", config=BiasConfig, hf=HF, gguf=GGUF | MID_NORM)
-@arch("InternLMForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
-@arch("InternLM3ForCausalLM", config=BiasConfig, hf=HF, verified=relative("SeedOss"))
-@arch("InternLM2ForCausalLM", config=BiasConfig, hf=INTERNLM2, gguf=GGUF_NEIGHBOURS, verified=relative("Llama"))
-@arch("PanguEmbeddedForCausalLM", config=BiasConfig, hf=HF, verified=relative("Llama"))
+@arch("InternLMForCausalLM", config=BiasConfig, hf=HF, like="Llama")
+@arch("InternLM3ForCausalLM", config=BiasConfig, hf=HF, like="SeedOss")
+@arch("InternLM2ForCausalLM", config=BiasConfig, hf=INTERNLM2, gguf=GGUF_NEIGHBOURS, like="Llama")
+@arch("PanguEmbeddedForCausalLM", config=BiasConfig, hf=HF, like="Llama")
 @arch("HeliumForCausalLM", config=HeliumConfig, hf=halves(HF))
 @arch("Ernie4_5ForCausalLM", config=ErnieConfig, hf=halves(HF), gguf=GGUF_NEIGHBOURS)
-@arch("Ernie4_5_ForCausalLM", config=ErnieConfig, hf=halves(HF), verified=relative("Ernie4_5"))
+@arch("Ernie4_5_ForCausalLM", config=ErnieConfig, hf=halves(HF), like="Ernie4_5")
 def biased(c: BiasConfig) -> Decoder:
     return pre_norm(c, Attention.of(c))
 
 
-@arch("OrionForCausalLM", config=BiasConfig, hf=HF, gguf=GGUF, verified=relative("StableLm"))
+@arch("OrionForCausalLM", config=BiasConfig, hf=HF, gguf=GGUF, like="StableLm")
 def orion(c: BiasConfig) -> Decoder:
     return pre_norm(c, Attention.of(c), norm=LayerNorm(c.hidden_size, c.norm_eps))
 
@@ -186,7 +173,7 @@ def persimmon(c: PersimmonConfig) -> Decoder:
 
 
 @arch("StableLmForCausalLM", config=StableLmConfig, hf=STABLELM, gguf=GGUF_STABLELM)
-@arch("StableLMEpochForCausalLM", config=StableLmConfig, hf=STABLELM, verified=relative("StableLm"))
+@arch("StableLMEpochForCausalLM", config=StableLmConfig, hf=STABLELM, like="StableLm")
 def stablelm(c: StableLmConfig) -> Decoder:
     norm, head_norms = LayerNorm(c.hidden_size, c.norm_eps), None
     if c.qk_layernorm:
@@ -197,7 +184,7 @@ def stablelm(c: StableLmConfig) -> Decoder:
 
 
 @arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HUNYUAN, gguf=GGUF)
-@arch("HunYuanVLForConditionalGeneration", config=LlamaConfig, hf=of_text(HUNYUAN), verified=relative("HunYuanDenseV1"))
+@arch("HunYuanVLForConditionalGeneration", config=LlamaConfig, hf=of_text(HUNYUAN), like="HunYuanDenseV1")
 def hunyuan(c: LlamaConfig) -> Decoder:
     return pre_norm(c, LateNormAttention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps)))
 

@@ -6,8 +6,9 @@ from cableway.workers.blocks.layers import WeightedStreamLayer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Never, Size, Window
+from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.llama import LlamaConfig
-from cableway.workers.models.names import HF, Target, names
+from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
 DOGE = HF | names(
@@ -18,8 +19,7 @@ DOGE = HF | names(
         "input_residual": Target("keep_mix", leaf="weight"),
         "post_attention_residual": Target("keep_mlp", leaf="weight"),
     },
-    prefix="model.layers.{}.",
-    to="layers.{}.",
+    **LAYER,
 )
 
 

@@ -10,9 +10,10 @@ from cableway.workers.blocks.mlp import Activation, PlainMLP
 from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Never, Size
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
-from cableway.workers.models.names import Names, Target, by_group, names
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER, PLAIN_MLP
+from cableway.workers.models.layouts import by_group
+from cableway.workers.models.names import Names, Target, names, of_parts
+from cableway.workers.models.registry import arch
 
 BLOOM = names(
     {
@@ -31,7 +32,7 @@ BLOOM = names(
     ignored=("h.{}.self_attention.rotary_emb",),
     prefix="transformer.",
 ) | names({"lm_head": "head"})
-GGUF_TWO_NORMS = names({"attn_norm_2": "norm_in", "attn_norm": "norm_mlp"}, prefix="blk.{}.", to="layers.{}.")
+GGUF_TWO_NORMS = names({"attn_norm_2": "norm_in", "attn_norm": "norm_mlp"}, **GGUF_LAYER)
 MPT = names(
     {
         "transformer.wte": "embed",
@@ -51,9 +52,7 @@ OPT = names(
         "embed_positions": "positions.table",
         "project_in": "project_in",
         "project_out": "project_out",
-        "layers.{}.self_attn.q_proj": "layers.{}.mix.qkv.q",
-        "layers.{}.self_attn.k_proj": "layers.{}.mix.qkv.k",
-        "layers.{}.self_attn.v_proj": "layers.{}.mix.qkv.v",
+        **of_parts("layers.{}.self_attn.*_proj", "layers.{}.mix.qkv"),
         "layers.{}.self_attn.out_proj": "layers.{}.mix.out",
         "layers.{}.self_attn_layer_norm": "layers.{}.norm_in",
         "layers.{}.fc1": "layers.{}.mlp.up",
@@ -128,7 +127,7 @@ def _falcon_gguf(c: FalconConfig) -> Names:
 
 
 @arch("FalconForCausalLM", config=FalconConfig, hf=BLOOM, gguf=_falcon_gguf)
-@arch("RWForCausalLM", config=FalconConfig, hf=BLOOM, verified=relative("Falcon"))
+@arch("RWForCausalLM", config=FalconConfig, hf=BLOOM, like="Falcon")
 def falcon(c: FalconConfig) -> Decoder:
     norm, bias, has_two = LayerNorm(c.hidden_size, c.norm_eps), c.bias, c.num_ln_in_parallel_attn
     position = {"rope": ALiBi(c.num_attention_heads, scale=c.head_dim**-0.5)} if c.alibi else {}
@@ -150,7 +149,7 @@ def bloom(c: BloomConfig) -> Decoder:
 
 
 @arch("MptForCausalLM", config=MPTConfig, hf=MPT, gguf=GGUF | PLAIN_MLP)
-@arch("MPTForCausalLM", config=MPTConfig, hf=MPT, verified=relative("Mpt"))
+@arch("MPTForCausalLM", config=MPTConfig, hf=MPT, like="Mpt")
 def mpt(c: MPTConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps, bias=None)
     alibi = ALiBi(c.num_attention_heads, most=c.alibi_bias_max)

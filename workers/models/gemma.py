@@ -9,8 +9,8 @@ from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import DecoderConfig, Factor, Size, Window, every
 from cableway.workers.models.frames import pre_norm, sandwich
 from cableway.workers.models.gguf_names import GGUF, larger_norms
-from cableway.workers.models.names import HF, SANDWICH_NORMS, of_text
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import HF, SANDWICH_NORMS, of_text
+from cableway.workers.models.registry import arch
 
 
 class GemmaConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -64,12 +64,7 @@ def gemma2(c: Gemma2Config) -> Decoder:
     return near_and_far(c, None)
 
 
-@arch(
-    "Gemma3ForConditionalGeneration",
-    config=Gemma3Config,
-    hf=of_text(HF | SANDWICH_NORMS),
-    verified=relative("Gemma3"),
-)
+@arch("Gemma3ForConditionalGeneration", config=Gemma3Config, hf=of_text(HF | SANDWICH_NORMS), like="Gemma3")
 @arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | SANDWICH_NORMS, gguf=larger_norms(GGUF))
 def gemma3(c: Gemma3Config) -> Decoder:
     return near_and_far(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))

@@ -11,9 +11,11 @@ from cableway.workers.blocks.mlp import MLP, Activation, SparseMLP
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import Count, Factor, Size, Window, every
 from cableway.workers.models.gemma import Gemma3Config
-from cableway.workers.models.gguf_names import GGUF
-from cableway.workers.models.names import HF, SANDWICH_NORMS, Names, Target, names, of_text, stacked
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
+from cableway.workers.models.hf_names import HF, LAYER, SANDWICH_NORMS, of_text
+from cableway.workers.models.layouts import stacked
+from cableway.workers.models.names import Names, Target, names
+from cableway.workers.models.registry import arch
 
 GEMMA3N = (
     HF
@@ -33,8 +35,7 @@ GEMMA3N = (
             "per_layer_projection": "layer_input.up",
             "post_per_layer_input_norm": "layer_input.norm",
         },
-        prefix="model.layers.{}.",
-        to="layers.{}.",
+        **LAYER,
     )
     | names(
         {
@@ -109,8 +110,7 @@ GGUF_GEMMA3N = (
             "proj": "layer_input.up",
             "post_norm": "layer_input.norm",
         },
-        prefix="blk.{}.",
-        to="layers.{}.",
+        **GGUF_LAYER,
     )
     | names(
         {
@@ -142,7 +142,7 @@ def _gguf(c: Gemma3nConfig) -> Names:
 
 
 @arch("Gemma3nForCausalLM", config=Gemma3nConfig, hf=_names, gguf=_gguf)
-@arch("Gemma3nForConditionalGeneration", config=Gemma3nConfig, hf=of_text(_names), verified=relative("Gemma3n"))
+@arch("Gemma3nForConditionalGeneration", config=Gemma3nConfig, hf=of_text(_names), like="Gemma3n")
 def gemma3n(c: Gemma3nConfig) -> AltUpDecoder:
     eps, act = c.norm_eps, Activation(c.hidden_act)
     norm, head_norm = RMSNorm(c.hidden_size, eps), RMSNorm(c.head_dim, eps)

@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from cableway.workers.formats.stored import Stored
-from cableway.workers.models.names import (
-    Layout,
-    Names,
-    Target,
-    by_group,
-    by_head,
-    by_head_transposed,
-    concatenated,
-    flat,
-    interleaved,
-    names,
-    stacked,
-)
+from cableway.workers.models.layouts import Layout, by_group, by_head, by_head_transposed, concatenated, flat, stacked
+from cableway.workers.models.names import Names, Target, interleaved, names, of_mlp, of_parts
 from cableway.workers.parallel import Axis
 
 
@@ -52,9 +41,7 @@ def one_row(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
 
 
 _ATTENTION: dict[str, str | Target] = {
-    "attn_q": "qkv.q",
-    "attn_k": "qkv.k",
-    "attn_v": "qkv.v",
+    **of_parts("attn_*", "qkv"),
     "attn_qkv": "qkv",
     "attn_q_norm": "q_norm",
     "attn_k_norm": "k_norm",
@@ -90,9 +77,7 @@ _SHORT_CONVOLUTION: dict[str, str | Target] = {
     "shortconv.out_proj": "out",
 }
 _MLP: dict[str, str | Target] = {
-    "ffn_gate": "mlp.gate_up.gate",
-    "ffn_up": "mlp.gate_up.up",
-    "ffn_down": "mlp.down",
+    **of_mlp("ffn_*", gate="gate", up="up", down="down"),
     "ffn_gate_inp": "mlp.router.gate",
     "exp_probs_b.bias": Target("mlp.router.correction", layout=flat),
     "ffn_gate_exps": Target("mlp.gate_up", layout=stacked, parts=("gate",)),
@@ -102,9 +87,7 @@ _MLP: dict[str, str | Target] = {
     "ffn_gate.{}": "mlp.gate_up.{}.gate",  # before experts were stacked
     "ffn_up.{}": "mlp.gate_up.{}.up",
     "ffn_down.{}": "mlp.down.{}",
-    "ffn_gate_shexp": "mlp.shared.gate_up.gate",
-    "ffn_up_shexp": "mlp.shared.gate_up.up",
-    "ffn_down_shexp": "mlp.shared.down",
+    **of_mlp("ffn_*_shexp", "mlp.shared", gate="gate", up="up", down="down"),
     "ffn_gate_inp_shexp": Target("mlp.shared_gate", layout=one_row),
 }
 _NORMS: dict[str, str | Target] = {
@@ -113,11 +96,11 @@ _NORMS: dict[str, str | Target] = {
     "ffn_norm": "norm_mlp",
     "post_ffw_norm": "norm_mlp_out",
 }
-LAYER = {"prefix": "blk.{}.", "to": "layers.{}."}
-MIX = {"prefix": "blk.{}.", "to": "layers.{}.mix."}
+GGUF_LAYER = {"prefix": "blk.{}.", "to": "layers.{}."}
+GGUF_MIX = {"prefix": "blk.{}.", "to": "layers.{}.mix."}
 GGUF = (
-    names(_ATTENTION | _STATE_SPACE | _SHORT_CONVOLUTION, ignored=("attn_rot_embd",), **MIX)
-    | names(_MLP | _NORMS, **LAYER)
+    names(_ATTENTION | _STATE_SPACE | _SHORT_CONVOLUTION, ignored=("attn_rot_embd",), **GGUF_MIX)
+    | names(_MLP | _NORMS, **GGUF_LAYER)
     | names(
         {
             "token_embd": "embed",
@@ -132,16 +115,16 @@ GGUF = (
 )
 """Names of every family, of which each has some."""
 
-PLAIN_MLP = names({"ffn_up": "mlp.up"}, **LAYER)
-FUSED_MLP = names({"ffn_up": "mlp.gate_up"}, **LAYER)
+PLAIN_MLP = names({"ffn_up": "mlp.up"}, **GGUF_LAYER)
+FUSED_MLP = names({"ffn_up": "mlp.gate_up"}, **GGUF_LAYER)
 _STEPS = {"ssm_dt.bias": "dt_bias"}
-MAMBA2 = names(_STEPS, **MIX)
+MAMBA2 = names(_STEPS, **GGUF_MIX)
 TWO_MIXERS = names(_STATE_SPACE | _STEPS, prefix="blk.{}.", to="layers.{}.mixes.0.") | names(
     _ATTENTION, prefix="blk.{}.", to="layers.{}.mixes.1."
 )
 """Mamba 2 and attention side by side."""
 
-MID_NORM = names({"post_attention_norm": "norm_mlp"}, **LAYER)
+MID_NORM = names({"post_attention_norm": "norm_mlp"}, **GGUF_LAYER)
 """The norm before the MLP is named by where it stands, not by what it is for."""
 
 GGUF_NEIGHBOURS = interleaved(GGUF, 0)
@@ -174,4 +157,4 @@ def value_heads_in_turns(scheme: Names, num_key_heads: int, head_dim: int) -> Na
     turned = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_a", "ssm_dt.bias", "ssm_conv1d.weight")
     targets = {f"blk.{{}}.{name}": scheme.targets[f"blk.{{}}.{name}"] for name in turned}
     changed = {name: t._replace(layout=partial(by_key_head, layout=t.layout)) for name, t in targets.items()}
-    return scheme | Names(changed) | names({"ssm_out": Target("out", layout=columns)}, **MIX)
+    return scheme | Names(changed) | names({"ssm_out": Target("out", layout=columns)}, **GGUF_MIX)

@@ -10,8 +10,9 @@ from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size
 from cableway.workers.models.frames import pre_norm, sandwich
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF
-from cableway.workers.models.names import HF, Names, interleaved, names
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import HF, LAYER
+from cableway.workers.models.names import Names, interleaved, names
+from cableway.workers.models.registry import arch
 
 GLM4 = HF | names(
     {
@@ -19,8 +20,7 @@ GLM4 = HF | names(
         "post_attention_layernorm": "norm_mlp",
         "post_mlp_layernorm": "norm_mlp_out",
     },
-    prefix="model.layers.{}.",
-    to="layers.{}.",
+    **LAYER,
 )
 CHATGLM = names(
     {
@@ -74,13 +74,7 @@ def glm4(c: GlmConfig) -> Decoder:
     return sandwich(c, Attention.of(c, out_bias=False), mix_out=norm, mlp_out=norm)
 
 
-@arch(
-    "ChatGLMModel",
-    "ChatGLMForConditionalGeneration",
-    config=ChatGLMConfig,
-    hf=halves(CHATGLM),
-    verified=relative("Glm"),
-)
+@arch("ChatGLMModel", "ChatGLMForConditionalGeneration", config=ChatGLMConfig, hf=halves(CHATGLM), like="Glm")
 def chatglm(c: ChatGLMConfig) -> Decoder:
     bias = c.add_bias_linear
     return pre_norm(c, Attention.of(c, bias=bias or c.add_qkv_bias, out_bias=bias), MLP.of(c, bias=bias))

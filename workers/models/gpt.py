@@ -10,46 +10,33 @@ from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
-from cableway.workers.models.names import ATTENTION, EMBEDDINGS, PRE_NORMS, Names, Target, by_group, interleaved, names
-from cableway.workers.models.names import transposed as across
+from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, GPT, GPT_LAYER, PRE_NORMS
+from cableway.workers.models.layouts import by_group, concatenated
+from cableway.workers.models.layouts import transposed as across
+from cableway.workers.models.names import Names, Target, interleaved, names, of_parts
 from cableway.workers.models.registry import arch
 
 
-def _gpt2(qkv: Target, layout: Any, prefix: str) -> Names:
-    return names(
-        {
-            "wte": "embed",
-            "wpe": "positions.table",
-            "h.{}.ln_1": "layers.{}.norm_in",
-            "h.{}.attn.c_attn": qkv,
-            "h.{}.attn.c_proj": Target("layers.{}.mix.out", layout=layout),
-            "h.{}.ln_2": "layers.{}.norm_mlp",
-            "h.{}.mlp.c_fc": Target("layers.{}.mlp.up", layout=layout),
-            "h.{}.mlp.c_proj": Target("layers.{}.mlp.down", layout=layout),
-            "ln_f": "norm_out",
-        },
-        ignored=("h.{}.attn.bias", "h.{}.attn.masked_bias"),
-        prefix=prefix,
-    ) | names({"lm_head": "head"})
+def _gpt2(qkv: Any, layout: Any) -> Names:
+    table = {
+        "attn.c_attn": Target("mix.qkv", layout=qkv),
+        "attn.c_proj": Target("mix.out", layout=layout),
+        "mlp.c_fc": Target("mlp.up", layout=layout),
+        "mlp.c_proj": Target("mlp.down", layout=layout),
+    }
+    return GPT | names({"transformer.wpe": "positions.table"}) | names(table, **GPT_LAYER)
 
 
-GPT2 = _gpt2(Target("layers.{}.mix.qkv", layout=across), across, "transformer.")
-GPT2 |= _gpt2(Target("layers.{}.mix.qkv", layout=across), across, "")  # as the first release was saved
-BIGCODE = _gpt2(Target("layers.{}.mix.qkv", layout=by_group), Target("").layout, "transformer.")
-GPTJ = names(
+GPT2 = _gpt2(across, across)
+BIGCODE = _gpt2(by_group, concatenated)
+GPTJ = GPT | names(
     {
-        "transformer.wte": "embed",
-        "transformer.h.{}.ln_1": "layers.{}.norm_in",
-        "transformer.h.{}.attn.q_proj": "layers.{}.mix.qkv.q",
-        "transformer.h.{}.attn.k_proj": "layers.{}.mix.qkv.k",
-        "transformer.h.{}.attn.v_proj": "layers.{}.mix.qkv.v",
-        "transformer.h.{}.attn.out_proj": "layers.{}.mix.out",
-        "transformer.h.{}.mlp.fc_in": "layers.{}.mlp.up",
-        "transformer.h.{}.mlp.fc_out": "layers.{}.mlp.down",
-        "transformer.ln_f": "norm_out",
-        "lm_head": "head",
+        **of_parts("attn.*_proj", "mix.qkv"),
+        "attn.out_proj": "mix.out",
+        "mlp.fc_in": "mlp.up",
+        "mlp.fc_out": "mlp.down",
     },
-    ignored=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
+    **GPT_LAYER,
 )
 NEOX = names(
     {
@@ -127,7 +114,7 @@ class StarCoder2Config(GPTConfig, frozen=True, kw_only=True):
     tie_word_embeddings: bool = True
 
 
-@arch("GPT2LMHeadModel", config=GPT2Config, hf=GPT2, gguf=GGUF | PLAIN_MLP)
+@arch("GPT2LMHeadModel", config=GPT2Config, hf=GPT2 | GPT2.without("transformer."), gguf=GGUF | PLAIN_MLP)
 @arch("GPTBigCodeForCausalLM", config=BigCodeConfig, hf=BIGCODE, gguf=GGUF | PLAIN_MLP)
 def gpt2(c: GPT2Config) -> Decoder:
     norm, mlp = LayerNorm(c.hidden_size, c.norm_eps), PlainMLP.of(c, bias=True)

@@ -5,11 +5,11 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import Factor, MoEConfig
 from cableway.workers.models.frames import sandwich
-from cableway.workers.models.gguf_names import GGUF
-from cableway.workers.models.gguf_names import LAYER as GGUF_LAYER
-from cableway.workers.models.moe import LAYER, mixture
-from cableway.workers.models.names import EMBEDDINGS, Target, experts, names
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
+from cableway.workers.models.hf_names import EMBEDDINGS, LAYER, experts
+from cableway.workers.models.moe import mixture
+from cableway.workers.models.names import Target, names, of_parts
+from cableway.workers.models.registry import arch
 
 _NORMS = {
     "pre_attn_norm": "norm_in",
@@ -23,9 +23,7 @@ GROK = (
     | experts("moe_block.experts", "linear", "linear_v", "linear_1")
     | names(
         {
-            "attn.q_proj": "mix.qkv.q",
-            "attn.k_proj": "mix.qkv.k",
-            "attn.v_proj": "mix.qkv.v",
+            **of_parts("attn.*_proj", "mix.qkv"),
             "attn.o_proj": "mix.out",
             "moe_block.gate": "mlp.router.gate",
             **{f"{name}.scale": Target(slot, leaf="weight") for name, slot in _NORMS.items()},
@@ -46,7 +44,7 @@ class GrokConfig(MoEConfig, frozen=True, kw_only=True):
     tie_word_embeddings: bool = True
 
 
-@arch("Grok1ModelForCausalLM", config=GrokConfig, hf=GROK, gguf=GGUF_GROK, verified=relative("Gemma2"))
+@arch("Grok1ModelForCausalLM", config=GrokConfig, hf=GROK, gguf=GGUF_GROK, like="Gemma2")
 def grok(c: GrokConfig) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Attention.of(c, scale=c.attn_output_multiplier, soft_cap=c.max_attn_value)

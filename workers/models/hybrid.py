@@ -10,22 +10,22 @@ from cableway.workers.blocks.mamba import Mamba, Mamba2
 from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.moe import PlainMoE
 from cableway.workers.blocks.norm import RMSNorm, Scale
-from cableway.workers.models.config import Count, Factor, MoEConfig, Never, Size, SomeMoEConfig
+from cableway.workers.models.config import Count, Factor, MoEConfig, Never, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, PLAIN_MLP, TWO_MIXERS
 from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
+from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, LAYER, experts
+from cableway.workers.models.layouts import scaled
 from cableway.workers.models.mamba import MAMBA, MIXER
-from cableway.workers.models.moe import GRANITE_MOE, LAYER, mixture, sigmoid_router, some_sparse
-from cableway.workers.models.multipliers import multiplied
-from cableway.workers.models.names import ATTENTION, EMBEDDINGS, Names, Target, experts, names, scaled
+from cableway.workers.models.moe import mixture, sigmoid_router, some_sparse
+from cableway.workers.models.multipliers import GRANITE_MOE, GraniteConfig, multiplied
+from cableway.workers.models.names import Names, Target, names, of_mlp, of_parts
 from cableway.workers.models.registry import arch
 
 IN_HYBRID = names(MIXER, prefix="model.layers.{}.mamba.", to="layers.{}.mix.")
 FEED_FORWARD = names(
     {
-        "feed_forward.gate_proj": "mlp.gate_up.gate",
-        "feed_forward.up_proj": "mlp.gate_up.up",
-        "feed_forward.down_proj": "mlp.down",
+        **of_mlp("feed_forward.*"),
         "feed_forward.router": "mlp.router.gate",
         "input_layernorm": "norm_in",
         "pre_ff_layernorm": "norm_mlp",
@@ -48,9 +48,7 @@ NEMOTRON_H = (
     MAMBA
     | names(
         {
-            "q_proj": "mix.qkv.q",
-            "k_proj": "mix.qkv.k",
-            "v_proj": "mix.qkv.v",
+            **of_parts("*_proj", "mix.qkv"),
             "o_proj": "mix.out",
             "up_proj": "mlp.up",
             "down_proj": "mlp.down",
@@ -91,12 +89,10 @@ class JambaConfig(MoEConfig, frozen=True, kw_only=True):
         return layer % self.expert_layer_period == self.expert_layer_offset and self.num_experts > 1
 
 
-class HybridConfig(SomeMoEConfig, frozen=True, kw_only=True):
+class HybridConfig(GraniteConfig, frozen=True, kw_only=True):
     """Attention and Mamba 2; of Granite with experts, multipliers, and attention that mostly knows no positions."""
 
     layer_types: list[str]
-    attention_bias: bool = False
-    mlp_bias: bool = False
     mamba_n_heads: Size = 128
     mamba_d_head: Size = 64
     mamba_n_groups: Size = 1
@@ -106,11 +102,6 @@ class HybridConfig(SomeMoEConfig, frozen=True, kw_only=True):
     mamba_proj_bias: bool = False
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
     position_embedding_type: str | None = "rope"
-    embedding_multiplier: Factor = 1.0
-    residual_multiplier: Factor = 1.0
-    attention_multiplier: Factor = 1.0
-    logits_scaling: Factor = 1.0
-    shared_intermediate_size: Count = 0
 
     @staticmethod
     def derive(config: dict[str, Any]) -> None:

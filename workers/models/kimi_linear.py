@@ -8,8 +8,10 @@ from cableway.workers.blocks.delta import KeyedDeltaNet
 from cableway.workers.models.config import Size
 from cableway.workers.models.deepseek import DeepseekV3Config, latent_attention, latent_names
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.moe import LAYER, MIXTRAL, SHARED, sigmoid_mixture, some_sparse
-from cableway.workers.models.names import GATED_MLP, Target, flat, names
+from cableway.workers.models.hf_names import GATED_MLP, LAYER
+from cableway.workers.models.layouts import flat
+from cableway.workers.models.moe import MIXTRAL, sigmoid_mixture, some_sparse
+from cableway.workers.models.names import Target, names, of_mlp, of_parts
 from cableway.workers.models.registry import arch
 
 KIMI_LINEAR = (
@@ -19,19 +21,15 @@ KIMI_LINEAR = (
     | names(
         {
             "block_sparse_moe.gate.e_score_correction_bias": "mlp.router.correction",
-            **{f"block_sparse_moe.{name}": f"mlp.{slot}" for name, slot in SHARED.items()},  # of dense layers
-            **{f"block_sparse_moe.shared_experts.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+            **of_mlp("block_sparse_moe.*"),  # of dense layers
+            **of_mlp("block_sparse_moe.shared_experts.*", "mlp.shared"),
         },
         **LAYER,
     )
 )
 _DELTA = {
-    "q_proj": "project.q",
-    "k_proj": "project.k",
-    "v_proj": "project.v",
-    "q_conv1d": "conv.q",
-    "k_conv1d": "conv.k",
-    "v_conv1d": "conv.v",
+    **of_parts("*_proj", "project"),
+    **of_parts("*_conv1d", "conv"),
     "A_log": Target("a_log", layout=flat),
     "dt_bias": "dt_bias",
     "b_proj": "beta",

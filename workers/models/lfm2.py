@@ -10,8 +10,9 @@ from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, Size, SomeMoEConfig
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
-from cableway.workers.models.moe import LAYER, mixture, some_sparse
-from cableway.workers.models.names import ATTENTION, EMBEDDINGS, experts, names
+from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, LAYER, experts
+from cableway.workers.models.moe import mixture, some_sparse
+from cableway.workers.models.names import names, of_mlp
 from cableway.workers.models.registry import arch
 
 LFM2 = (
@@ -26,9 +27,7 @@ LFM2 = (
             "conv.in_proj": "mix.project",
             "conv.conv": "mix.conv",
             "conv.out_proj": "mix.out",
-            "feed_forward.w1": "mlp.gate_up.gate",
-            "feed_forward.w3": "mlp.gate_up.up",
-            "feed_forward.w2": "mlp.down",
+            **of_mlp("feed_forward.*", gate="w1", up="w3", down="w2"),
             "feed_forward.gate": "mlp.router.gate",
             "feed_forward.expert_bias": "mlp.router.correction",
             "operator_norm": "norm_in",

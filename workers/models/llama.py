@@ -8,8 +8,9 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.models.config import DecoderConfig, Never, Window, WindowedConfig, every
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.names import HF, names, of_text
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import HF, LAYER, of_text
+from cableway.workers.models.names import names
+from cableway.workers.models.registry import arch
 
 
 class LlamaConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -37,15 +38,10 @@ class CwmConfig(MinistralConfig, frozen=True, kw_only=True):
 
 
 @arch("LlamaForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
-@arch("AquilaForCausalLM", "AquilaModel", config=LlamaConfig, hf=HF, verified=relative("Llama"))
-@arch("XverseForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS, verified=relative("Llama"))
-@arch("NanbeigeForCausalLM", config=LlamaConfig, hf=HF, verified=relative("Llama"))
-@arch(
-    "YiForCausalLM",
-    config=LlamaConfig,
-    hf=HF | names({"ln1": "norm_in", "ln2": "norm_mlp"}, prefix="model.layers.{}.", to="layers.{}."),
-    verified=relative("Llama"),
-)
+@arch("AquilaForCausalLM", "AquilaModel", config=LlamaConfig, hf=HF, like="Llama")
+@arch("XverseForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS, like="Llama")
+@arch("NanbeigeForCausalLM", config=LlamaConfig, hf=HF, like="Llama")
+@arch("YiForCausalLM", config=LlamaConfig, hf=HF | names({"ln1": "norm_in", "ln2": "norm_mlp"}, **LAYER), like="Llama")
 def llama(c: LlamaConfig) -> Decoder:
     # Relatives of Llama save biases without a word about them in the config: one is used where there is one.
     bias, mlp_bias = c.attention_bias or None, c.mlp_bias or None
@@ -58,7 +54,7 @@ def mistral(c: MistralConfig) -> Decoder:
 
 
 @arch("Ministral3ForCausalLM", config=MistralConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
-@arch("Mistral3ForConditionalGeneration", config=MistralConfig, hf=of_text(HF), verified=relative("Ministral3"))
+@arch("Mistral3ForConditionalGeneration", config=MistralConfig, hf=of_text(HF), like="Ministral3")
 def ministral3(c: MistralConfig) -> Decoder:
     scale = c.rope_parameters.get("llama_4_scaling_beta")
     if not scale:
@@ -76,13 +72,13 @@ def ministral(c: MinistralConfig) -> Decoder:
 
 
 @arch("Qwen2ForCausalLM", config=WindowedConfig, hf=HF, gguf=GGUF)
-@arch("MiMoForCausalLM", config=WindowedConfig, hf=HF, verified=relative("Qwen2"))
+@arch("MiMoForCausalLM", config=WindowedConfig, hf=HF, like="Qwen2")
 @arch(
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     config=WindowedConfig,
     hf=of_text(HF),
-    verified=relative("Qwen2"),
+    like="Qwen2",
 )
 def qwen2(c: WindowedConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c, window=window, bias=True) for window in c.windows()])

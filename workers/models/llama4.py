@@ -12,17 +12,11 @@ from cableway.workers.models.config import Factor, MoEConfig, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
-from cableway.workers.models.moe import SHARED, some_sparse
-from cableway.workers.models.names import (
-    ATTENTION,
-    EMBEDDINGS,
-    PRE_NORMS,
-    Target,
-    names,
-    of_text,
-    stacked_transposed,
-)
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, PRE_NORMS, of_text
+from cableway.workers.models.layouts import stacked_transposed
+from cableway.workers.models.moe import some_sparse
+from cableway.workers.models.names import Target, names, of_mlp
+from cableway.workers.models.registry import arch
 
 LLAMA4 = (
     EMBEDDINGS
@@ -33,8 +27,8 @@ LLAMA4 = (
             "router": "mlp.router.gate",
             "experts.gate_up_proj": Target("mlp.gate_up", layout=stacked_transposed),
             "experts.down_proj": Target("mlp.down", layout=stacked_transposed),
-            **{f"shared_expert.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
-            **{name: f"mlp.{slot}" for name, slot in SHARED.items()},
+            **of_mlp("shared_expert.*", "mlp.shared"),
+            **of_mlp("*"),
         },
         prefix="model.layers.{}.feed_forward.",
         to="layers.{}.",
@@ -72,12 +66,7 @@ class Llama4Config(MoEConfig, frozen=True, kw_only=True):
 
 
 @arch("Llama4ForCausalLM", config=Llama4Config, hf=halves(LLAMA4), gguf=halves(GGUF))
-@arch(
-    "Llama4ForConditionalGeneration",
-    config=Llama4Config,
-    hf=of_text(halves(LLAMA4)),
-    verified=relative("Llama4"),
-)
+@arch("Llama4ForConditionalGeneration", config=Llama4Config, hf=of_text(halves(LLAMA4)), like="Llama4")
 def llama4(c: Llama4Config) -> Decoder:
     near_norm = RMSScale(c.head_dim, c.norm_eps) if c.use_qk_norm else None
     near = LateNormAttention.of(c, chunk=c.attention_chunk_size or 0, qk_norm=near_norm)

@@ -8,9 +8,11 @@ from cableway.workers.blocks.layers import NormedStreamLayer
 from cableway.workers.blocks.lightning import LightningAttention
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import Factor, MoEConfig, Window
+from cableway.workers.models.hf_names import MIX
+from cableway.workers.models.layouts import by_group
 from cableway.workers.models.moe import MIXTRAL, mixture
-from cableway.workers.models.names import Target, by_group, names
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.names import Target, names
+from cableway.workers.models.registry import arch
 
 MINIMAX = MIXTRAL | names(
     {
@@ -20,8 +22,7 @@ MINIMAX = MIXTRAL | names(
         "out_proj": "out",
     },
     ignored=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
-    prefix="model.layers.{}.self_attn.",
-    to="layers.{}.mix.",
+    **MIX,
 )
 
 
@@ -58,13 +59,7 @@ class MiniMaxText01Config(MiniMaxConfig, frozen=True, kw_only=True):
 
 
 @arch("MiniMaxForCausalLM", config=MiniMaxConfig, hf=MINIMAX)
-@arch(
-    "MiniMaxText01ForCausalLM",
-    "MiniMaxM1ForCausalLM",
-    config=MiniMaxText01Config,
-    hf=MINIMAX,
-    verified=relative("MiniMax"),
-)
+@arch("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM", config=MiniMaxText01Config, hf=MINIMAX, like="MiniMax")
 def minimax(c: MiniMaxConfig) -> Decoder:
     norm, moe, last = RMSNorm(c.hidden_size, c.norm_eps), mixture(c, renorm=0.0), c.num_hidden_layers - 1
     full = Attention.of(c, window=c.sliding_window or 0)

@@ -10,29 +10,14 @@ from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer
 from cableway.workers.blocks.norm import LayerNorm, RMSNorm
 from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window, every
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, MID_NORM
+from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER, GGUF_NEIGHBOURS, MID_NORM
 from cableway.workers.models.glm import halves
-from cableway.workers.models.multipliers import multiplied
-from cableway.workers.models.names import (
-    ATTENTION,
-    EMBEDDINGS,
-    HF,
-    PRE_NORMS,
-    Names,
-    Target,
-    experts,
-    flat,
-    names,
-    stacked,
-    stacked_in_turns,
-    stacked_transposed,
-    without_predictors,
-)
+from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, HF, LAYER, PRE_NORMS, experts, without_predictors
+from cableway.workers.models.layouts import flat, stacked, stacked_in_turns, stacked_transposed
+from cableway.workers.models.names import Names, Target, names, of_mlp
 from cableway.workers.models.olmo import joint_norms
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.registry import arch
 
-LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
-SHARED = {"gate_proj": "gate_up.gate", "up_proj": "gate_up.up", "down_proj": "down"}
 MIXTRAL = (
     EMBEDDINGS
     | ATTENTION
@@ -44,7 +29,7 @@ QWEN_MOE = (
     HF
     | experts("mlp.experts")
     | names({"mlp.gate": "mlp.router.gate", "mlp.shared_expert_gate": "mlp.shared_gate"}, **LAYER)
-    | names({f"mlp.shared_expert.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()}, **LAYER)
+    | names(of_mlp("mlp.shared_expert.*", "mlp.shared"), **LAYER)
 )
 DEEPSEEK_MOE = (
     HF
@@ -53,7 +38,7 @@ DEEPSEEK_MOE = (
         {
             "mlp.gate": "mlp.router.gate",
             "mlp.gate.e_score_correction_bias": "mlp.router.correction",
-            **{f"mlp.shared_experts.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+            **of_mlp("mlp.shared_experts.*", "mlp.shared"),
         },
         **LAYER,
     )
@@ -69,22 +54,12 @@ HUNYUAN_MOE = (
             "self_attn.query_layernorm": "mix.q_norm",
             "self_attn.key_layernorm": "mix.k_norm",
             "mlp.gate.wg": "mlp.router.gate",
-            **{f"mlp.shared_mlp.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+            **of_mlp("mlp.shared_mlp.*", "mlp.shared"),
         },
         **LAYER,
     )
 )
 MINIMAX_M2 = MIXTRAL | names({"block_sparse_moe.e_score_correction_bias": "mlp.router.correction"}, **LAYER)
-GRANITE_MOE = HF | names(
-    {
-        "block_sparse_moe.router.layer": "mlp.router.gate",
-        "block_sparse_moe.input_linear": Target("mlp.gate_up", layout=stacked),
-        "block_sparse_moe.output_linear": Target("mlp.down", layout=stacked),
-        "shared_mlp.input_linear": "mlp.shared.gate_up",
-        "shared_mlp.output_linear": "mlp.shared.down",
-    },
-    **LAYER,
-)
 GPT_OSS = (
     EMBEDDINGS
     | ATTENTION
@@ -117,7 +92,7 @@ DBRX = names(
     },
     prefix="transformer.",
 ) | names({"lm_head": "head"})
-GGUF_DBRX = names({"attn_output_norm": "norm_mlp"}, prefix="blk.{}.", to="layers.{}.")
+GGUF_DBRX = names({"attn_output_norm": "norm_mlp"}, **GGUF_LAYER)
 BAILING = names(
     {
         "model.word_embeddings": "embed",
@@ -230,15 +205,6 @@ class MiniMaxM2Config(MoEConfig, frozen=True, kw_only=True):
             config["partial_rotary_factor"] = config["rotary_dim"] / config["head_dim"]
 
 
-class GraniteMoEConfig(MoEConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
-    embedding_multiplier: Factor = 1.0
-    residual_multiplier: Factor = 1.0
-    attention_multiplier: Factor = 1.0
-    logits_scaling: Factor = 1.0
-    shared_intermediate_size: Count = 0
-
-
 class DbrxConfig(MoEConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     clip_qkv: Factor | None = None
@@ -307,7 +273,7 @@ def mixtral(c: MixtralConfig) -> Decoder:
 
 
 @arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, gguf=GGUF)
-@arch("PhiMoEForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, verified=relative("Phimoe"))
+@arch("PhiMoEForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, like="Phimoe")
 def phimoe(c: PhiMoEConfig) -> Decoder:
     mix, norm = Attention.of(c, window=c.sliding_window or 0), LayerNorm(c.hidden_size, c.norm_eps)
     router = SparseMixer(c.hidden_size, c.num_experts, c.num_experts_per_tok, jitter=c.router_jitter_noise)
@@ -333,18 +299,12 @@ def qwen3_moe(c: QwenMoEConfig) -> Decoder:
     return pre_norm(c, mix, some_sparse(c, mixture(c)))
 
 
-@arch(
-    "DeepseekForCausalLM",
-    config=DeepseekMoEConfig,
-    hf=DEEPSEEK_MOE,
-    gguf=GGUF_NEIGHBOURS,
-    verified=relative("Qwen2Moe"),
-)
+@arch("DeepseekForCausalLM", config=DeepseekMoEConfig, hf=DEEPSEEK_MOE, gguf=GGUF_NEIGHBOURS, like="Qwen2Moe")
 def deepseek(c: DeepseekMoEConfig) -> Decoder:
     return pre_norm(c, Attention.of(c), some_sparse(c, mixture(c, shared=shared_experts(c))))
 
 
-@arch("BailingMoeForCausalLM", config=BailingConfig, hf=DEEPSEEK_MOE | BAILING, verified=relative("Qwen2Moe"))
+@arch("BailingMoeForCausalLM", config=BailingConfig, hf=DEEPSEEK_MOE | BAILING, like="Qwen2Moe")
 def bailing(c: BailingConfig) -> Decoder:
     mix = Attention.of(c, bias=c.use_qkv_bias or c.use_bias, out_bias=c.use_bias)
     return pre_norm(c, mix, some_sparse(c, mixture(c, shared=shared_experts(c))))
@@ -389,18 +349,6 @@ def hunyuan_moe(c: HunyuanMoEConfig) -> Decoder:
 def minimax_m2(c: MiniMaxM2Config) -> Decoder:
     mix = Attention.of(c, qk_norm=joint_norms(c))
     return pre_norm(c, mix, mixture(c, score="sigmoid", correction=True, renorm=0.0))
-
-
-@arch(
-    "GraniteMoeForCausalLM",
-    "GraniteMoeSharedForCausalLM",
-    config=GraniteMoEConfig,
-    hf=GRANITE_MOE,
-    gguf=GGUF_NEIGHBOURS,
-)
-def granite_moe(c: GraniteMoEConfig) -> Decoder:
-    shared = MLP.of(c, ffn_size=c.shared_intermediate_size) if c.shared_intermediate_size else None
-    return multiplied(c, Attention.of(c, scale=c.attention_multiplier), mixture(c, shared=shared, renorm=0.0))
 
 
 @arch("DbrxForCausalLM", config=DbrxConfig, hf=DBRX, gguf=GGUF | GGUF_DBRX)

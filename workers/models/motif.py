@@ -10,10 +10,11 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP, PolyNorm
 from cableway.workers.blocks.norm import RMSNorm, RMSScale
 from cableway.workers.models.config import DecoderConfig, Never, Size
-from cableway.workers.models.names import HF, Target, in_halves, names
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import HF, LAYER
+from cableway.workers.models.layouts import in_halves
+from cableway.workers.models.names import Target, names
+from cableway.workers.models.registry import arch
 
-_LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
 _LAMBDAS = {f"self_attn.lambda_{name}": Target(f"mix.{name}", leaf="weight") for name in ("q1", "k1", "q2", "k2")}
 MOTIF = HF | names(
     {
@@ -22,7 +23,7 @@ MOTIF = HF | names(
         "mlp.act_fn.weight": Target("mlp.act.factors", leaf="weight"),
         "mlp.act_fn.bias": Target("mlp.act.offset", leaf="weight"),
     },
-    **_LAYER,
+    **LAYER,
 )
 
 
@@ -31,7 +32,7 @@ DIFFLLAMA = HF | names(
         **_LAMBDAS,
         **{f"self_attn.{part}_proj": Target(f"mix.qkv.{part}", layout=in_halves) for part in ("q", "k", "v")},
     },
-    **_LAYER,
+    **LAYER,
 )
 
 
@@ -72,7 +73,7 @@ def diffllama(c: DiffLlamaConfig) -> Decoder:
     )
 
 
-@arch("MotifForCausalLM", config=MotifConfig, hf=MOTIF, verified=relative("DiffLlama"))
+@arch("MotifForCausalLM", config=MotifConfig, hf=MOTIF, like="DiffLlama")
 def motif(c: MotifConfig) -> Decoder:
     mlp = MLP.of(c, act=PolyNorm(c.intermediate_size), bias=c.use_bias)
     return differential(c, c.num_noise_heads, -1, RMSNorm(2 * c.head_dim, c.attn_rms_norm_eps), c.use_bias, mlp)

@@ -1,20 +1,37 @@
-"""Granite, MiniCPM, TeleFLM: Llama with multipliers of embeddings, sublayers' results and logits."""
+"""Granite, with experts or without, MiniCPM, TeleFLM: Llama with multipliers of embeddings, of what layers give, and of
+logits."""
 
 from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
+from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import Scale
-from cableway.workers.models.config import DecoderConfig, Factor
+from cableway.workers.models.config import Count, Factor, SomeMoEConfig
 from cableway.workers.models.frames import sandwich
 from cableway.workers.models.gguf_names import GGUF_NEIGHBOURS
-from cableway.workers.models.names import HF
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import HF, LAYER
+from cableway.workers.models.layouts import stacked
+from cableway.workers.models.moe import mixture
+from cableway.workers.models.names import Target, names
+from cableway.workers.models.registry import arch
+
+GRANITE_MOE = HF | names(
+    {
+        "block_sparse_moe.router.layer": "mlp.router.gate",
+        "block_sparse_moe.input_linear": Target("mlp.gate_up", layout=stacked),
+        "block_sparse_moe.output_linear": Target("mlp.down", layout=stacked),
+        "shared_mlp.input_linear": "mlp.shared.gate_up",
+        "shared_mlp.output_linear": "mlp.shared.down",
+    },
+    **LAYER,
+)
 
 
-class GraniteConfig(DecoderConfig, frozen=True, kw_only=True):
+class GraniteConfig(SomeMoEConfig, frozen=True, kw_only=True):
     attention_bias: bool = False
     mlp_bias: bool = False
+    shared_intermediate_size: Count = 0
     embedding_multiplier: Factor = 1.0
     residual_multiplier: Factor = 1.0
     attention_multiplier: Factor = 1.0
@@ -41,10 +58,18 @@ class TeleFLMConfig(GraniteConfig, frozen=True, kw_only=True):
 
 
 @arch("GraniteForCausalLM", config=GraniteConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
-@arch("MiniCPMForCausalLM", config=MiniCPMConfig, hf=HF, gguf=GGUF_NEIGHBOURS, verified=relative("Granite"))
-@arch("TeleFLMForCausalLM", "TeleFLM", config=TeleFLMConfig, hf=HF, verified=relative("Granite"))
+@arch("MiniCPMForCausalLM", config=MiniCPMConfig, hf=HF, gguf=GGUF_NEIGHBOURS, like="Granite")
+@arch("TeleFLMForCausalLM", "TeleFLM", config=TeleFLMConfig, hf=HF, like="Granite")
+@arch(
+    "GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM", config=GraniteConfig, hf=GRANITE_MOE, gguf=GGUF_NEIGHBOURS
+)
 def granite(c: GraniteConfig) -> Decoder:
-    return multiplied(c, Attention.of(c, scale=c.attention_multiplier))
+    mlp, shared = MLP.of(c), None
+    if c.num_experts:
+        if c.shared_intermediate_size:
+            shared = MLP.of(c, ffn_size=c.shared_intermediate_size)
+        mlp = mixture(c, shared=shared, renorm=0.0)
+    return multiplied(c, Attention.of(c, scale=c.attention_multiplier), mlp)
 
 
 def multiplied(c: Any, mix: Any, mlp: Any = None) -> Decoder:

@@ -10,31 +10,27 @@ from cableway.workers.blocks.norm import JointNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
 from cableway.workers.models.frames import post_norm, pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.names import ATTENTION, EMBEDDINGS, GATED_MLP, HF, names
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, GATED_MLP, GPT, GPT_LAYER, HF, LAYER
+from cableway.workers.models.names import names, of_mlp, of_parts
+from cableway.workers.models.registry import arch
 
 POST_NORMS = names(
     {"post_attention_layernorm": "norm_mix_out", "post_feedforward_layernorm": "norm_mlp_out"},
-    prefix="model.layers.{}.",
-    to="layers.{}.",
+    **LAYER,
 )
 OLMO2 = EMBEDDINGS | ATTENTION | GATED_MLP | POST_NORMS
-EXAONE = names(
-    {
-        "transformer.wte": "embed",
-        "transformer.h.{}.ln_1": "layers.{}.norm_in",
-        "transformer.h.{}.attn.attention.q_proj": "layers.{}.mix.qkv.q",
-        "transformer.h.{}.attn.attention.k_proj": "layers.{}.mix.qkv.k",
-        "transformer.h.{}.attn.attention.v_proj": "layers.{}.mix.qkv.v",
-        "transformer.h.{}.attn.attention.out_proj": "layers.{}.mix.out",
-        "transformer.h.{}.ln_2": "layers.{}.norm_mlp",
-        "transformer.h.{}.mlp.c_fc_0": "layers.{}.mlp.gate_up.gate",
-        "transformer.h.{}.mlp.c_fc_1": "layers.{}.mlp.gate_up.up",
-        "transformer.h.{}.mlp.c_proj": "layers.{}.mlp.down",
-        "transformer.ln_f": "norm_out",
-        "lm_head": "head",
-    },
-    ignored=("transformer.h.{}.attn.attention.rotary", "transformer.rotary"),
+EXAONE = (
+    GPT
+    | names({}, ignored=("transformer.rotary",))
+    | names(
+        {
+            **of_parts("attn.attention.*_proj", "mix.qkv"),
+            "attn.attention.out_proj": "mix.out",
+            **of_mlp("mlp.*", gate="c_fc_0", up="c_fc_1", down="c_proj"),
+        },
+        ignored=("attn.attention.rotary",),
+        **GPT_LAYER,
+    )
 )
 
 
@@ -102,6 +98,6 @@ def exaone4(c: Exaone4Config) -> Decoder:
     return post_norm(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))
 
 
-@arch("ExaoneForCausalLM", config=DecoderConfig, hf=EXAONE, gguf=GGUF, verified=relative("Llama"))
+@arch("ExaoneForCausalLM", config=DecoderConfig, hf=EXAONE, gguf=GGUF, like="Llama")
 def exaone(c: DecoderConfig) -> Decoder:
     return pre_norm(c, Attention.of(c))

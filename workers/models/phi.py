@@ -7,7 +7,8 @@ from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.models.config import DecoderConfig, Window
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, PLAIN_MLP
-from cableway.workers.models.names import HF, names
+from cableway.workers.models.hf_names import HF
+from cableway.workers.models.names import names
 from cableway.workers.models.registry import arch
 
 PHI = HF | names(

@@ -11,9 +11,19 @@ from cableway.workers.blocks.mamba import Mamba
 from cableway.workers.blocks.norm import HeadRMSNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window, every
 from cableway.workers.models.frames import sandwich
-from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, MIX, larger_norms, less, logs_of_negatives
-from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_group, flat, in_order, names, repeated
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.gguf_names import (
+    FUSED_MLP,
+    GGUF,
+    GGUF_LAYER,
+    GGUF_MIX,
+    larger_norms,
+    less,
+    logs_of_negatives,
+)
+from cableway.workers.models.hf_names import EMBEDDINGS
+from cableway.workers.models.layouts import by_group, flat, in_order, repeated
+from cableway.workers.models.names import Names, Target, names
+from cableway.workers.models.registry import arch
 
 PLAMO = EMBEDDINGS | names(
     {
@@ -41,8 +51,7 @@ GGUF_PLAMO = larger_norms(GGUF | FUSED_MLP) | names(
         for name, slot in (("post_attention_norm", "norm_mix_out"), ("post_ffw_norm", "norm_mlp_out"))
         for leaf in ("", ".weight")  # files lack it
     },
-    prefix="blk.{}.",
-    to="layers.{}.",
+    **GGUF_LAYER,
 )
 
 
@@ -96,13 +105,7 @@ def lessened(c: DecoderConfig, mixes: list[Any]) -> Decoder:
     return sandwich(c, mixes, norm=norm, mix_out=mix_out, mlp_out=mlp_out)
 
 
-@arch(
-    "Plamo3ForCausalLM",
-    config=Plamo3Config,
-    hf=PLAMO,
-    gguf=GGUF_PLAMO,
-    verified=relative("Gemma3"),
-)
+@arch("Plamo3ForCausalLM", config=Plamo3Config, hf=PLAMO, gguf=GGUF_PLAMO, like="Gemma3")
 def plamo3(c: Plamo3Config) -> Decoder:
     norm = RMSNorm(c.head_dim, c.norm_eps, 1.0)
     windows = {"full_attention": 0, "sliding_attention": c.window_size}
@@ -142,10 +145,10 @@ def _plamo2_gguf(c: Plamo2Config) -> Names:
         "ssm_x": Target("select", layout=_SELECTED),
         "ssm_a": Target("a_log", layout=by_number),
     }
-    return GGUF_PLAMO | names(mixer, **MIX)
+    return GGUF_PLAMO | names(mixer, **GGUF_MIX)
 
 
-@arch("Plamo2ForCausalLM", config=Plamo2Config, hf=_plamo2_names, gguf=_plamo2_gguf, verified=relative("Gemma3"))
+@arch("Plamo2ForCausalLM", config=Plamo2Config, hf=_plamo2_names, gguf=_plamo2_gguf, like="Gemma3")
 def plamo2(c: Plamo2Config) -> Decoder:
     counts = (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
     head_norms = tuple(HeadRMSNorm(Axis(name, count, c.head_dim), c.norm_eps) for name, count in counts)

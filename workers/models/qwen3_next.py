@@ -12,11 +12,13 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, DecoderConfig, Size, SomeMoEConfig
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.gguf_names import GGUF, MID_NORM, MIX, larger_norms, value_heads_in_turns
+from cableway.workers.models.gguf_names import GGUF, GGUF_MIX, MID_NORM, larger_norms, value_heads_in_turns
+from cableway.workers.models.hf_names import HF, LAYER, of_text, without_predictors
+from cableway.workers.models.layouts import by_group
 from cableway.workers.models.moe import QWEN_MOE, mixture, some_sparse
-from cableway.workers.models.names import HF, Names, Target, by_group, names, of_text, without_predictors
+from cableway.workers.models.names import Names, Target, names, of_parts
 from cableway.workers.models.olmo import joint_norms
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.registry import arch
 
 
 class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
@@ -55,15 +57,14 @@ def _names(c: Qwen3NextConfig) -> Names:
         "linear_attn.in_proj_ba": Target("mix.steps", layout=by_key_head),
         "linear_attn.in_proj_qkv": Target("mix.project", parts=("q", "k", "v")),
         "linear_attn.in_proj_z": "mix.project.z",
-        "linear_attn.in_proj_b": "mix.steps.b",
-        "linear_attn.in_proj_a": "mix.steps.a",
+        **of_parts("linear_attn.in_proj_*", "mix.steps", "ab"),
         "linear_attn.conv1d": "mix.conv",
         "linear_attn.A_log": "mix.a_log",
         "linear_attn.dt_bias": "mix.dt_bias",
         "linear_attn.norm": "mix.norm",
         "linear_attn.out_proj": "mix.out",
     }
-    return QWEN_MOE | names(mixers, prefix="model.layers.{}.", to="layers.{}.") | Names(beyond=("mtp.",))
+    return QWEN_MOE | names(mixers, **LAYER) | Names(beyond=("mtp.",))
 
 
 def _gguf(c: Qwen3NextConfig) -> Names:
@@ -79,7 +80,7 @@ def _gguf(c: Qwen3NextConfig) -> Names:
         "ssm_dt.bias": "dt_bias",
         "ssm_norm.weight": "norm",
     }
-    return larger_norms(GGUF | MID_NORM) | names(mixers, **MIX) | without_predictors(c, "blk.")
+    return larger_norms(GGUF | MID_NORM) | names(mixers, **GGUF_MIX) | without_predictors(c, "blk.")
 
 
 def _gguf_in_turns(c: Qwen3NextConfig) -> Names:
@@ -88,8 +89,8 @@ def _gguf_in_turns(c: Qwen3NextConfig) -> Names:
 
 @arch("Qwen3NextForCausalLM", config=Qwen3NextConfig, hf=_names, gguf=_gguf)
 @arch("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", config=Qwen3NextConfig, hf=_names, gguf=_gguf_in_turns)
-@arch("Qwen3_5ForConditionalGeneration", config=Qwen3NextConfig, hf=of_text(_names), verified=relative("Qwen3_5"))
-@arch("Qwen3_5MoeForConditionalGeneration", config=Qwen3NextConfig, hf=of_text(_names), verified=relative("Qwen3_5Moe"))
+@arch("Qwen3_5ForConditionalGeneration", config=Qwen3NextConfig, hf=of_text(_names), like="Qwen3_5")
+@arch("Qwen3_5MoeForConditionalGeneration", config=Qwen3NextConfig, hf=of_text(_names), like="Qwen3_5Moe")
 def qwen3_next(c: Qwen3NextConfig) -> Decoder:
     kinds = {
         "full_attention": GatedAttention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps, 1.0)),
@@ -120,15 +121,10 @@ class OlmoHybridConfig(DecoderConfig, frozen=True, kw_only=True):
 
 def _olmo_names(c: OlmoHybridConfig) -> Names:
     linear = {
-        "q_proj": "project.q",
-        "k_proj": "project.k",
-        "v_proj": "project.v",
+        **of_parts("*_proj", "project"),
         "g_proj": "project.z",
-        "a_proj": "steps.a",
-        "b_proj": "steps.b",
-        "q_conv1d": "conv.q",
-        "k_conv1d": "conv.k",
-        "v_conv1d": "conv.v",
+        **of_parts("*_proj", "steps", "ab"),
+        **of_parts("*_conv1d", "conv"),
         "A_log": "a_log",
         "dt_bias": "dt_bias",
         "o_norm": "norm",

@@ -11,7 +11,9 @@ from cableway.workers.blocks.mlp import MLP, Activation
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import DecoderConfig, Factor, Size, Window
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.names import EMBEDDINGS, Target, by_head_transposed, flat, names
+from cableway.workers.models.hf_names import EMBEDDINGS, LAYER
+from cableway.workers.models.layouts import by_head_transposed, flat
+from cableway.workers.models.names import Target, names, of_mlp, of_parts
 from cableway.workers.models.registry import arch
 
 RECURRENT_GEMMA = (
@@ -20,12 +22,9 @@ RECURRENT_GEMMA = (
     | names(
         {
             "temporal_pre_norm": "norm_in",
-            "temporal_block.q_proj": "mix.qkv.q",
-            "temporal_block.k_proj": "mix.qkv.k",
-            "temporal_block.v_proj": "mix.qkv.v",
+            **of_parts("temporal_block.*_proj", "mix.qkv"),
             "temporal_block.o_proj": "mix.out",
-            "temporal_block.linear_x": "mix.project.x",
-            "temporal_block.linear_y": "mix.project.y",
+            **of_parts("temporal_block.linear_*", "mix.project", "xy"),
             "temporal_block.linear_out": "mix.out",
             "temporal_block.conv_1d": "mix.conv",
             "temporal_block.rg_lru.input_gate_weight": Target("mix.gates.taken", layout=by_head_transposed),
@@ -34,13 +33,10 @@ RECURRENT_GEMMA = (
             "temporal_block.rg_lru.recurrent_gate_bias": Target("mix.gates.decay", layout=flat, leaf="bias"),
             "temporal_block.rg_lru.recurrent_param": "mix.rate",
             "channel_pre_norm": "norm_mlp",
-            "mlp_block.gate_proj": "mlp.gate_up.gate",
-            "mlp_block.up_proj": "mlp.gate_up.up",
-            "mlp_block.down_proj": "mlp.down",
+            **of_mlp("mlp_block.*"),
         },
         ignored=("temporal_block.rotary_emb",),
-        prefix="model.layers.{}.",
-        to="layers.{}.",
+        **LAYER,
     )
 )
 

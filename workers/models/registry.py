@@ -58,9 +58,15 @@ _architectures: dict[str, Architecture] = {}
 
 
 def arch(
-    *names: str, config: type[DecoderConfig], hf: Scheme, gguf: Scheme | None = None, verified: str = TRANSFORMERS
-) -> Callable:
-    """Register a spec under its checkpoints' `architectures` names."""
+    *names: str, config: type[DecoderConfig], hf: Scheme, gguf: Scheme | None = None, like: str = "",
+    verified: str = TRANSFORMERS,
+) -> Callable:  # fmt: skip
+    """Register a spec under its checkpoints' `architectures` names.
+
+    Args:
+        like: the relative that it is verified by, where transformers has no class of that name.
+    """
+    verified = relative(like) if like else verified
     schemes = {"folder": hf} if gguf is None else {"folder": hf, "gguf": gguf}
 
     def register(spec: Callable[[Any], Decoder]) -> Callable[[Any], Decoder]:

@@ -10,8 +10,10 @@ from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.names import HF, Names, Target, by_group, names, normalised_rows, transposed
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import GPT, GPT_LAYER, HF
+from cableway.workers.models.layouts import by_group, normalised_rows, transposed
+from cableway.workers.models.names import Names, Target, names, of_mlp
+from cableway.workers.models.registry import arch
 
 _NORMED_HEAD_VOCAB_SIZE = 125_696
 """Of Baichuan 2, whose rows of the head are normalised before they are used."""
@@ -19,21 +21,12 @@ _NORMED_HEAD_VOCAB_SIZE = 125_696
 BAICHUAN = HF | names({"model.layers.{}.self_attn.W_pack": "layers.{}.mix.qkv"})
 
 NORMED_HEAD = names({"lm_head": Target("head", layout=normalised_rows)})
-QWEN = names(
-    {
-        "wte": "embed",
-        "h.{}.ln_1": "layers.{}.norm_in",
-        "h.{}.attn.c_attn": "layers.{}.mix.qkv",
-        "h.{}.attn.c_proj": "layers.{}.mix.out",
-        "h.{}.ln_2": "layers.{}.norm_mlp",
-        "h.{}.mlp.w2": "layers.{}.mlp.gate_up.gate",
-        "h.{}.mlp.w1": "layers.{}.mlp.gate_up.up",
-        "h.{}.mlp.c_proj": "layers.{}.mlp.down",
-        "ln_f": "norm_out",
-    },
-    ignored=("rotary_emb",),
-    prefix="transformer.",
-) | names({"lm_head": "head"})
+_QWEN = {
+    "attn.c_attn": "mix.qkv",
+    "attn.c_proj": "mix.out",
+    **of_mlp("mlp.*", gate="w2", up="w1", down="c_proj"),
+}
+QWEN = GPT | names(_QWEN, **GPT_LAYER) | names({}, ignored=("transformer.rotary_emb",))
 TELECHAT2 = names(
     {
         "word_embeddings": "embed",
@@ -42,27 +35,20 @@ TELECHAT2 = names(
         "h.{}.self_attention.key_value": Target("layers.{}.mix.qkv", layout=by_group, parts=("k", "v")),
         "h.{}.self_attention.dense": "layers.{}.mix.out",
         "h.{}.post_attention_layernorm": "layers.{}.norm_mlp",
-        "h.{}.mlp.gate_proj": "layers.{}.mlp.gate_up.gate",
-        "h.{}.mlp.up_proj": "layers.{}.mlp.gate_up.up",
-        "h.{}.mlp.down_proj": "layers.{}.mlp.down",
+        **of_mlp("h.{}.mlp.*", "layers.{}.mlp"),
         "ln_f": "norm_out",
     },
     prefix="transformer.",
 ) | names({"lm_head": "head"})
-JAIS = names(
-    {
-        "wte": "embed",
-        "h.{}.ln_1": "layers.{}.norm_in",
-        "h.{}.attn.c_attn": Target("layers.{}.mix.qkv", layout=transposed),
-        "h.{}.attn.c_proj": Target("layers.{}.mix.out", layout=transposed),
-        "h.{}.ln_2": "layers.{}.norm_mlp",
-        "h.{}.mlp.c_fc2": Target("layers.{}.mlp.gate_up.gate", layout=transposed),
-        "h.{}.mlp.c_fc": Target("layers.{}.mlp.gate_up.up", layout=transposed),
-        "h.{}.mlp.c_proj": Target("layers.{}.mlp.down", layout=transposed),
-        "ln_f": "norm_out",
-    },
-    ignored=("h.{}.attn.bias", "h.{}.attn.masked_bias", "relative_pe"),
-    prefix="transformer.",
+_JAIS = {
+    "attn.c_attn": "mix.qkv",
+    "attn.c_proj": "mix.out",
+    **of_mlp("mlp.*", gate="c_fc2", up="c_fc", down="c_proj"),
+}
+JAIS = (
+    GPT
+    | names({name: Target(slot, layout=transposed) for name, slot in _JAIS.items()}, **GPT_LAYER)
+    | names({}, ignored=("transformer.relative_pe",))
 )
 GGUF_NORMED_HEAD = names({"output": Target("head", layout=normalised_rows)})
 
@@ -113,24 +99,24 @@ def _baichuan_gguf(c: BaichuanConfig) -> Names:
     config=BaichuanConfig,
     hf=_baichuan_names,
     gguf=_baichuan_gguf,
-    verified=relative("Llama"),
+    like="Llama",
 )
 def baichuan(c: BaichuanConfig) -> Decoder:
     return pre_norm(c, Attention.of(c, rope=c.rope() if c.has_rope else ALiBi(c.num_attention_heads)))
 
 
-@arch("QWenLMHeadModel", config=QwenConfig, hf=QWEN, gguf=GGUF, verified=relative("Qwen2"))
+@arch("QWenLMHeadModel", config=QwenConfig, hf=QWEN, gguf=GGUF, like="Qwen2")
 def qwen(c: QwenConfig) -> Decoder:
     bias = not c.no_bias
     return pre_norm(c, Attention.of(c, bias=True, out_bias=bias), MLP.of(c, bias=bias))
 
 
-@arch("TeleChat2ForCausalLM", config=DecoderConfig, hf=TELECHAT2, verified=relative("Llama"))
+@arch("TeleChat2ForCausalLM", config=DecoderConfig, hf=TELECHAT2, like="Llama")
 def telechat2(c: DecoderConfig) -> Decoder:
     return pre_norm(c, Attention.of(c, out_bias=True), MLP.of(c, out_bias=True))
 
 
-@arch("JAISLMHeadModel", config=JaisConfig, hf=JAIS, verified=relative("StableLm"))
+@arch("JAISLMHeadModel", config=JaisConfig, hf=JAIS, like="StableLm")
 def jais(c: JaisConfig) -> Decoder:
     norm, scale = LayerNorm(c.hidden_size, c.norm_eps), c.head_dim ** -(1.0 if c.mup_scale_qk_dot_by_d else 0.5)
     mix = Attention.of(c, rope=ALiBi(c.num_attention_heads), scale=scale, bias=True, out_bias=True)

@@ -7,7 +7,8 @@ from cableway.workers.blocks.layers import MixerLayer
 from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.blocks.rwkv import ChannelMix, TimeMix
 from cableway.workers.models.config import DecoderConfig, Size
-from cableway.workers.models.names import Names, Target, flat, names
+from cableway.workers.models.layouts import flat
+from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.registry import arch
 
 _LAST_EPS = 1e-5

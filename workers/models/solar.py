@@ -5,9 +5,9 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import BridgedLayer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.llama import LlamaConfig
-from cableway.workers.models.names import HF
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.registry import arch
 
 
 class SolarConfig(LlamaConfig, frozen=True, kw_only=True):
@@ -26,7 +26,7 @@ class SolarConfig(LlamaConfig, frozen=True, kw_only=True):
                 raise ValueError(f"a stream is taken before layer {min(taken)}, but not kept before")
 
 
-@arch("SolarForCausalLM", config=SolarConfig, hf=HF, verified=relative("Llama"))
+@arch("SolarForCausalLM", config=SolarConfig, hf=HF, like="Llama")
 def solar(c: SolarConfig) -> Decoder:
     norm, mix, mlp = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c), MLP.of(c)
 

@@ -7,9 +7,11 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.models.config import MoEConfig, Size
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.moe import SHARED, mixture, some_sparse
-from cableway.workers.models.names import HF, Target, names, stacked
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.hf_names import HF, LAYER
+from cableway.workers.models.layouts import stacked
+from cableway.workers.models.moe import mixture, some_sparse
+from cableway.workers.models.names import Target, names, of_mlp
+from cableway.workers.models.registry import arch
 
 STEP3 = HF | names(
     {
@@ -19,10 +21,9 @@ STEP3 = HF | names(
         "moe.gate_proj": Target("mlp.gate_up", layout=stacked, parts=("gate",)),
         "moe.up_proj": Target("mlp.gate_up", layout=stacked, parts=("up",)),
         "moe.down_proj": Target("mlp.down", layout=stacked),
-        **{f"share_expert.{name}": f"mlp.shared.{slot}" for name, slot in SHARED.items()},
+        **of_mlp("share_expert.*", "mlp.shared"),
     },
-    prefix="model.layers.{}.",
-    to="layers.{}.",
+    **LAYER,
 )
 
 
@@ -43,7 +44,7 @@ class Step3Config(MoEConfig, frozen=True, kw_only=True):
         return layer in self.moe_layers
 
 
-@arch("Step3TextForCausalLM", config=Step3Config, hf=STEP3, verified=relative("Qwen2Moe"))
+@arch("Step3TextForCausalLM", config=Step3Config, hf=STEP3, like="Qwen2Moe")
 def step3(c: Step3Config) -> Decoder:
     mix = NarrowAttention.of(c, latent=c.share_q_dim, eps=c.norm_eps)
     return pre_norm(c, mix, some_sparse(c, mixture(c, shared=MLP.of(c, ffn_size=c.share_expert_dim))))

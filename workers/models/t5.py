@@ -10,19 +10,17 @@ from cableway.workers.blocks.layers import CrossLayer, Layer
 from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import DecoderConfig, NumLayers, Size
-from cableway.workers.models.names import Names, Target, names, transposed
-from cableway.workers.models.registry import arch, relative
+from cableway.workers.models.layouts import transposed
+from cableway.workers.models.names import Names, Target, names, of_parts
+from cableway.workers.models.registry import arch
 
 _NORMS = {"encoder": ("norm_in", "norm_mlp"), "decoder": ("norm_in", "norm_cross", "norm_mlp")}
 _STACK = {
-    "SelfAttention.q": "mix.qkv.q",
-    "SelfAttention.k": "mix.qkv.k",
-    "SelfAttention.v": "mix.qkv.v",
+    **of_parts("SelfAttention.*", "mix.qkv"),
     "SelfAttention.o": "mix.out",
     "SelfAttention.relative_attention_bias": Target("mix.relative.table", layout=transposed),
     "EncDecAttention.q": "cross.q",
-    "EncDecAttention.k": "cross.kv.k",
-    "EncDecAttention.v": "cross.kv.v",
+    **of_parts("EncDecAttention.*", "cross.kv", "kv"),
     "EncDecAttention.o": "cross.out",
     "DenseReluDense.wi": "mlp.up",
     "DenseReluDense.wi_0": "mlp.gate_up.gate",
@@ -31,15 +29,12 @@ _STACK = {
 }
 _GGUF_STACK = {
     "attn_norm": "norm_in",
-    "attn_q": "mix.qkv.q",
-    "attn_k": "mix.qkv.k",
-    "attn_v": "mix.qkv.v",
+    **of_parts("attn_*", "mix.qkv"),
     "attn_o": "mix.out",
     "attn_rel_b": Target("mix.relative.table", layout=transposed),
     "cross_attn_norm": "norm_cross",
     "cross_attn_q": "cross.q",
-    "cross_attn_k": "cross.kv.k",
-    "cross_attn_v": "cross.kv.v",
+    **of_parts("cross_attn_*", "cross.kv", "kv"),
     "cross_attn_o": "cross.out",
     "ffn_norm": "norm_mlp",
     "ffn_gate": "mlp.gate_up.gate",
@@ -120,7 +115,7 @@ def _gguf(c: T5Config) -> Names:
 
 @arch("T5ForConditionalGeneration", config=T5Config, hf=_names, gguf=_gguf)
 @arch("MT5ForConditionalGeneration", config=MT5Config, hf=_names)
-@arch("T5WithLMHeadModel", config=T5Config, hf=_names, verified=relative("T5"))
+@arch("T5WithLMHeadModel", config=T5Config, hf=_names, like="T5")
 def t5(c: T5Config) -> Decoder:
     return _encoder_decoder(c, *map(shared, _biases(c)))
 

@@ -13,22 +13,20 @@ from cableway.workers.blocks.mamba import HeadedMamba, Mamba2
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Never, Size
+from cableway.workers.models.hf_names import EMBEDDINGS, LAYER
+from cableway.workers.models.layouts import by_head, flat, in_turns
 from cableway.workers.models.mamba import MIXER
-from cableway.workers.models.names import EMBEDDINGS, Names, Target, by_head, flat, in_turns, names
+from cableway.workers.models.names import Names, Target, names, of_mlp, of_parts
 from cableway.workers.models.registry import arch
 
 ZAMBA = EMBEDDINGS | names({"model.final_layernorm": "norm_out"})
 _DETOUR = {
     "input_layernorm": "norm_both",
-    "self_attn.q_proj": "attention.qkv.q",
-    "self_attn.k_proj": "attention.qkv.k",
-    "self_attn.v_proj": "attention.qkv.v",
+    **of_parts("self_attn.*_proj", "attention.qkv"),
     "self_attn.o_proj": "attention.out",
     "pre_ff_layernorm": "norm_mlp",
-    "feed_forward.gate_proj": "mlp.gate_up.gate",
-    "feed_forward.up_proj": "mlp.gate_up.up",
+    **of_mlp("feed_forward.*"),
     "feed_forward.gate_up_proj": "mlp.gate_up",
-    "feed_forward.down_proj": "mlp.down",
 }
 _HEADED = {
     "in_proj": Target("project", layout=in_turns),
@@ -42,10 +40,9 @@ _HEADED = {
 
 def _names(c: "ZambaConfig | Zamba2Config", detour: str, mixer: dict[str, str | Target]) -> Names:
     """`detour`: what the blocks that layers share are called; they are in the first of these layers."""
-    layer = {"prefix": "model.layers.{}.", "to": "layers.{}."}
     own = {"input_layernorm": "norm_in", "mamba_decoder.input_layernorm": "norm_in", "linear": "join"}
     own |= {f"{detour}.{name}": path for name, path in _DETOUR.items()}
-    scheme = ZAMBA | names(own, **layer)
+    scheme = ZAMBA | names(own, **LAYER)
     for name in ("mamba", "mamba_decoder.mamba"):
         scheme |= names(mixer, prefix=f"model.layers.{{}}.{name}.", to="layers.{}.mix.")
     return scheme | Names(beyond=tuple(f"model.layers.{i}.{detour}." for i in c.detours[c.num_mem_blocks :]))
