@@ -137,7 +137,7 @@ _MOST_TOKENS, _MOST_IN, _MOST_BYTES = 16, 3072, 1 << 24
 
 def pays(x: Tensor, matrix: Tensor, *, gated: bool) -> bool:
     """Whether this is faster than a library's product, as it is where matrices are small, or Hopper's kernels fit."""
-    if hopper_linear.fits(x, matrix) or hopper_matmul.fits(x, matrix, gated=gated):
+    if hopper_linear.fits(x, matrix, gated=gated) or hopper_matmul.fits(x, matrix, gated=gated):
         return True
     is_small = matrix.shape[1] <= _MOST_IN and matrix.nbytes <= _MOST_BYTES and matrix.element_size() == 2
     return is_small and len(x) <= _MOST_TOKENS
@@ -177,7 +177,7 @@ def launch(
     out: Tensor | None = None, adds: bool = False, invariant: bool = False, tuned: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
     if not tuned and not invariant:
-        if not adds and hopper_linear.fits(x, weight):
+        if not adds and hopper_linear.fits(x, weight, gated=gated):
             return hopper_linear.launch(x, weight, bias, gated=gated, out=out)
         can_write = out is None or (adds and out.dtype == torch.float32 and not gated)
         if can_write and hopper_matmul.fits(x, weight, gated=gated):
