@@ -23,13 +23,14 @@ from cableway.ipc.gguf_values import (
 _DTYPES = {0: "float32", 1: "float16", 30: "bfloat16"}
 """ggml_type -> dtype, for those that are plain numbers"""
 
+_num_heads, _num_kv_heads = one("attention.head_count"), one("attention.head_count_kv")
 _COMMON: dict[str, Value] = {
     "num_hidden_layers": num_layers,
     "num_nextn_predict_layers": "nextn_predict_layers",
     "hidden_size": "embedding_length",
     "intermediate_size": one("feed_forward_length"),
-    "num_attention_heads": one("attention.head_count"),
-    "num_key_value_heads": lambda file: file["attention.head_count_kv"] or file["attention.head_count"] or None,
+    "num_attention_heads": _num_heads,
+    "num_key_value_heads": lambda file: _num_kv_heads(file) or _num_heads(file) or None,
     "head_dim": lambda file: head_dim(file) if file["attention.head_count"] else None,
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "layer_norm_eps": "attention.layer_norm_epsilon",

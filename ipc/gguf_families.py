@@ -18,7 +18,6 @@ from cableway.ipc.gguf_values import (
     head_dim,
     kinds,
     num_layers,
-    one,
     query_scalar,
     rope_scaling,
 )
@@ -55,7 +54,6 @@ _MAMBA2: dict[str, Value] = {
 }
 _SHORT_CONVOLUTIONS: dict[str, Value] = {
     "layer_types": kinds({"attn_q.weight": "full_attention", "shortconv.conv.weight": "conv"}),
-    "num_key_value_heads": one("attention.head_count_kv"),
     "conv_L_cache": "shortconv.l_cache",
     "conv_bias": has("shortconv.conv.bias"),
     "block_auto_adjust_ff_dim": always(False),
@@ -161,7 +159,6 @@ FAMILIES: Mapping[str, Family] = {
         "Plamo2ForCausalLM",
         {
             "layer_types": kinds({"attn_qkv.weight": "sliding_attention", "ssm_in.weight": "mamba"}),
-            "num_key_value_heads": one("attention.head_count_kv"),
             "hidden_size_per_head": "attention.key_length",
             "mamba_num_heads": "ssm.time_step_rank",
             "mamba_d_state": "ssm.state_size",
@@ -283,7 +280,6 @@ FAMILIES: Mapping[str, Family] = {
         {
             **_MULTIPLIERS,
             "layer_types": kinds(_HYBRID_LAYERS),
-            "num_key_value_heads": one("attention.head_count_kv"),
             "shared_intermediate_size": lambda file: (
                 file["expert_shared_feed_forward_length"] or file["feed_forward_length"]
             ),
@@ -295,7 +291,6 @@ FAMILIES: Mapping[str, Family] = {
         "NemotronHForCausalLM",
         {
             "layers_block_type": kinds(_HYBRID_LAYERS),
-            "num_key_value_heads": one("attention.head_count_kv"),
             "mamba_num_heads": "ssm.time_step_rank",
             "mamba_head_dim": lambda file: file["ssm.inner_size"] // file["ssm.time_step_rank"],
             "n_groups": "ssm.group_count",
@@ -311,7 +306,6 @@ FAMILIES: Mapping[str, Family] = {
     "jamba": Family(
         "JambaForCausalLM",
         {
-            "num_key_value_heads": one("attention.head_count_kv"),
             "attn_layer_period": lambda file: attention_turns(file)[0],
             "attn_layer_offset": lambda file: attention_turns(file)[1],
             "expert_layer_period": lambda file: expert_turns(file)[0],

@@ -81,7 +81,7 @@ def rotated_frac(file: File) -> Any:
     return file["rope.dimension_count"] and file["rope.dimension_count"] / head_dim(file)
 
 
-def one(key: str) -> Value:
+def one(key: str) -> Callable[[File], Any]:
     """A number, or the one that layers have which have any, where each layer's is given."""
 
     def find(file: File) -> Any:

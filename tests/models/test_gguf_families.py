@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from cableway.frontend.served import decoder_prompt
 from cableway.ipc import gguf_config, modelfiles
 from cableway.ipc.gguf import Header, ModelError, read_header
 from cableway.workers import models
@@ -286,6 +287,12 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str, fields: dic
     path, expected = written(tmp_path, name, fields, Kind.F32)
     close(logits_of(load(path), ids_of(expected)), expected, name)
     assert unread(path) <= UNREAD | UNREAD_OF.get(CONVERSIONS[name].architecture, set())
+
+
+def test_a_decoder_begins_with_what_the_file_says(tmp_path: Path) -> None:
+    fields = {**VARIANTS["T5ForConditionalGeneration"][0], "decoder_start_token_id": 7}
+    path, _ = written(tmp_path, "T5ForConditionalGeneration", fields, Kind.F32)
+    assert decoder_prompt(modelfiles.locate(str(path))) == [7]
 
 
 def what_is_read(header: Header) -> tuple[str, Any]:

@@ -118,15 +118,15 @@ class LayerNorm(Slot):
 class HeadNorms(Slot):
     """A LayerNorm for each head, which a checkpoint gives one by one: parts `0`, `1`, … of weights without biases."""
 
-    def __init__(self, heads: Axis, head_dim: int, eps: float):
-        self.parts = {str(head): Axis("norm", head_dim) for head in range(heads.count)}
+    def __init__(self, heads: Axis, eps: float):
+        self.parts = {str(head): Axis("norm", heads.unit) for head in range(heads.count)}
         self.leaves = {"weight": ()}
         self.heads, self.eps = heads, eps
         self._weight: Tensor
 
     def load(self, parts: Filling, place: Place) -> None:
-        held = place.mesh.span(self.heads)
-        rows = self.share(parts, place, torch.float32)[held.start : held.stop]
+        held, unit = place.mesh.span(self.heads), self.heads.unit
+        rows = self.share(parts, place, torch.float32)[held.start // unit : held.stop // unit]
         self._weight = torch.stack(rows).to(place.device)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
@@ -52,11 +51,7 @@ def command_r(c: CohereConfig, mix: Attention | list[Attention]) -> Decoder:
 
 @arch("CohereForCausalLM", config=CohereConfig, hf=halves(COHERE), gguf=halves(GGUF_COHERE))
 def cohere(c: CohereConfig) -> Decoder:
-    heads, kv_heads = (
-        Axis(name, count, c.head_dim)
-        for name, count in (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
-    )
-    norms = tuple(LayerNorm(c.head_dim, c.norm_eps, bias=False, heads=axis) for axis in (heads, kv_heads))
+    norms = tuple(LayerNorm(c.head_dim, c.norm_eps, bias=False, heads=axis) for axis in c.head_axes())
     return command_r(c, Attention.of(c, qk_norm=norms if c.use_qk_norm else None))
 
 

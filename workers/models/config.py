@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from cableway.ipc.modelfiles import ModelError
 from cableway.workers.blocks.rope import Rope
+from cableway.workers.parallel import Axis
 
 Size = Annotated[int, Meta(ge=1, le=1 << 24)]
 NumLayers = Annotated[int, Meta(ge=1, le=4096)]
@@ -84,6 +85,12 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     @staticmethod
     def derive(config: dict[str, Any]) -> None:
         """Add to a config what a family leaves to be derived from its other keys."""
+
+    def head_axes(self) -> tuple[Axis, Axis]:
+        """Of all heads of q, and of all heads of k."""
+        sizes = {"heads": self.num_attention_heads, "kv_heads": self.num_key_value_heads}
+        heads, kv_heads = (Axis(name, count, self.head_dim) for name, count in sizes.items())
+        return heads, kv_heads
 
     def rope(self, layer_type: str | None = None) -> Rope:
         """The rotation of heads; of layers of one type, where types may have their own."""

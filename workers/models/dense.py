@@ -177,8 +177,7 @@ def persimmon(c: PersimmonConfig) -> Decoder:
 def stablelm(c: StableLmConfig) -> Decoder:
     norm, head_norms = LayerNorm(c.hidden_size, c.norm_eps), None
     if c.qk_layernorm:
-        counts = (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
-        head_norms = tuple(HeadNorms(Axis(name, count), c.head_dim, c.norm_eps) for name, count in counts)
+        head_norms = tuple(HeadNorms(axis, c.norm_eps) for axis in c.head_axes())
     mix = Attention.of(c, bias=c.use_qkv_bias, qk_norm=head_norms)
     return (side_by_side if c.use_parallel_residual else pre_norm)(c, mix, MLP.of(c), norm)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention, ClippedAttention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.norm import JointNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
 from cableway.workers.models.frames import post_norm, pre_norm
@@ -71,9 +70,8 @@ def olmo(c: OlmoConfig) -> Decoder:
 
 def joint_norms(c: DecoderConfig) -> tuple[JointNorm, JointNorm]:
     """Of all heads of q together, and of all heads of k."""
-    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-    sizes = (Axis("heads", heads, c.head_dim), Axis("kv_heads", kv_heads, c.head_dim))
-    return JointNorm(sizes[0], c.norm_eps), JointNorm(sizes[1], c.norm_eps)
+    heads, kv_heads = c.head_axes()
+    return JointNorm(heads, c.norm_eps), JointNorm(kv_heads, c.norm_eps)
 
 
 @arch("Olmo2ForCausalLM", config=Olmo2Config, hf=OLMO2, gguf=GGUF)

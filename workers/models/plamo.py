@@ -6,7 +6,6 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mamba import Mamba
 from cableway.workers.blocks.norm import HeadRMSNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window, every
@@ -150,8 +149,7 @@ def _plamo2_gguf(c: Plamo2Config) -> Names:
 
 @arch("Plamo2ForCausalLM", config=Plamo2Config, hf=_plamo2_names, gguf=_plamo2_gguf, like="Gemma3")
 def plamo2(c: Plamo2Config) -> Decoder:
-    counts = (("heads", c.num_attention_heads), ("kv_heads", c.num_key_value_heads))
-    head_norms = tuple(HeadRMSNorm(Axis(name, count, c.head_dim), c.norm_eps) for name, count in counts)
+    head_norms = tuple(HeadRMSNorm(axis, c.norm_eps) for axis in c.head_axes())
     # A window is said without the token that looks.
     near, far = (Attention.of(c, qk_norm=head_norms, window=window) for window in (c.attention_window_size + 1, 0))
     step_size = max(64, c.hidden_size // 16)
