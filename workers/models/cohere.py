@@ -16,13 +16,9 @@ from cableway.workers.models.layouts import flat
 from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
-COHERE = HF | names(
-    {"q_norm": Target("q_norm", layout=flat), "k_norm": Target("k_norm", layout=flat)},
-    **MIX,
-)
+COHERE = HF | names({"q_norm": Target("q_norm", layout=flat), "k_norm": Target("k_norm", layout=flat)}, **MIX)
 GGUF_COHERE = GGUF | names(
-    {"attn_q_norm": Target("q_norm", layout=flat), "attn_k_norm": Target("k_norm", layout=flat)},
-    **GGUF_MIX,
+    {"attn_q_norm": Target("q_norm", layout=flat), "attn_k_norm": Target("k_norm", layout=flat)}, **GGUF_MIX
 )
 
 

@@ -50,8 +50,7 @@ STABLELM = HF | names(
     {"self_attn.q_layernorm.norms.{}": "mix.q_norm.{}", "self_attn.k_layernorm.norms.{}": "mix.k_norm.{}"}, **LAYER
 )
 GGUF_STABLELM = GGUF | names(
-    {"attn_q_norm": Target("q_norm", layout=stacked), "attn_k_norm": Target("k_norm", layout=stacked)},
-    **GGUF_MIX,
+    {"attn_q_norm": Target("q_norm", layout=stacked), "attn_k_norm": Target("k_norm", layout=stacked)}, **GGUF_MIX
 )
 HUNYUAN = HF | names({"self_attn.query_layernorm": "mix.q_norm", "self_attn.key_layernorm": "mix.k_norm"}, **LAYER)
 BITNET = HF | names({"self_attn.attn_sub_norm": "mix.norm_y", "mlp.ffn_sub_norm": "mlp.norm"}, **LAYER)

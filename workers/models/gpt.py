@@ -30,12 +30,7 @@ def _gpt2(qkv: Any, layout: Any) -> Names:
 GPT2 = _gpt2(across, across)
 BIGCODE = _gpt2(by_group, concatenated)
 GPTJ = GPT | names(
-    {
-        **of_parts("attn.*_proj", "mix.qkv"),
-        "attn.out_proj": "mix.out",
-        "mlp.fc_in": "mlp.up",
-        "mlp.fc_out": "mlp.down",
-    },
+    {**of_parts("attn.*_proj", "mix.qkv"), "attn.out_proj": "mix.out", "mlp.fc_in": "mlp.up", "mlp.fc_out": "mlp.down"},
     **GPT_LAYER,
 )
 NEOX = names(

@@ -28,10 +28,7 @@ MOTIF = HF | names(
 
 
 DIFFLLAMA = HF | names(
-    {
-        **_LAMBDAS,
-        **{f"self_attn.{part}_proj": Target(f"mix.qkv.{part}", layout=in_halves) for part in ("q", "k", "v")},
-    },
+    {**_LAMBDAS, **{f"self_attn.{part}_proj": Target(f"mix.qkv.{part}", layout=in_halves) for part in ("q", "k", "v")}},
     **LAYER,
 )
 

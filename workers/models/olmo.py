@@ -13,10 +13,7 @@ from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, GATED_MLP, G
 from cableway.workers.models.names import names, of_mlp, of_parts
 from cableway.workers.models.registry import arch
 
-POST_NORMS = names(
-    {"post_attention_layernorm": "norm_mix_out", "post_feedforward_layernorm": "norm_mlp_out"},
-    **LAYER,
-)
+POST_NORMS = names({"post_attention_layernorm": "norm_mix_out", "post_feedforward_layernorm": "norm_mlp_out"}, **LAYER)
 OLMO2 = EMBEDDINGS | ATTENTION | GATED_MLP | POST_NORMS
 EXAONE = (
     GPT

@@ -21,11 +21,7 @@ _NORMED_HEAD_VOCAB_SIZE = 125_696
 BAICHUAN = HF | names({"model.layers.{}.self_attn.W_pack": "layers.{}.mix.qkv"})
 
 NORMED_HEAD = names({"lm_head": Target("head", layout=normalised_rows)})
-_QWEN = {
-    "attn.c_attn": "mix.qkv",
-    "attn.c_proj": "mix.out",
-    **of_mlp("mlp.*", gate="w2", up="w1", down="c_proj"),
-}
+_QWEN = {"attn.c_attn": "mix.qkv", "attn.c_proj": "mix.out", **of_mlp("mlp.*", gate="w2", up="w1", down="c_proj")}
 QWEN = GPT | names(_QWEN, **GPT_LAYER) | names({}, ignored=("transformer.rotary_emb",))
 TELECHAT2 = names(
     {
@@ -40,11 +36,7 @@ TELECHAT2 = names(
     },
     prefix="transformer.",
 ) | names({"lm_head": "head"})
-_JAIS = {
-    "attn.c_attn": "mix.qkv",
-    "attn.c_proj": "mix.out",
-    **of_mlp("mlp.*", gate="c_fc2", up="c_fc", down="c_proj"),
-}
+_JAIS = {"attn.c_attn": "mix.qkv", "attn.c_proj": "mix.out", **of_mlp("mlp.*", gate="c_fc2", up="c_fc", down="c_proj")}
 JAIS = (
     GPT
     | names({name: Target(slot, layout=transposed) for name, slot in _JAIS.items()}, **GPT_LAYER)

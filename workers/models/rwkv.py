@@ -14,12 +14,7 @@ from cableway.workers.models.registry import arch
 _LAST_EPS = 1e-5
 
 RWKV = names(
-    {
-        "rwkv.embeddings": "embed",
-        "rwkv.blocks.0.pre_ln": "on_embed",
-        "rwkv.ln_out": "norm_out",
-        "head": "head",
-    }
+    {"rwkv.embeddings": "embed", "rwkv.blocks.0.pre_ln": "on_embed", "rwkv.ln_out": "norm_out", "head": "head"}
 )
 _TIME = {
     "time_decay": "mix.decay",
