@@ -250,6 +250,7 @@ ZOO: dict[str, list[Fields]] = {
     "DogeForCausalLM": [
         {"sliding_window": 9},
         {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+        {"is_moe": True, "num_experts": 70, "num_experts_per_tok": 5},
     ],
     "GlmForCausalLM": [{"rope_parameters": HALF}, {"rope_parameters": HALF, "attention_bias": False}],
     "Glm4ForCausalLM": [{"rope_parameters": HALF}],
@@ -583,9 +584,7 @@ IGNORED = {
 UNUSED: dict[str, set[str]] = {
     "Gemma3ForCausalLM": {"_sliding_window_pattern", "use_bidirectional_attention"},
     "Gemma3nForCausalLM": {"altup_coef_clip"},  # in training
-    "DogeForCausalLM": {  # without experts, and of sequences that are not longer
-        *("keep_window_size", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
-    },
+    "DogeForCausalLM": {"keep_window_size", "norm_topk_prob"},  # of longer sequences; a softmax is normalised
     "DiffLlamaForCausalLM": {"lambda_std_dev"},  # of first weights
     "Gemma2ForCausalLM": {"use_bidirectional_attention"},
     "Phi3ForCausalLM": {"original_max_position_embeddings"},  # rope_parameters say it too

@@ -1,5 +1,6 @@
 """Feed-forward blocks, gated and not."""
 
+import math
 from statistics import NormalDist
 from typing import Any, Self
 
@@ -11,11 +12,13 @@ from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.activation import activation
 from cableway.kernels.silu_mul import silu_mul
 from cableway.workers.blocks.block import Block
-from cableway.workers.blocks.linear import Later, Linear, Vector
+from cableway.workers.blocks.linear import Embedding, Later, Linear, Vector
 from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis
 
 _POLY_EPS = 1e-6
+_MOST_NUMBERS = 1 << 26
+"""That units are retrieved with together."""
 _ACTIVATIONS = {
     **dict.fromkeys(("silu", "swish", "swiglu"), "silu"),
     "gelu": "gelu",
@@ -160,6 +163,38 @@ class SparseMLP(MLP):
         deviation = (square - mean.square()).clamp_(min=0).sqrt_()
         gate.copy_((wide - mean - self.deviations * deviation).clamp_(min=0))
         return self.down(self.act.gate(gate_up))
+
+
+class RetrievingMLP(MLP):
+    """Beside an MLP, many units of one number each, of which a token uses a few: those with the best sum of two scores,
+    one for the row and one for the column where the unit stands in a square of them. They count by a softmax of it.
+
+    Args:
+        num_units: of which there are as many as make a whole square. top_k: that a token uses.
+    """
+
+    takes_sum = False
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, num_units: int, top_k: int, **options: Any):
+        super().__init__(hidden_size, ffn_size, **options)
+        embed, units = Axis("embed", hidden_size), Axis("units", num_units)
+        self.side, self.top_k = math.isqrt(num_units), top_k
+        self.score = Linear(Axis("scores", 2, self.side), embed)
+        self.units_in, self.units_out = Embedding(units, embed), Embedding(units, embed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, E] -> [T, E]"""
+        most = max(_MOST_NUMBERS // (self.top_k * x.shape[1]), 1)
+        retrieved = [self.retrieved(*some) for some in zip(x.split(most), self.score(x).split(most), strict=True)]
+        return self.down(self.act.gate(self.gate_up(x))).add_(torch.cat(retrieved))
+
+    def retrieved(self, x: Tensor, scores: Tensor) -> Tensor:
+        """What units make of x [T, E], with the scores of rows and of columns [T, 2 side] -> [T, E]"""
+        rows, columns = scores.float().chunk(2, 1)
+        best, units = (rows[:, :, None] + columns[:, None]).flatten(1).topk(self.top_k)
+        into, out = (table(units.flatten()).unflatten(0, units.shape) for table in (self.units_in, self.units_out))
+        inner = self.act((into * x[:, None]).float().sum(-1)) * best.softmax(-1)
+        return (inner[..., None] * out).sum(1).to(x.dtype)
 
 
 class PlainMLP(FeedForward):
