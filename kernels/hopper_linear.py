@@ -1,4 +1,4 @@
-"""few_rows for Hopper's tensor cores, up to 224 tokens: hopper_linear.cu. The contract is few_rows.py's.
+"""linear for Hopper's tensor cores, up to 224 tokens: hopper_linear.cu. The contract is linear.py's.
 
 The matrix's rows lie on the side of a product that has 64 of them, tokens on the other. A program takes 128 rows (where
 gated, 64 of each half) and a part of `num_in`; programs that share rows are a cluster and put their parts together in

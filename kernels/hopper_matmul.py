@@ -1,4 +1,4 @@
-"""few_rows for many tokens, on Hopper's tensor cores: hopper_matmul.cu. That contract, with `out` only where it `adds`.
+"""linear for many tokens, on Hopper's tensor cores: hopper_matmul.cu. That contract, with `out` only where it `adds`.
 
 The matrix's rows lie on the side of a product that has 64 of them, tokens on the other, up to 256. Where gated, 8 rows
 of a half and the same 8 of the other lie in turns, so that a thread has both numbers that are multiplied. A program

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cableway.kernels import few_rows, hopper_matmul
+from cableway.kernels import hopper_matmul, linear
 from cableway.kernels.registry import Call
 
 CASES = [
@@ -30,8 +30,8 @@ def on_hopper() -> bool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_tokens_equal_the_reference(case: dict, dtype: torch.dtype):
     torch.manual_seed(0)
-    made = few_rows.make(**case, dtype=dtype, device="cuda")
-    expected = few_rows.ref(*made.args, **made.kwargs)
+    made = linear.make(**case, dtype=dtype, device="cuda")
+    expected = linear.ref(*made.args, **made.kwargs)
     options = {"gated": made.kwargs["gated"]}
     first = hopper_matmul.launch(*made.args, **options)
     torch.testing.assert_close(first, expected, atol=2e-2, rtol=1.6e-2)
@@ -43,7 +43,7 @@ def test_many_tokens_equal_the_reference(case: dict, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_are_added_unrounded(case: dict, dtype: torch.dtype):
     torch.manual_seed(0)
-    x, weight, bias = few_rows.make(**case, dtype=dtype, device="cuda").args
+    x, weight, bias = linear.make(**case, dtype=dtype, device="cuda").args
     stream = torch.randn(len(x), len(weight), device="cuda")
     added = hopper_matmul.launch(x, weight, bias, gated=False, onto=stream.clone())
     expected = stream + x.float() @ weight.float().T + (0.0 if bias is None else bias.float())

@@ -91,12 +91,12 @@ def test_shipped_tables_can_be_read():
             assert all(entry.tuning in tunable.candidates(entry.key) for entry in table.entries(tunable))
 
 
-_EXPERTS, _FEW_ROWS, _GROUPED, _DECODE, _PREFILL = (
-    tunables()[name].key for name in ("expert_gemv", "few_rows", "grouped_linear", "paged_decode", "paged_prefill")
+_EXPERTS, _LINEAR, _GROUPED, _DECODE, _PREFILL = (
+    tunables()[name].key for name in ("expert_gemv", "linear", "grouped_linear", "paged_decode", "paged_prefill")
 )
 EXAMPLES = {
     "gemv": [gemv.Key(4096, 1024, False, 2), gemv.Key(3072, 1024, True, 2), gemv.Key(100, 3000, False, 4)],
-    "few_rows": [_FEW_ROWS(4096, 1024, False, 2), _FEW_ROWS(64, 3000, True, 4)],
+    "linear": [_LINEAR(4096, 1024, False, 2), _LINEAR(64, 3000, True, 4)],
     "expert_gemv": [_EXPERTS(3, 2048, 768, gated, not gated, 2) for gated in (False, True)],
     "grouped_linear": [_GROUPED(8, 96, 64, True, 2, rows) for rows in (16, 64, 128)],
     "paged_decode": [_DECODE(4, 2, 64, 2, size, most) for size in (1, 2) for most in (16, 96)],

@@ -121,7 +121,7 @@ def test_an_outline_asks_for_the_tunings_of_its_shapes(checkpoint: Path, absent_
     rehearsed(worker_config(checkpoint, dtype="float16", kv_cache_dtype="int8", max_num_seqs=20), monkeypatch)
     asked = {name: set(tunable.asked) for name, tunable in tunables.items()}
     assert asked["gemv"] >= {(128, 64, False, 2), (64, 64, False, 2), (96, 64, True, 2), (64, 96, False, 2)}
-    assert not asked["few_rows"]  # Hopper has a kernel that needs none
+    assert not asked["linear"]  # Hopper has a kernel that needs none
     assert asked["paged_decode"] == {(4, 2, 16, 2, 1, 16), (4, 2, 16, 2, 1, 96)}
     assert asked["paged_prefill"] == {(4, 2, 16, 2, 1)}
 

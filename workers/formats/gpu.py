@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.kernels import few_rows as few
 from cableway.kernels import hopper_matmul
-from cableway.kernels.few_rows import few_rows
 from cableway.kernels.gemv import MOST_IN, gemv
+from cableway.kernels.linear import linear, pays
 from cableway.kernels.silu_mul import silu_mul
 from cableway.workers.formats.base import Sum
 from cableway.workers.formats.dense import Dense
@@ -28,8 +27,8 @@ class OnGpu(Dense):
         if len(x) == 1 and matrix.shape[1] <= MOST_IN:
             return _one_row(x, matrix, bias, gated)
         x = x.tensor() if isinstance(x, Sum) else x
-        if few.pays(x, matrix, gated=gated):
-            return few_rows(x, matrix, bias, gated=gated)
+        if pays(x, matrix, gated=gated):
+            return linear(x, matrix, bias, gated=gated)
         y = F.linear(x, matrix, bias)
         return silu_mul(y) if gated else y
 
@@ -55,7 +54,7 @@ class OnGpu(Dense):
 
     def add_to(self, stream: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
         """stream [T, out] f32 += the product, unrounded."""
-        few_rows(x, matrix, bias, out=stream, adds=True)
+        linear(x, matrix, bias, out=stream, adds=True)
 
 
 class Invariant(OnGpu):
@@ -63,7 +62,7 @@ class Invariant(OnGpu):
 
     def fused(self, x: Tensor | Sum, matrix: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor:
         x = x.tensor() if isinstance(x, Sum) else x
-        return few_rows(x, matrix, bias, gated=gated, invariant=True)
+        return linear(x, matrix, bias, gated=gated, invariant=True)
 
     def fused_and_input(self, x: Sum, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         tensor = x.tensor()
@@ -73,7 +72,7 @@ class Invariant(OnGpu):
         return False
 
     def write(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
-        few_rows(x, matrix, out=out, invariant=True)
+        linear(x, matrix, out=out, invariant=True)
 
 
 def _one_row(x: Tensor | Sum, matrix: Tensor, bias: Tensor | None, gated: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokens through a linear layer, mostly a few.   y = gate(x Wᵀ + b);  gate(z) = z, or of halves silu(z1) * z2
+"""Tokens through a linear layer.   y = gate(x Wᵀ + b);  gate(z) = z, or of halves silu(z1) * z2
 
 x       [num_tokens, num_in]   bf16|f16|f32   rows may be strided
 weight  [rows, num_in]         dtype of x, contiguous; rows = num_out, or 2 * num_out where gated
@@ -45,7 +45,7 @@ def ref(
 
 
 @jit(do_not_specialize=("num_tokens",))
-def _few_rows(
+def _linear(
     x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride, num_tokens,
     NUM_IN: tl.constexpr, NUM_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PARTS: tl.constexpr,
@@ -185,7 +185,7 @@ def launch(
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
     t = tuned or (INVARIANT if invariant else tuning(Key(num_out, num_in, gated, x.element_size())))
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if out is None else out
-    _few_rows[(triton.cdiv(num_out, t.block_out), triton.cdiv(num_tokens, t.block_tokens))](
+    _linear[(triton.cdiv(num_out, t.block_out), triton.cdiv(num_tokens, t.block_tokens))](
         x, weight, bias, y, x.stride(0), num_tokens,
         NUM_IN=num_in, NUM_OUT=num_out, HAS_BIAS=bias is not None, GATED=gated,
         BLOCK_TOKENS=t.block_tokens, BLOCK_OUT=t.block_out, BLOCK_IN=t.block_in, PARTS=t.parts,
@@ -210,7 +210,7 @@ def _make(key: Key, device: str):
     return make(_MOST_TOKENS, key.num_out, key.num_in, OF_BYTES[key.item_bytes], gated=key.gated, device=device)
 
 
-tuning = Tunable("few_rows", Key, Tuning, rule=_rule, candidates=_candidates, make=_make, launch=launch)
+tuning = Tunable("linear", Key, Tuning, rule=_rule, candidates=_candidates, make=_make, launch=launch)
 
 
 @kernel(
@@ -252,7 +252,7 @@ tuning = Tunable("few_rows", Key, Tuning, rule=_rule, candidates=_candidates, ma
     ],
     num_bytes=lambda c: nbytes(c.args[1]),
 )
-def few_rows(
+def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
