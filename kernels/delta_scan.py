@@ -23,7 +23,20 @@ from torch import Tensor
 
 from cableway.kernels import delta_chunks
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, scans, tl, triton
-from cableway.kernels.recurrence import LONG, MIXED, NARROW, RecurrentPlan, check_states, keep, make_plan, resumed, span
+from cableway.kernels.recurrence import (
+    LONG,
+    MANY,
+    MIXED,
+    NARROW,
+    RecurrentPlan,
+    check_states,
+    keep,
+    make_plan,
+    piece_of,
+    pieces_at_once,
+    row_before,
+    span,
+)
 from cableway.kernels.registry import (
     FLOATS,
     Call,
@@ -59,42 +72,74 @@ def ref(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor
     return y.to(dtype)
 
 
-@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most"))  # which vary between steps
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most", "num_pieces"))  # which vary
 def _delta_scan(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
-    q_stride, k_stride, v_stride, state_stride, table_stride, block_size, most,
+    q_stride, k_stride, v_stride, state_stride, table_stride, block_size, most, num_pieces,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr,
-    DECAYS_BY_KEY: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, PDL: tl.constexpr,
+    DECAYS_BY_KEY: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some numbers of one head's values, of one sequence that brings no more than `most` tokens, one after another."""
+    """Some pieces of heads, BLOCK_DIM numbers of values each, of one sequence that brings no more than `most` tokens.
+
+    AHEAD: there are several, and the next one's state is on its way while one is computed.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    PIECES: tl.constexpr = (HEAD_DIM + BLOCK_DIM - 1) // BLOCK_DIM
+    sequence, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * num_pieces
     start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
     if (length > 0) & (length - before <= most):
         table_ptr += sequence * table_stride
-        dim, n = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_KEY)
-        dim_inside, n_inside = dim < HEAD_DIM, n < KEY_DIM
-        inside = dim_inside[:, None] & n_inside[None, :]
-        place = (head * HEAD_DIM + dim)[:, None] * KEY_DIM + n[None, :]
-        key = head // GROUP * KEY_DIM + n
-        h = resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size)
-        for position in range(before, length):
-            token = start + position - before
-            q = tl.load(q_ptr + token * q_stride + key, mask=n_inside, other=0.0).to(tl.float32)
-            k = tl.load(k_ptr + token * k_stride + key, mask=n_inside, other=0.0).to(tl.float32)
-            v = tl.load(v_ptr + token * v_stride + head * HEAD_DIM + dim, mask=dim_inside, other=0.0).to(tl.float32)
-            of_head = token * NUM_HEADS + head
-            if DECAYS_BY_KEY:
-                h *= tl.exp(tl.load(g_ptr + of_head * KEY_DIM + n, mask=n_inside, other=0.0))[None, :]
-            else:
-                h *= tl.exp(tl.load(g_ptr + of_head))
-            error = tl.load(beta_ptr + of_head) * (v - tl.sum(h * k[None, :], 1))
-            h += error[:, None] * k[None, :]
-            y = tl.sum(h * q[None, :], 1).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + of_head * HEAD_DIM + dim, y, mask=dim_inside)
-            keep(states_ptr, table_ptr, place, inside, h, position + 1, length, state_stride, block_size)
+        row_ptr = row_before(states_ptr, table_ptr, before, state_stride, block_size)
+        kept = piece_of(row_ptr, first, first + 1, before, PIECES, HEAD_DIM, KEY_DIM, BLOCK_DIM, BLOCK_KEY)
+        end = tl.minimum(first + num_pieces, NUM_HEADS * PIECES)
+        if AHEAD:
+            for piece in range(first, end):
+                h = kept.to(tl.float32)
+                kept = piece_of(row_ptr, piece + 1, end, before, PIECES, HEAD_DIM, KEY_DIM, BLOCK_DIM, BLOCK_KEY)
+                _take(
+                    h, piece, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, states_ptr, y_ptr, table_ptr, start, before,
+                    length, q_stride, k_stride, v_stride, state_stride, block_size,
+                    NUM_HEADS, GROUP, PIECES, HEAD_DIM, KEY_DIM, DECAYS_BY_KEY, BLOCK_DIM, BLOCK_KEY,
+                )  # fmt: skip
+        else:
+            _take(
+                kept.to(tl.float32), first, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, states_ptr, y_ptr, table_ptr, start,
+                before, length, q_stride, k_stride, v_stride, state_stride, block_size,
+                NUM_HEADS, GROUP, PIECES, HEAD_DIM, KEY_DIM, DECAYS_BY_KEY, BLOCK_DIM, BLOCK_KEY,
+            )  # fmt: skip
+
+
+@jit
+def _take(
+    h, piece, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, states_ptr, y_ptr, table_ptr, start, before, length,
+    q_stride, k_stride, v_stride, state_stride, block_size,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KEY_DIM: tl.constexpr, DECAYS_BY_KEY: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
+):  # fmt: skip
+    """What the tokens of a sequence make of the state h of a piece, one after another."""
+    head, dim, n = piece // PIECES, piece % PIECES * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_KEY)
+    dim_inside, n_inside = dim < HEAD_DIM, n < KEY_DIM
+    inside = dim_inside[:, None] & n_inside[None, :]
+    place = (head * HEAD_DIM + dim)[:, None] * KEY_DIM + n[None, :]
+    key = head // GROUP * KEY_DIM + n
+    for position in range(before, length):
+        token = start + position - before
+        q = tl.load(q_ptr + token * q_stride + key, mask=n_inside, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + token * k_stride + key, mask=n_inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + token * v_stride + head * HEAD_DIM + dim, mask=dim_inside, other=0.0).to(tl.float32)
+        of_head = token * NUM_HEADS + head
+        if DECAYS_BY_KEY:
+            h *= tl.exp(tl.load(g_ptr + of_head * KEY_DIM + n, mask=n_inside, other=0.0))[None, :]
+        else:
+            h *= tl.exp(tl.load(g_ptr + of_head))
+        error = tl.load(beta_ptr + of_head) * (v - tl.sum(h * k[None, :], 1))
+        h += error[:, None] * k[None, :]
+        y = tl.sum(h * q[None, :], 1).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + of_head * HEAD_DIM + dim, y, mask=dim_inside)
+        keep(states_ptr, table_ptr, place, inside, h, position + 1, length, state_stride, block_size)
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, plan: RecurrentPlan) -> Tensor:
@@ -104,13 +149,15 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Ten
     if in_chunks:
         delta_chunks.launch(q, k, v, g, beta, states, plan, y)
     block_dim = min(triton.next_power_of_2(head_dim), 32)
-    _delta_scan[(plan.num_seqs, num_heads, triton.cdiv(head_dim, block_dim))](
+    pieces = num_heads * triton.cdiv(head_dim, block_dim)
+    num_pieces = pieces_at_once(pieces, plan.num_seqs)
+    _delta_scan[(plan.num_seqs, triton.cdiv(pieces, num_pieces))](
         q, k, v, g, beta, states, y, plan.query_start, plan.seq_lens, plan.block_table, q.stride(0), k.stride(0),
         v.stride(0), states.stride(0), plan.block_table.stride(0), plan.block_size,
-        plan.most_singly if in_chunks else plan.max_query_len,
+        plan.most_singly if in_chunks else plan.max_query_len, num_pieces,
         NUM_HEADS=num_heads, GROUP=num_heads // num_k_heads, HEAD_DIM=head_dim, KEY_DIM=key_dim,
         DECAYS_BY_KEY=g.dim() == 3, BLOCK_DIM=block_dim, BLOCK_KEY=triton.next_power_of_2(key_dim), num_warps=4,
-        **overlapping(),
+        AHEAD=num_pieces > 1, **overlapping(),
     )  # fmt: skip
     return y
 
@@ -148,6 +195,7 @@ def make(
         *grid(spans=(MIXED,), heads=((6, 2, 20),), key_dim=(16,), dtype=FLOATS),
         *grid(spans=(MIXED,), heads=((3, 3, 40),), key_dim=(10,)),
         *grid(spans=(MIXED,), heads=((3, 3, 20),), key_dim=(24,), dtype=FLOATS, block_size=(16,), by_key=(True,)),
+        *grid(spans=(MANY,), heads=((11, 1, 40),), key_dim=(10,)),
         *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), dtype=FLOATS, block_size=(64,)),
         *grid(spans=(LONG,), heads=((4, 2, 16),), key_dim=(24,), block_size=(16, 24)),
         *grid(spans=(LONG,), heads=((2, 1, 96),), key_dim=(80,), block_size=(32,)),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels import chunk_work
-from cableway.kernels.lang import jit, tl, triton
+from cableway.kernels.lang import jit, num_processors, tl, triton
 from cableway.kernels.registry import FLOATS, check
 
 _LEAST_COLUMNS = 64
@@ -24,6 +24,8 @@ has two of the narrower ways, ptxas 12.8, which Triton 3.6 brings, makes code th
 nothing wrote."""
 _FEW_TOKENS = 8
 """A sequence that brings more in one step is taken chunk by chunk by kernels that can, not token by token."""
+_LEAST_PROGRAMS, _PIECES = 15, (4, 8)
+"""Of a processor, and of a program at least and at most where there is more than one."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class RecurrentPlan:
 
 MIXED = ((1, 20), (12, 12), (7, 30), (1, 1), (19, 24))
 LONG = ((1, 9), (150, 150), (9, 130), (3, 70), (100, 231))
-"""(new tokens, length) of sequences, for cases."""
+MANY = ((1, 9),) * 29 + ((3, 11),)
+"""(new tokens, length) of sequences, for cases: of the last, programs take several pieces."""
 NARROW = {"dtype": (torch.bfloat16,), "kept_as": (torch.bfloat16,)}
 
 
@@ -106,6 +109,17 @@ def tile_width(num_columns: int, dtype: torch.dtype) -> int:
     return max(triton.next_power_of_2(num_columns), 16 if dtype == torch.float32 else _LEAST_COLUMNS)
 
 
+def pieces_at_once(num_pieces: int, num_seqs: int) -> int:
+    """Of the pieces that a sequence's states are cut into, how many a program takes one after another.
+
+    PERF: the next is on its way while one is computed, which takes registers from other programs: 256 sequences of
+    Mamba2-2.7b 263 us by one, 239 by two, 206 by eight; one that brings none ahead 225.
+    """
+    at_once = num_pieces * num_seqs // (_LEAST_PROGRAMS * num_processors())
+    least, most = _PIECES
+    return min(at_once, most) if at_once >= least else 1
+
+
 @jit
 def span(query_start_ptr, seq_lens_ptr, sequence):
     """First token of a sequence (i64), how many were computed before it, and the sequence's length, 0 of nobody."""
@@ -117,9 +131,33 @@ def span(query_start_ptr, seq_lens_ptr, sequence):
 @jit
 def resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size):
     """Those numbers, f32, of the state that a sequence of a row of the block table goes on from."""
-    row = tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64)
+    row_ptr = row_before(states_ptr, table_ptr, before, state_stride, block_size)
+    return as_kept(row_ptr, place, inside, before).to(tl.float32)
+
+
+@jit
+def row_before(states_ptr, table_ptr, before, state_stride, block_size):
+    """Where the state begins that a sequence of a row of the block table goes on from."""
+    return states_ptr + tl.load(table_ptr + tl.maximum(before - 1, 0) // block_size).to(tl.int64) * state_stride
+
+
+@jit
+def as_kept(row_ptr, place, inside, before):
+    """Those numbers of the state that begins there, as they are kept."""
     end = tl.where(before > 0, 1 << 30, 0)  # there is none before the first token; a power of two keeps loads wide
-    return tl.load(states_ptr + row * state_stride + place, mask=inside & (place < end), other=0.0).to(tl.float32)
+    return tl.load(row_ptr + place, mask=inside & (place < end), other=0.0)
+
+
+@jit
+def piece_of(
+    row_ptr, piece, end, before,
+    PIECES: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of heads [HEAD_DIM, WIDTH], each cut into PIECES of BLOCK_DIM rows, one piece as it is kept; zeros from `end`."""
+    dim, n = piece % PIECES * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_WIDTH)
+    inside = (dim < tl.where(piece < end, HEAD_DIM, 0))[:, None] & (n < WIDTH)[None, :]
+    return as_kept(row_ptr, (piece // PIECES * HEAD_DIM + dim)[:, None] * WIDTH + n[None, :], inside, before)
 
 
 @jit

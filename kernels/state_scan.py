@@ -23,7 +23,20 @@ from torch import Tensor
 
 from cableway.kernels import channel_scan, state_chunks
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, scans, tl, triton
-from cableway.kernels.recurrence import LONG, MIXED, NARROW, RecurrentPlan, check_states, keep, make_plan, resumed, span
+from cableway.kernels.recurrence import (
+    LONG,
+    MANY,
+    MIXED,
+    NARROW,
+    RecurrentPlan,
+    check_states,
+    keep,
+    make_plan,
+    piece_of,
+    pieces_at_once,
+    row_before,
+    span,
+)
 from cableway.kernels.registry import (
     FLOATS,
     Call,
@@ -59,39 +72,70 @@ def ref(
     return y.to(dtype)
 
 
-@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most"))  # which vary between steps
+@jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "table_stride", "most", "num_pieces"))  # which vary
 def _state_scan(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, states_ptr, y_ptr, query_start_ptr, seq_lens_ptr, table_ptr,
-    x_stride, b_stride, c_stride, state_stride, table_stride, block_size, most,
+    x_stride, b_stride, c_stride, state_stride, table_stride, block_size, most, num_pieces,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_DECAYS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    STATE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr, PDL: tl.constexpr,
+    STATE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some channels of one head of one sequence that brings no more than `most` tokens, one after another."""
+    """Some pieces of heads, BLOCK_DIM channels each, of one sequence that brings no more than `most` tokens.
+
+    AHEAD: there are several, and the next one's state is on its way while one is computed.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    PIECES: tl.constexpr = (HEAD_DIM + BLOCK_DIM - 1) // BLOCK_DIM
+    sequence, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * num_pieces
     start, before, length = span(query_start_ptr, seq_lens_ptr, sequence)
     if (length > 0) & (length - before <= most):
         table_ptr += sequence * table_stride
-        dim, n = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_STATE)
-        dim_inside, n_inside = dim < HEAD_DIM, n < STATE
-        inside = dim_inside[:, None] & n_inside[None, :]
-        place = (head * HEAD_DIM + dim)[:, None] * STATE + n[None, :]
-        a = tl.load(a_ptr + head * NUM_DECAYS + n % NUM_DECAYS, mask=n_inside, other=0.0)
-        d = tl.load(d_ptr + head)
-        h = resumed(states_ptr, table_ptr, place, inside, before, state_stride, block_size)
-        for position in range(before, length):
-            token = start + position - before
-            dt = tl.load(dt_ptr + token * NUM_HEADS + head)
-            group = head // GROUP * STATE + n
-            b = tl.load(b_ptr + token * b_stride + group, mask=n_inside, other=0.0).to(tl.float32)
-            c = tl.load(c_ptr + token * c_stride + group, mask=n_inside, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + token * x_stride + head * HEAD_DIM + dim, mask=dim_inside, other=0.0).to(tl.float32)
-            h = tl.exp(dt * a)[None, :] * h + (dt * x)[:, None] * b[None, :]
-            y = (tl.sum(h * c[None, :], 1) + d * x).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + (token * NUM_HEADS + head) * HEAD_DIM + dim, y, mask=dim_inside)
-            keep(states_ptr, table_ptr, place, inside, h, position + 1, length, state_stride, block_size)
+        row_ptr = row_before(states_ptr, table_ptr, before, state_stride, block_size)
+        kept = piece_of(row_ptr, first, first + 1, before, PIECES, HEAD_DIM, STATE, BLOCK_DIM, BLOCK_STATE)
+        end = tl.minimum(first + num_pieces, NUM_HEADS * PIECES)
+        if AHEAD:
+            for piece in range(first, end):
+                h = kept.to(tl.float32)
+                kept = piece_of(row_ptr, piece + 1, end, before, PIECES, HEAD_DIM, STATE, BLOCK_DIM, BLOCK_STATE)
+                _take(
+                    h, piece, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, states_ptr, y_ptr, table_ptr, start, before,
+                    length, x_stride, b_stride, c_stride, state_stride, block_size,
+                    NUM_HEADS, GROUP, NUM_DECAYS, PIECES, HEAD_DIM, STATE, BLOCK_DIM, BLOCK_STATE,
+                )  # fmt: skip
+        else:
+            _take(
+                kept.to(tl.float32), first, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, states_ptr, y_ptr, table_ptr,
+                start, before, length, x_stride, b_stride, c_stride, state_stride, block_size,
+                NUM_HEADS, GROUP, NUM_DECAYS, PIECES, HEAD_DIM, STATE, BLOCK_DIM, BLOCK_STATE,
+            )  # fmt: skip
+
+
+@jit
+def _take(
+    h, piece, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, states_ptr, y_ptr, table_ptr, start, before, length,
+    x_stride, b_stride, c_stride, state_stride, block_size,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_DECAYS: tl.constexpr, PIECES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, STATE: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_STATE: tl.constexpr,
+):  # fmt: skip
+    """What the tokens of a sequence make of the state h of a piece, one after another."""
+    head, dim, n = piece // PIECES, piece % PIECES * BLOCK_DIM + tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_STATE)
+    dim_inside, n_inside = dim < HEAD_DIM, n < STATE
+    inside = dim_inside[:, None] & n_inside[None, :]
+    place = (head * HEAD_DIM + dim)[:, None] * STATE + n[None, :]
+    a = tl.load(a_ptr + head * NUM_DECAYS + n % NUM_DECAYS, mask=n_inside, other=0.0)
+    d = tl.load(d_ptr + head)
+    for position in range(before, length):
+        token = start + position - before
+        dt = tl.load(dt_ptr + token * NUM_HEADS + head)
+        group = head // GROUP * STATE + n
+        b = tl.load(b_ptr + token * b_stride + group, mask=n_inside, other=0.0).to(tl.float32)
+        c = tl.load(c_ptr + token * c_stride + group, mask=n_inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + token * x_stride + head * HEAD_DIM + dim, mask=dim_inside, other=0.0).to(tl.float32)
+        h = tl.exp(dt * a)[None, :] * h + (dt * x)[:, None] * b[None, :]
+        y = (tl.sum(h * c[None, :], 1) + d * x).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + (token * NUM_HEADS + head) * HEAD_DIM + dim, y, mask=dim_inside)
+        keep(states_ptr, table_ptr, place, inside, h, position + 1, length, state_stride, block_size)
 
 
 def launch(
@@ -106,13 +150,15 @@ def launch(
     if in_chunks:
         state_chunks.launch(x, dt, a, b, c, d, states, plan, y)
     block_dim = min(triton.next_power_of_2(head_dim), 32)
-    _state_scan[(plan.num_seqs, num_heads, triton.cdiv(head_dim, block_dim))](
+    pieces = num_heads * triton.cdiv(head_dim, block_dim)
+    num_pieces = pieces_at_once(pieces, plan.num_seqs)
+    _state_scan[(plan.num_seqs, triton.cdiv(pieces, num_pieces))](
         x, dt, a, b, c, d, states, y, plan.query_start, plan.seq_lens, plan.block_table,
         x.stride(0), b.stride(0), c.stride(0), states.stride(0), plan.block_table.stride(0), plan.block_size,
-        plan.most_singly if in_chunks else plan.max_query_len,
+        plan.most_singly if in_chunks else plan.max_query_len, num_pieces,
         NUM_HEADS=num_heads, GROUP=num_heads // num_groups, NUM_DECAYS=num_decays, HEAD_DIM=head_dim, STATE=state,
         BLOCK_DIM=block_dim, BLOCK_STATE=triton.next_power_of_2(state), num_warps=4 if block_dim * state > 1024 else 1,
-        **overlapping(),
+        AHEAD=num_pieces > 1, **overlapping(),
     )  # fmt: skip
     return y
 
@@ -141,8 +187,8 @@ def make(
     )
 
 
+BENCH = ((1, 100),) * 64, ((2048, 2048),)
 MAMBA2, MAMBA = {"heads": ((80, 1, 64),), "state": (128,)}, {"heads": ((5120, 1, 1),), "state": (16,)}
-FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
 
 
 @kernel(
@@ -152,6 +198,7 @@ FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
     cases=[
         *grid(spans=(MIXED,), heads=((6, 2, 20),), state=(16,), decays=(1,), dtype=FLOATS),
         *grid(spans=(MIXED,), heads=((3, 3, 40),), state=(10,), decays=(1,)),
+        *grid(spans=(MANY,), heads=((11, 1, 40),), state=(10,), decays=(1,)),
         *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), dtype=FLOATS, block_size=(64,)),
         *grid(spans=(LONG,), heads=((4, 2, 16),), state=(24,), decays=(1,), block_size=(16, 24)),
         *grid(spans=(LONG,), heads=((2, 1, 96),), state=(80,), decays=(1,), block_size=(32,)),
@@ -163,7 +210,7 @@ FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
     ],
     bench_cases=[
         *grid(
-            spans=(FEW, MANY),
+            spans=BENCH,
             **MAMBA2,
             decays=(1,),
             dtype=(torch.bfloat16,),
@@ -171,7 +218,7 @@ FEW, MANY = ((1, 100),) * 64, ((2048, 2048),)
             kept_as=(torch.float32, torch.bfloat16),
             padding=(0,),
         ),
-        *grid(spans=(FEW, MANY), **MAMBA, decays=(16,), dtype=(torch.bfloat16,), block_size=(256,), padding=(0,)),
+        *grid(spans=BENCH, **MAMBA, decays=(16,), dtype=(torch.bfloat16,), block_size=(256,), padding=(0,)),
     ],
     num_bytes=lambda c: 2 * nbytes(c.args[6][0]) * c.args[7].num_seqs + 2 * nbytes(c.args[0]),
     updates=(6,),
