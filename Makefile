@@ -18,28 +18,28 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: serve test test-computing test-interpreted test-serving test-slow chaos check bench tune clean
+.PHONY: serve test test-computing test-offline test-serving test-slow chaos check bench tune clean
 
 # exec: the server is make's own child, so that SIGTERM and Ctrl-C reach it with nothing in between.
 serve: .venv/serve
 	@exec $(BIN)/cableway serve $(MODEL) --port $(PORT) $(ARGS)
 
-# Three parts side by side, about as long as each other: kernels in Triton's interpreter, all else that computes, and what
-# often waits for processes.
+# Three parts side by side, about as long as each other: what computes; Triton's interpreter and the engine under a
+# program; and the rest, which often waits for processes.
 test: .venv/dev
-	$(if $(ARGS),$(BIN)/pytest $(ARGS),@$(MAKE) --jobs=3 --output-sync=target test-computing test-serving test-interpreted)
+	$(if $(ARGS),$(BIN)/pytest $(ARGS),@$(MAKE) --jobs=3 --output-sync=target test-computing test-serving test-offline)
 
 COMPUTING := tests/kernels tests/models tests/workers
 INTERPRETED := tests/kernels/test_triton.py::test_triton_forms_in_the_interpreter
 
-test-interpreted: .venv/dev
-	$(BIN)/pytest $(INTERPRETED)
+test-offline: .venv/dev
+	$(BIN)/pytest $(INTERPRETED) tests/offline
 
 test-computing: .venv/dev
 	$(BIN)/pytest $(COMPUTING) --deselect=$(INTERPRETED)
 
 test-serving: .venv/dev
-	$(BIN)/pytest $(COMPUTING:%=--ignore=%)
+	$(BIN)/pytest $(COMPUTING:%=--ignore=%) --ignore=tests/offline
 
 test-slow: .venv/dev
 	$(BIN)/pytest -m slow $(ARGS)
