@@ -62,24 +62,28 @@ class Plan(NamedTuple):
 
 @lru_cache(4096)
 def _plan(num_tokens: int, num_rows: int, num_in: int, gated: bool) -> Plan:
-    return max((_plan_of(tile, num_tokens, num_rows, num_in) for tile in _tiles(gated)), key=lambda plan: plan.use)
+    plans = (_plan_of(tile, num_tokens, num_rows, num_in, may_share=gated) for tile in _tiles(gated))
+    return max(plans, key=lambda plan: plan.use)
 
 
 def _tiles(gated: bool) -> tuple[int, ...]:
     return tuple(_TILES)[0 if gated else -1 :]
 
 
-def _plan_of(tile: int, num_tokens: int, num_rows: int, num_in: int) -> Plan:
-    """Tiles come in rounds; those of the last two are shared out, unless that takes longer."""
+def _plan_of(tile: int, num_tokens: int, num_rows: int, num_in: int, *, may_share: bool) -> Plan:
+    """Tiles come in rounds; those of the last two are shared out, unless that takes longer.
+
+    PERF: it does wherever a product that is not gated comes here: 8,192 tokens 4096 x 14336 1,385 -> 1,426 us.
+    """
     at_once = num_processors() // _CLUSTER
     num_tiles = triton.cdiv(num_rows, _ROWS * _CLUSTER) * triton.cdiv(num_tokens, tile)
     num_steps = triton.cdiv(num_in, _DEPTH)
     in_rounds = triton.cdiv(num_tiles, at_once) * num_steps
     shared_out = num_tiles * num_steps / at_once + _SHARING_STEPS
     ideal = _TILES[tile] * num_tokens * num_rows * num_in / (at_once * tile * _ROWS * _CLUSTER * _DEPTH)
-    if num_tiles < at_once or in_rounds <= shared_out:
-        return Plan(tile, 0, min(num_tiles, at_once), ideal / in_rounds)
-    return Plan(tile, at_once + num_tiles % at_once, at_once, ideal / shared_out)
+    num_clusters, is_shared = min(num_tiles, at_once), may_share and num_tiles > at_once and shared_out < in_rounds
+    num_shared = at_once + num_tiles % at_once if is_shared else 0
+    return Plan(tile, num_shared, num_clusters, ideal / (shared_out if is_shared else in_rounds))
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, onto: Tensor | None = None) -> Tensor:

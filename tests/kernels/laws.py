@@ -32,6 +32,8 @@ INTERPRETED = type(gumbel_triton).__name__ == "InterpretedFunction"
 DEVICES = ["cuda"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
 RUNS_TRITON = INTERPRETED or DEVICES == ["cuda"]
 
+IS_ON_HOPPER = DEVICES == ["cuda"] and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not IS_ON_HOPPER, reason="needs a Hopper GPU")
 
 slow_where_interpreted = [pytest.mark.slow] if INTERPRETED else []
 """Marks of a case that adds little in the interpreter to those beside it."""

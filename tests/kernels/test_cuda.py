@@ -131,15 +131,14 @@ def test_linear_compiles(num_tokens, num_out, num_in, dtype, gated, biased, out_
     assert (rest, num_argument_bytes) == (0, 320)  # a multiple of the 64 bytes that tensor maps are aligned to
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@laws.needs_hopper
 @pytest.mark.parametrize("num_tokens", [65, 129, 200, 224])
 @pytest.mark.parametrize(("num_out", "num_in"), [(4096, 1024), (1024, 3072)])
 def test_linear_takes_several_tiles_of_tokens(num_tokens, num_out, num_in):
     torch.manual_seed(0)
     x = torch.randn(num_tokens, num_in, device="cuda", dtype=torch.bfloat16)
     weight = (torch.randn(num_out, num_in, device="cuda") / num_in**0.5).bfloat16()
-    if not hopper_linear.fits(x, weight, gated=False):
-        pytest.skip("needs a Hopper GPU")
+    assert hopper_linear.fits(x, weight, gated=False)
     y = hopper_linear.launch(x, weight, None, gated=False, out=None)
     torch.testing.assert_close(y.float(), x.float() @ weight.float().T, atol=2e-2, rtol=1.6e-2)
 

@@ -5,6 +5,7 @@ import torch
 
 from cableway.kernels import hopper_matmul, linear
 from cableway.kernels.registry import Call
+from tests.kernels import laws
 
 CASES = [
     {"num_tokens": 300, "num_out": 512, "num_in": 1024},
@@ -16,16 +17,12 @@ CASES = [
     {"num_tokens": 250, "num_out": 14336, "num_in": 4096, "gated": True, "biased": True},  # shared out, all
     {"num_tokens": 180, "num_out": 14336, "num_in": 4096, "gated": True},
     {"num_tokens": 120, "num_out": 14336, "num_in": 4096, "gated": True},
-    {"num_tokens": 1030, "num_out": 6152, "num_in": 4096, "biased": True},  # the first of them shared out
+    {"num_tokens": 1030, "num_out": 3080, "num_in": 4096, "gated": True},  # the first of them shared out
 ]
 ADDED = [case for case in CASES if not case.get("gated")]
 
 
-def on_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@laws.needs_hopper
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_tokens_equal_the_reference(case: dict, dtype: torch.dtype):
@@ -38,7 +35,7 @@ def test_many_tokens_equal_the_reference(case: dict, dtype: torch.dtype):
     assert torch.equal(first, hopper_matmul.launch(*made.args, **options))
 
 
-@pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+@laws.needs_hopper
 @pytest.mark.parametrize("case", ADDED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_are_added_unrounded(case: dict, dtype: torch.dtype):
@@ -67,7 +64,7 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (8192, 4096, 4096, False, True),
         (1024, 4096, 4096, False, True),
-        (1024, 6144, 4096, False, False),  # 96 pairs of tiles where 66 are at once: shared out, but 11 steps more
+        (1024, 6144, 4096, False, False),  # 96 pairs of tiles where 66 are at once
         (256, 4096, 14336, False, False),
         (256, 28672, 4096, True, True),
         (192, 28672, 4096, True, True),
@@ -102,3 +99,8 @@ def test_all_that_some_number_of_tokens_may_need_is_compiled_ahead(processors, m
             tile = hopper_matmul._plan(num_tokens, 6144, 4096, gated).tile
             needed.add((True, hopper_matmul._constants(tile, x, None, gated, False)))
     assert rehearsed >= needed > set()
+
+
+@pytest.mark.parametrize(("gated", "num_shared"), [(True, 112), (False, 0)])
+def test_what_is_gated_is_shared_out(processors, gated, num_shared):
+    assert hopper_matmul._plan(256, 28672, 4096, gated).num_shared == num_shared  # 112 tiles, 66 at once

@@ -258,7 +258,8 @@ class NormedStreamLayer(Block):
 def add_while_multiplying(layers: Sequence[Block], norm_out: Norm | None) -> None:
     """Have products added to the stream as they are made, where a norm of the sum is all that comes next.
 
-    PERF: the norm reads the stream alone then, 50 us in place of 96 for 8,192 tokens of 4,096 numbers on an H200.
+    PERF: the norm reads the stream alone then, 50 us in place of 96 for 8,192 tokens of 4,096 numbers on an H200, and a
+    product takes 14 (by what a step kept of it) to 60 us more (alone).
     """
     for layer, after in zip(layers, (*layers[1:], None), strict=True):
         if type(layer) is not Layer:
