@@ -145,7 +145,7 @@ def _delta_states(
 
 @jit(do_not_specialize=("query_start_ptr", "seq_lens_ptr", "work_ptr"))  # which vary between steps
 def _delta_outputs(
-    q_ptr, k_ptr, decay_ptr, e_ptr, y_ptr, chunk_states_ptr, query_start_ptr, seq_lens_ptr, work_ptr, q_stride,
+    q_ptr, k_ptr, g_ptr, e_ptr, y_ptr, chunk_states_ptr, query_start_ptr, seq_lens_ptr, work_ptr, q_stride,
     k_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_DIM: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr,
@@ -171,7 +171,7 @@ def _delta_outputs(
             e = rows_of(e_ptr, of_head, is_new, HEAD_DIM, dim, dim_inside)
             chunk_place = ((item * NUM_HEADS + head) * KEY_DIM + n)[:, None] * HEAD_DIM + dim[None, :]
             h = tl.load(chunk_states_ptr + chunk_place, mask=n_inside[:, None] & dim_inside[None, :], other=0.0)
-            decay = tl.load(decay_ptr + of_head, mask=is_new, other=0.0)
+            decay = tl.cumsum(tl.load(g_ptr + of_head, mask=is_new, other=0.0), 0)
             apart = tl.where(row[:, None] >= row[None, :], decay[:, None] - decay[None, :], float("-inf"))
             weights = (products * tl.exp(apart)).to(e.dtype)
             y = tl.dot(q, h, input_precision="ieee") * tl.exp(decay)[:, None]
@@ -213,6 +213,6 @@ def launch(
         num_warps=4, num_stages=2,
     )  # fmt: skip
     _delta_outputs[(len(work), num_k_heads)](
-        q, k, decay, u, y, chunk_states, *starts, work, q.stride(0), k.stride(0), **sizes,
+        q, k, g, u, y, chunk_states, *starts, work, q.stride(0), k.stride(0), **sizes,
         BLOCK_DIM=min(block_dim, 64), num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -19,8 +19,10 @@ from torch import Tensor
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, loops, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, Call, call, check, grid, kernel, nbytes
 
-_ELEMENTS = 1024
-"""Of a program, where groups are small."""
+_ELEMENTS, _MOST_COLUMNS = 1024, 2048
+"""Of a program at once: where groups are small, and where they are large."""
+_MANY_ROWS, _MANY_TURNS = 4096, 4
+"""Of rows, from when on a program reads its weights once for several."""
 
 
 def ref(x: Tensor, z: Tensor, w: Tensor | None, *, eps: float = 0.0, gates_first: bool = True) -> Tensor:
@@ -33,45 +35,73 @@ def ref(x: Tensor, z: Tensor, w: Tensor | None, *, eps: float = 0.0, gates_first
     return h.flatten(1).to(x.dtype)
 
 
-@jit(do_not_specialize=("num_rows",))
+@jit(do_not_specialize=("num_rows", "num_turns"))
 def _gated_norm(
-    x_ptr, z_ptr, w_ptr, y_ptr, z_stride, num_rows, eps,
+    x_ptr, z_ptr, w_ptr, y_ptr, z_stride, num_rows, num_turns, eps,
     NUM_GROUPS: tl.constexpr, SIZE: tl.constexpr, NUM_WEIGHTS: tl.constexpr, GATES_FIRST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Some groups, counted token by token."""
+    """Some groups, counted token by token, in turns that share their weights."""
     if PDL:
         gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = (row < num_rows)[:, None] & (column < SIZE)[None, :]
-    place = row[:, None] * SIZE + column[None, :]
-    z_place = (row // NUM_GROUPS * z_stride + row % NUM_GROUPS * SIZE)[:, None] + column[None, :]
-    if NUM_WEIGHTS > 0:
-        w = tl.load(w_ptr + (row % NUM_WEIGHTS)[:, None] * SIZE + column[None, :], mask=inside, other=0.0)
+    PARTS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    first_row, column = tl.program_id(0).to(tl.int64) * (ROWS * num_turns), tl.arange(0, BLOCK)
+    weights = ()
+    for part in tl.static_range(PARTS):
+        if NUM_WEIGHTS > 0:
+            w_row = (first_row + tl.arange(0, ROWS)) % NUM_WEIGHTS
+            w_place = w_row[:, None] * SIZE + part * BLOCK + column[None, :]
+            w_inside = (column < SIZE - part * BLOCK)[None, :]
+            weights += (tl.load(w_ptr + w_place, mask=w_inside, other=0.0),)
     if PDL:
         gdc_wait()
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + z_place, mask=inside, other=0.0).to(tl.float32)
-    gate = z * tl.sigmoid(z)
-    if GATES_FIRST or NUM_WEIGHTS == 0:
-        x *= gate
-    if NUM_WEIGHTS > 0:
-        x *= tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None] * w
-        if not GATES_FIRST:
-            x *= gate
-    tl.store(y_ptr + place, x.to(y_ptr.dtype.element_ty), mask=inside)
+    for turn in range(num_turns):
+        row = first_row + turn * ROWS + tl.arange(0, ROWS)
+        z_row = row // NUM_GROUPS * z_stride + row % NUM_GROUPS * SIZE
+        xs, zs = (), ()
+        for part in tl.static_range(PARTS):
+            inside = (row < num_rows)[:, None] & (column < SIZE - part * BLOCK)[None, :]
+            place = part * BLOCK + column[None, :]
+            xs += (tl.load(x_ptr + row[:, None] * SIZE + place, mask=inside, other=0.0),)
+            zs += (tl.load(z_ptr + z_row[:, None] + place, mask=inside, other=0.0),)
+        squares = tl.zeros((ROWS, BLOCK), tl.float32)
+        if NUM_WEIGHTS > 0:
+            for part in tl.static_range(PARTS):
+                h = _gated(xs[part], zs[part], GATES_FIRST)
+                squares += h * h
+        scale = tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)[:, None]
+        for part in tl.static_range(PARTS):
+            h = _gated(xs[part], zs[part], GATES_FIRST or NUM_WEIGHTS == 0)
+            if NUM_WEIGHTS > 0:
+                h *= scale * weights[part]
+                if not GATES_FIRST:
+                    h = _gated(h, zs[part], True)
+            inside = (row < num_rows)[:, None] & (column < SIZE - part * BLOCK)[None, :]
+            place = row[:, None] * SIZE + part * BLOCK + column[None, :]
+            tl.store(y_ptr + place, h.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _gated(x, z, GATED: tl.constexpr):
+    """x f32, times silu(z) where GATED."""
+    h = x.to(tl.float32)
+    if GATED:
+        gate = z.to(tl.float32)
+        h *= gate * tl.sigmoid(gate)
+    return h
 
 
 def launch(x: Tensor, z: Tensor, w: Tensor | None, *, eps: float = 0.0, gates_first: bool = True) -> Tensor:
     num_tokens, num_groups, size = x.shape
+    num_rows, num_weights = num_tokens * num_groups, 0 if w is None else len(w)
     y = torch.empty(num_tokens, num_groups * size, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(size)
+    block = min(triton.next_power_of_2(size), _MOST_COLUMNS)
     rows = max(_ELEMENTS // block, 1)
-    _gated_norm[(triton.cdiv(num_tokens * num_groups, rows),)](
-        x, z, x if w is None else w, y, z.stride(0), num_tokens * num_groups, eps,
-        NUM_GROUPS=num_groups, SIZE=size, NUM_WEIGHTS=0 if w is None else len(w), GATES_FIRST=gates_first,
-        ROWS=rows, BLOCK=block, num_warps=min(max(rows * block // 512, 1), 16), **overlapping(),
+    num_turns = _MANY_TURNS if num_weights == 1 and num_rows >= _MANY_ROWS * rows else 1
+    _gated_norm[(triton.cdiv(num_rows, rows * num_turns),)](
+        x, z, x if w is None else w, y, z.stride(0), num_rows, num_turns, eps,
+        NUM_GROUPS=num_groups, SIZE=size, NUM_WEIGHTS=num_weights, GATES_FIRST=gates_first,
+        ROWS=rows, BLOCK=block, num_warps=max(rows * block // 512, 1) if block < _MOST_COLUMNS else 8, **overlapping(),
     )  # fmt: skip
     return y
 

@@ -1,4 +1,4 @@
-"""linear for Hopper's tensor cores, up to 224 tokens: hopper_linear.cu. The contract is linear.py's.
+"""linear for Hopper's tensor cores, up to 256 tokens: hopper_linear.cu. The contract is linear.py's.
 
 The matrix's rows lie on the side of a product that has 64 of them, tokens on the other. A program takes 128 rows (where
 gated, 64 of each half) and a part of `num_in`; programs that share rows are a cluster and put their parts together in
@@ -9,7 +9,7 @@ PERF, H200, us at 2, 16, 24, 64 and 128 tokens, and in brackets the library's: 4
 (6.8, 7.1, 7.5, 7.3, 7.6), gated 3072 x 1024 5.1, 5.6, 5.8, 6.7, 7.7 (with its gate 7.1, 7.3, 7.3, 7.6, 7.9). Larger
 matrices are no faster alone, but in a step they come while the kernel before ends: llama-3.1-8b, ms a step of 8, 24, 64
 and 128 rows 4.90, 5.23, 6.31, 9.50 (5.05, 5.37, 6.44, 7.79). A layer of qwen3-0.6b but for attention, 128, 160, 192,
-224 and 256 rows 28.0, 31.4, 31.8, 35.4, 36.4 (30.7, 35.3, 35.9, 37.8, 34.0). Slower, too: tiles of 128 tokens,
+224 and 256 rows 28.1, 31.3, 31.8, 35.4, 35.2 (33.3, 35.3, 35.8, 37.8, 37.2). Slower, too: tiles of 128 tokens,
 programs on all processors, and parts that are read from other programs' memory in place of sent (0.7 TB/s in all).
 """
 
@@ -30,7 +30,7 @@ _ROWS, _DEPTH = 128, 64
 _TILES = (16, 32, 64)  # of tokens
 _MOST_TOKENS = 64
 _MOST_TOKENS_OF_SMALL, _SMALL_BYTES = 128, 1 << 24
-_MOST_TOKENS_OF_MEDIUM, _MEDIUM_BYTES = 224, 1 << 22  # not gated: hopper_matmul does those better
+_MOST_TOKENS_OF_MEDIUM, _MEDIUM_BYTES = 256, 1 << 22  # not gated: hopper_matmul does those better
 _MOST_PARTS = 8
 _RING_BYTES = 220 << 10
 _TOKEN_STRIDE = (_ROWS + 4) * 4  # of sums

@@ -108,8 +108,9 @@ def _chunk_outputs(
             dt = tl.load(dt_ptr + token * NUM_HEADS + head, mask=is_new, other=0.0)
             decay = tl.cumsum(dt * tl.load(a_ptr + head), 0)
             # What comes later is left out before exp: it could overflow.
-            apart = tl.where(row[:, None] >= row[None, :], decay[:, None] - decay[None, :], float("-inf"))
-            weights = (products * tl.exp(apart) * dt[None, :]).to(x.dtype)
+            late = decay - tl.log(dt)  # one vector for columns: of two, each thread would load its own copy of dt
+            apart = tl.where(row[:, None] >= row[None, :], decay[:, None] - late[None, :], float("-inf"))
+            weights = (products * tl.exp(apart)).to(x.dtype)
             y = tl.dot(c, tl.trans(h), input_precision="ieee") * tl.exp(decay)[:, None]
             y = tl.dot(weights, x, y, input_precision="ieee") + tl.load(d_ptr + head) * x
             out_place = (token[:, None] * NUM_HEADS + head) * HEAD_DIM + dim[None, :]

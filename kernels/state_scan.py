@@ -3,7 +3,7 @@
     h[p, n] = exp(dt a[n]) h[p, n] + dt b[n] x[p];   y[p] = sum over n of c[n] h[p, n] + d x[p]
 
 x       [num_tokens, num_heads, head_dim]           bf16|f16|f32   tokens may be strided
-dt      [num_tokens, num_heads]                     f32, contiguous
+dt      [num_tokens, num_heads]                     f32, contiguous, not negative
 a       [num_heads, state], or [num_heads, 1]       f32, contiguous, negative; one number of a head that decays as one
 b, c    [num_tokens, num_groups, state]             dtype of x     tokens may be strided
 d       [num_heads]                                 f32, contiguous
