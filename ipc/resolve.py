@@ -26,7 +26,7 @@ LEASE_S = 10.0
 _DEFAULT_MODEL_LEN = 2048
 _LEAST_BLOCK_SIZE = 8
 _CPU_BATCHED_TOKENS = 512
-_CUDA_BATCHED_TOKENS = 8192
+_CUDA_BATCHED_TOKENS, _CUDA_BATCHED_TOKENS_UNWATCHED = 8192, 1 << 14
 _MOST_FRONTENDS = 4
 _CPU_STREAM_INTERVAL_S = 0.03
 _SCALED_ROPE = ("linear", "dynamic", "yarn")
@@ -35,8 +35,10 @@ _ROUNDED_BY_BFLOAT16 = ("float32", "float16")
 Slice = TypeVar("Slice", bound=msgspec.Struct)
 
 
-def resolve(options: Options) -> Config:
+def resolve(options: Options, *, is_watched: bool = True) -> Config:
     """Turn every "auto" into a value and cut the whole into one slice a process.
+
+    `is_watched`: somebody reads tokens as they come, so that long steps would be seen as pauses.
 
     Reads the model's description, never its weights; `notes` of the result tell each choice made.
 
@@ -50,7 +52,7 @@ def resolve(options: Options) -> Config:
     device, device_note = _device(options)
     dtype, dtype_note = _dtype(options, device, files.config)
     max_model_len, length_note = _max_model_len(options, files.config)
-    max_num_batched_tokens, batch_note = _max_num_batched_tokens(options, device)
+    max_num_batched_tokens, batch_note = _max_num_batched_tokens(options, device, is_watched)
     num_threads, threads_note = _num_threads(options)
     frontends, frontends_note = _frontends(options, device)
     stream_interval_s, interval_note = _stream_interval_s(options, device)
@@ -161,7 +163,8 @@ def _vocab_size(model: dict[str, Any]) -> int:
     return size
 
 
-def _max_num_batched_tokens(options: Options, device: str) -> tuple[int, str]:
+def _max_num_batched_tokens(options: Options, device: str, is_watched: bool) -> tuple[int, str]:
+    """PERF, H200, prompts with twice as many: 2.5 % faster with 128 experts, dense models no different."""
     if options.max_num_batched_tokens:
         if options.max_num_batched_tokens < options.max_num_seqs:
             raise ConfigError(
@@ -169,7 +172,8 @@ def _max_num_batched_tokens(options: Options, device: str) -> tuple[int, str]:
                 f"max_num_seqs = {options.max_num_seqs} sequences"
             )
         return options.max_num_batched_tokens, ""
-    tokens = max(_CUDA_BATCHED_TOKENS if device == "cuda" else _CPU_BATCHED_TOKENS, options.max_num_seqs)
+    on_cuda = _CUDA_BATCHED_TOKENS if is_watched else _CUDA_BATCHED_TOKENS_UNWATCHED
+    tokens = max(on_cuda if device == "cuda" else _CPU_BATCHED_TOKENS, options.max_num_seqs)
     return tokens, f"max_num_batched_tokens = {tokens}: usual on {device}"
 
 

@@ -120,11 +120,10 @@ class EngineProcesses:
     def __init__(self, options: Options):
         folder = options.runtime_dir or str(runtime.base_folder() / f"llm-{os.getpid()}-{next(_engine_numbers)}")
         drain_timeout_s = min(options.drain_timeout_s, _OFFLINE_DRAIN_S)
-        self.config = resolve(
-            msgspec.structs.replace(
-                options, runtime_dir=folder, drain_timeout_s=drain_timeout_s, frontends=1, standby=False
-            )
+        options = msgspec.structs.replace(
+            options, runtime_dir=folder, drain_timeout_s=drain_timeout_s, frontends=1, standby=False
         )
+        self.config = resolve(options, is_watched=False)
         self._settled = threading.Event()
         self._supervisor: Supervisor | None = None
         self._failure: BaseException | None = None

@@ -63,6 +63,13 @@ def test_numbers_of_the_kv_cache(tmp_path: Path, said: str, resolved_to: str) ->
     assert resolved(tmp_path, dtype="float16", kv_cache_dtype=said).worker.kv_cache_dtype == resolved_to
 
 
+@pytest.mark.parametrize(("is_watched", "num_tokens"), [(True, 8192), (False, 16384)])
+def test_steps_are_longer_where_nobody_watches(tmp_path: Path, is_watched: bool, num_tokens: int) -> None:
+    tiny = resolved(tmp_path)
+    asked = Options(model=tiny.worker.model, load_format="dummy", device="cuda")
+    assert resolve.resolve(asked, is_watched=is_watched).core.max_num_batched_tokens == num_tokens
+
+
 @pytest.mark.parametrize(("said", "resolved_to"), [("auto", "float32"), ("bfloat16", "bfloat16")])
 def test_numbers_of_states(tmp_path: Path, said: str, resolved_to: str) -> None:
     assert resolved(tmp_path, dtype="bfloat16", state_dtype=said).worker.state_dtype == resolved_to
