@@ -1,5 +1,5 @@
 // A linear layer of many tokens for sm_90a; contract and arguments: hopper_matmul.py, which compiles this with
-//   T_NAME ("bf16" or "f16"), TOKENS of a tile, STAGES, GATED, HAS_BIAS, ADDS.
+//   T_NAME ("bf16" or "f16"), TOKENS of a tile, STAGES, GATED, HAS_BIAS.
 //
 // A program takes tile after tile: 128 rows of the matrix, where gated 64 of each half, by some tokens. Two warpgroups
 // multiply 64 rows each with all of them; one thread brings both operands through a ring of stages. Programs of a cluster
@@ -18,7 +18,6 @@ constexpr int CLUSTER = 2, SHARE = TOKENS / CLUSTER;
 constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS, COLUMNS = OUT_ROWS / 2;  // results of a tile, of a warpgroup
 constexpr int NUM_RESULTS = TOKENS / 4 / (1 + GATED);  // of a thread, two in each
 constexpr int TURNS = GATED ? 1 : 2, OUT_TOKENS = TOKENS / TURNS, OUT_BYTES = OUT_TOKENS * COLUMNS * 2;  // that leave at once
-constexpr int ADDED_TOKENS = TOKENS / 8, ADDED_BYTES = ADDED_TOKENS * COLUMNS * 4;  // of sums that leave at once: half of OUT_BYTES
 
 struct Arguments {
     // Tensor maps: of the matrix as [num_out / 8, halves, 8, num_in] in boxes of 128 rows, of tokens in boxes SHARE x 64, of
@@ -231,46 +230,6 @@ __device__ __forceinline__ void send(const Arguments& a, const u32 (&results)[NU
     }
 }
 
-// Sums onto what is there, in float32. Two halves of `staging` take turns.
-__device__ __forceinline__ void add_to_out(const Arguments& a, const float (&sums)[TOKENS / 2], u32 staging, Tile tile) {
-    const int warpgroup = threadIdx.x / WARPGROUP, warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
-    const bool sends = threadIdx.x % WARPGROUP == 0;
-    float bias[2] = {};
-    u32 to[2][2];  // of a row and the one 8 after it, of a token and the next
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int row = warp * 16 + lane / 4 + h * 8, out = tile.first_out + warpgroup * 64 + row;
-        if (HAS_BIAS && out < a.num_out) bias[h] = bias_at(a, out);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            to[h][i] = staging + row / 32 * (ADDED_BYTES / 2) + swizzled(lane % 4 * 2 + i, row % 32 / 4) + row % 4 * 4;
-    }
-#pragma unroll
-    for (int turn = 0; turn < TOKENS / ADDED_TOKENS; ++turn) {
-        const u32 half = turn % 2 * ADDED_BYTES;
-        if (sends) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-        sync_named(1 + warpgroup, WARPGROUP);
-#pragma unroll
-        for (int j = 0; j < ADDED_TOKENS / 8; ++j)
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const float x = sums[(turn * (ADDED_TOKENS / 8) + j) * 4 + k] + bias[k / 2];
-                asm volatile("st.shared.f32 [%0], %1;" ::"r"(to[k / 2][k % 2] + half + j * 1024), "f"(x) : "memory");
-            }
-        fence_async();
-        sync_named(1 + warpgroup, WARPGROUP);
-        if (sends) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                asm volatile(
-                    "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(
-                        a.out), "r"(tile.first_out + warpgroup * 64 + i * 32),
-                    "r"(tile.first_token + turn * ADDED_TOKENS), "r"(staging + half + i * (ADDED_BYTES / 2)) : "memory");
-            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        }
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) hopper_matmul(const __grid_constant__ Arguments a) {
     extern __shared__ char unaligned[];
     __shared__ u64 barriers[2 * STAGES];
@@ -304,13 +263,9 @@ extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) hopper_matmul(con
             }
             if (piece.end < pieces.num_steps) add_rest(a, sums);
             const Tile tile = tiles.at(piece.tile);
-            if (ADDS) {
-                add_to_out(a, sums, out + warpgroup * OUT_BYTES, tile);
-            } else {
-                u32 results[NUM_RESULTS];
-                finish(a, sums, results, tile.first_out);
-                send(a, results, out + warpgroup * OUT_BYTES, tile);
-            }
+            u32 results[NUM_RESULTS];
+            finish(a, sums, results, tile.first_out);
+            send(a, results, out + warpgroup * OUT_BYTES, tile);
         }
         if (threadIdx.x % WARPGROUP == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     }

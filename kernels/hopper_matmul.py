@@ -1,4 +1,4 @@
-"""linear for many tokens, on Hopper's tensor cores: hopper_matmul.cu. That contract, with `out` only where it `adds`.
+"""linear for many tokens, on Hopper's tensor cores: hopper_matmul.cu. That contract, without `out`.
 
 The matrix's rows lie on the side of a product that has 64 of them, tokens on the other, up to 256. Where gated, 8 rows
 of a half and the same 8 of the other lie in turns, so that a thread has both numbers that are multiplied. A program
@@ -86,14 +86,13 @@ def _plan_of(tile: int, num_tokens: int, num_rows: int, num_in: int, *, may_shar
     return Plan(tile, num_shared, num_clusters, ideal / (shared_out if is_shared else in_rounds))
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, onto: Tensor | None = None) -> Tensor:
+def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor:
     (num_tokens, num_in), halves = x.shape, 1 + gated
     num_out = len(weight) // halves
-    y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if onto is None else onto
-    adds = onto is not None
+    y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device)
     if x.is_meta:
         for tile in _tiles(gated):
-            compilation.in_background(_KERNEL.load, _constants(tile, x, bias, gated, adds))
+            compilation.in_background(_KERNEL.load, _constants(tile, x, bias, gated))
         return y
     plan = _plan(num_tokens, *weight.shape, gated)
     tile = plan.tile
@@ -102,11 +101,11 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, onto:
         "128s128s128s3P5i20x",
         tensor_map(rows, (_ROWS // 8 // halves, halves, 8, _DEPTH)),
         tensor_map(x, (tile // _CLUSTER, _DEPTH)),
-        tensor_map(y, (tile // 8, 32) if adds else (tile * halves // 2, 64 // halves)),
+        tensor_map(y, (tile * halves // 2, 64 // halves)),
         *map(address, (bias, *_parts(x.device))), num_in, num_out, num_tokens, _ACROSS, plan.num_shared,
     )  # fmt: skip
     _KERNEL(
-        _constants(tile, x, bias, gated, adds),
+        _constants(tile, x, bias, gated),
         arguments,
         num_programs=plan.num_clusters * _CLUSTER,
         num_threads=_NUM_THREADS,
@@ -124,11 +123,11 @@ def _parts(device: torch.device) -> tuple[Tensor, Tensor]:
     return sums, torch.zeros(num_processors(), 2, dtype=torch.int32, device=device)
 
 
-def _constants(tile: int, x: Tensor, bias: Tensor | None, gated: bool, adds: bool) -> Constants:
+def _constants(tile: int, x: Tensor, bias: Tensor | None, gated: bool) -> Constants:
     return (
         ("T_NAME", '"bf16"' if x.dtype == torch.bfloat16 else '"f16"'),
         ("TOKENS", tile), ("STAGES", _num_stages(tile)), ("GATED", int(gated)),
-        ("HAS_BIAS", int(bias is not None)), ("ADDS", int(adds)),
+        ("HAS_BIAS", int(bias is not None)),
     )  # fmt: skip
 
 

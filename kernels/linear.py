@@ -3,7 +3,7 @@
 x       [num_tokens, num_in]   bf16|f16|f32   rows may be strided
 weight  [rows, num_in]         dtype of x, contiguous; rows = num_out, or 2 * num_out where gated
 bias    [rows]                 dtype of x, or None
-out     [num_tokens, num_out]  dtype of x, or f32, contiguous: where y is written, or with `adds` added to what is there
+out     [num_tokens, num_out]  dtype of x, or f32, contiguous: where y is written, or None
 y       [num_tokens, num_out]  dtype of x, or of out
 
 The matrix lies on the side of a product that has many rows; tokens are columns. Where a program can hold its rows
@@ -35,13 +35,12 @@ def ref(
     *,
     gated: bool = False,
     out: Tensor | None = None,
-    adds: bool = False,
     invariant: bool = False,
 ) -> Tensor:
     z = x.float() @ weight.float().T + (0.0 if bias is None else bias.float())
     if gated:
         z = F.silu(z[:, : z.shape[1] // 2]) * z[:, z.shape[1] // 2 :]
-    return z.to(x.dtype) if out is None else out.copy_(z + out.float() if adds else z)
+    return z.to(x.dtype) if out is None else out.copy_(z)
 
 
 @jit(do_not_specialize=("num_tokens",))
@@ -49,7 +48,7 @@ def _linear(
     x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride, num_tokens,
     NUM_IN: tl.constexpr, NUM_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PARTS: tl.constexpr,
-    EARLY: tl.constexpr, ADDS: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """PARTS: each warp sums over a part of `num_in`. EARLY: tiles of the matrix are loaded one ahead, to registers."""
     PART_IN: tl.constexpr = (NUM_IN + PARTS * BLOCK_IN - 1) // (PARTS * BLOCK_IN) * BLOCK_IN
@@ -108,8 +107,6 @@ def _linear(
         z = z * tl.sigmoid(z) * up
     inside = (out < NUM_OUT)[:, None] & (token < num_tokens)[None, :]
     y_ptr += token[None, :].to(tl.int64) * NUM_OUT + out[:, None]
-    if ADDS:
-        z += tl.load(y_ptr, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr, z.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -174,14 +171,13 @@ def _candidates(key: Key) -> Iterator[Tuning]:
 
 def launch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False,
-    out: Tensor | None = None, adds: bool = False, invariant: bool = False, tuned: Tuning | None = None,
+    out: Tensor | None = None, invariant: bool = False, tuned: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
     if not tuned and not invariant:
-        if not adds and hopper_linear.fits(x, weight, gated=gated):
+        if hopper_linear.fits(x, weight, gated=gated):
             return hopper_linear.launch(x, weight, bias, gated=gated, out=out)
-        can_write = out is None or (adds and out.dtype == torch.float32 and not gated)
-        if can_write and hopper_matmul.fits(x, weight, gated=gated):
-            return hopper_matmul.launch(x, weight, bias, gated=gated, onto=out)
+        if out is None and hopper_matmul.fits(x, weight, gated=gated):
+            return hopper_matmul.launch(x, weight, bias, gated=gated)
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
     t = tuned or (INVARIANT if invariant else tuning(Key(num_out, num_in, gated, x.element_size())))
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if out is None else out
@@ -189,21 +185,21 @@ def launch(
         x, weight, bias, y, x.stride(0), num_tokens,
         NUM_IN=num_in, NUM_OUT=num_out, HAS_BIAS=bias is not None, GATED=gated,
         BLOCK_TOKENS=t.block_tokens, BLOCK_OUT=t.block_out, BLOCK_IN=t.block_in, PARTS=t.parts,
-        EARLY=t.early, ADDS=adds, num_warps=t.num_warps, num_stages=t.num_stages, **overlapping(),
+        EARLY=t.early, num_warps=t.num_warps, num_stages=t.num_stages, **overlapping(),
     )  # fmt: skip
     return y
 
 
 def make(
     num_tokens: int, num_out: int, num_in: int, dtype: torch.dtype, gated: bool = False, biased: bool = False,
-    strided: bool = False, to_float32: bool = False, adds: bool = False, invariant: bool = False, device="cpu",
+    strided: bool = False, to_float32: bool = False, invariant: bool = False, device="cpu",
 ):  # fmt: skip
     rows = num_out * (1 + gated)
     weight = (torch.randn(rows, num_in, device=device) / num_in**0.5).to(dtype)
     x = torch.randn(num_tokens, num_in * (1 + strided), device=device).to(dtype)[:, :num_in]
     bias = torch.randn(rows, device=device).to(dtype)
-    out = torch.randn(num_tokens, num_out, device=device) if to_float32 else None
-    return call(x, weight, bias if biased else None, gated=gated, out=out, adds=adds, invariant=invariant)
+    out = torch.empty(num_tokens, num_out, device=device) if to_float32 else None
+    return call(x, weight, bias if biased else None, gated=gated, out=out, invariant=invariant)
 
 
 def _make(key: Key, device: str):
@@ -219,7 +215,7 @@ tuning = Tunable("linear", Key, Tuning, rule=_rule, candidates=_candidates, make
     make=make,
     cases=[
         *grid(num_tokens=(1, 7), num_out=(5, 64), num_in=(64, 576), dtype=FLOATS, gated=(False, True)),
-        *grid(num_tokens=(33,), num_out=(40,), num_in=(576,), dtype=FLOATS[1:], to_float32=(True,), adds=(False, True)),
+        *grid(num_tokens=(33,), num_out=(40,), num_in=(576,), dtype=FLOATS[1:], to_float32=(True,)),
         *grid(
             num_tokens=(16, 17, 100),
             num_out=(208,),
@@ -259,7 +255,6 @@ def linear(
     *,
     gated: bool = False,
     out: Tensor | None = None,
-    adds: bool = False,
     invariant: bool = False,
 ) -> Tensor:
     """x [num_tokens, num_in] -> y [num_tokens, num_out]; ValueError when shapes or dtypes do not fit."""
@@ -267,10 +262,9 @@ def linear(
     check(weight.shape[0] % (1 + gated) == 0, "an odd number of rows")
     check(x.dtype == weight.dtype and x.dtype in FLOATS, "dtypes of x and weight do not fit")
     check(x.stride(1) == 1 and weight.is_contiguous(), "x is strided within its rows, or weight")
-    check(out is not None or not adds, "there is nothing to add to")
     if out is not None:
         fits = out.shape == (len(x), weight.shape[0] // (1 + gated)) and out.dtype in (x.dtype, torch.float32)
         check(fits and out.is_contiguous(), "out does not fit")
     if bias is not None:
         check(bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.is_contiguous(), "bias does not fit")
-    return (ref if x.is_cpu else launch)(x, weight, bias, gated=gated, out=out, adds=adds, invariant=invariant)
+    return (ref if x.is_cpu else launch)(x, weight, bias, gated=gated, out=out, invariant=invariant)

@@ -19,7 +19,7 @@ from cableway.kernels.rope_and_write import rope_and_write
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Filling, Mixer, Slot
 from cableway.workers.blocks.gates import sigmoid, softplus
-from cableway.workers.blocks.linear import Later, Linear, Vector
+from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.norm import HeadRMSNorm, JointNorm, LayerNorm, RMSNorm, RMSScale
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
@@ -104,9 +104,9 @@ class Attention(Mixer):
         """Whether one kernel does all between the projection and attention."""
         return self.rope is not None and type(self.q_norm) in (type(None), RMSNorm)
 
-    def __call__(self, x: Tensor | Sum, step: Step) -> Tensor | Later:
+    def __call__(self, x: Tensor | Sum, step: Step) -> Tensor:
         """x [T, E] -> [T, E], and this layer's cache takes the keys and values of the T tokens."""
-        return self.out.later(self.attend(*self.project(x), step).flatten(1))
+        return self.out(self.attend(*self.project(x), step).flatten(1))
 
     def project(self, x: Tensor | Sum) -> tuple[Tensor, ...]:
         """x [T, E] -> heads of each thing that is projected in, [T, H, D] or [T, KV, D]."""

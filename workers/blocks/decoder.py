@@ -11,8 +11,8 @@ from torch import Tensor
 from cableway.workers.batch import Batch, Source, StateSpec
 from cableway.workers.blocks.block import Block, Slot, are_alike
 from cableway.workers.blocks.encoder import CrossAttention, Encoder
-from cableway.workers.blocks.layers import DetourLayer, Layer, Norm, add, add_while_multiplying
-from cableway.workers.blocks.linear import Embedding, Later, Linear, Vector
+from cableway.workers.blocks.layers import DetourLayer, Layer, Norm, add
+from cableway.workers.blocks.linear import Embedding, Linear, Vector
 from cableway.workers.blocks.rope import Rope
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place
@@ -74,7 +74,6 @@ class Decoder(Block):
     def prepare(self, place: Place) -> None:
         super().prepare(place)
         self._place = place
-        add_while_multiplying(self.layers, self.norm_out)
         self._groups, self._group_of = _group([mixer.state(place.mesh) for mixer in self._mixers])
         self._scales = [mixer.scales() for mixer in self._mixers]
         divisors = self.rope_divisors.weight if self._ropes else None
@@ -128,7 +127,7 @@ class Decoder(Block):
             step.embeddings = delta
         return delta
 
-    def leave(self, delta: Tensor | Later, residual: Tensor) -> Tensor:
+    def leave(self, delta: Tensor, residual: Tensor) -> Tensor:
         """Hidden states [T, E], from what the last layer has made and the stream."""
         hidden = add(delta, residual, self.norm_out)
         return hidden if self.project_out is None else self.project_out(hidden)

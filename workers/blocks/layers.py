@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.block import Block, Mixer
-from cableway.workers.blocks.linear import Later, Vector
-from cableway.workers.blocks.mlp import MLP
+from cableway.workers.blocks.linear import Vector
 from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Sum
@@ -34,16 +32,16 @@ class Layer(Block):
         self.norm_in, self.mix, self.norm_mix_out = norm_in, mix, norm_mix_out
         self.norm_mlp, self.mlp, self.norm_mlp_out = norm_mlp, mlp, norm_mlp_out
 
-    def __call__(self, delta: Tensor | Later, residual: Tensor, step: Step) -> Tensor | Later:
+    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
         """Add `delta` [T, E], what the layer before made, to `residual` [T, E] f32; what this layer makes [T, E]."""
         return self.finish(self.begin(delta, residual, step), residual)
 
-    def begin(self, delta: Tensor | Later, residual: Tensor, step: Step) -> Tensor | Later:
+    def begin(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
         """The mixer's half."""
         delta = self.mix(add(delta, residual, self.norm_in, self.mix), step)
         return delta if self.norm_mix_out is None else self.norm_mix_out(delta)
 
-    def finish(self, delta: Tensor | Later, residual: Tensor) -> Tensor | Later:
+    def finish(self, delta: Tensor, residual: Tensor) -> Tensor:
         """The MLP's half, in which no token sees another."""
         delta = self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
         return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
@@ -255,23 +253,7 @@ class NormedStreamLayer(Block):
         return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
 
 
-def add_while_multiplying(layers: Sequence[Block], norm_out: Norm | None) -> None:
-    """Have products added to the stream as they are made, where a norm of the sum is all that comes next.
-
-    PERF: the norm reads the stream alone then, 50 us in place of 96 for 8,192 tokens of 4,096 numbers on an H200, and a
-    product takes 14 (by what a step kept of it) to 60 us more (alone).
-    """
-    for layer, after in zip(layers, (*layers[1:], None), strict=True):
-        if type(layer) is not Layer:
-            continue
-        if layer.norm_mix_out is None and isinstance(layer.norm_mlp, RMSNorm) and isinstance(layer.mix, Attention):
-            layer.mix.out.is_added = not layer.mix.out.is_shared
-        norm = norm_out if after is None else after.norm_in if type(after) is Layer else None
-        if layer.norm_mlp_out is None and isinstance(norm, RMSNorm) and isinstance(layer.mlp, MLP):
-            layer.mlp.down.is_added = not layer.mlp.down.is_shared
-
-
-def add(delta: Tensor | Later, residual: Tensor, norm: Norm | None, block: Block | None = None) -> Any:
+def add(delta: Tensor, residual: Tensor, norm: Norm | None, block: Block | None = None) -> Any:
     """Add in place, and normalise the sum in the same pass where there is a norm; the result in the dtype of delta.
 
     For a `block` that takes sums it is a Sum where it can be.

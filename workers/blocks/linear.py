@@ -1,7 +1,6 @@
 """Slots: the places in a model where weights go, each with the logical axes by which it is cut over ranks."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,15 +21,10 @@ class Linear(Slot):
 
     Where `in` is cut over ranks, the ranks' results are summed.
 
-    Attributes:
-        is_added: whether all that becomes of what `later` gives is that it is added to a stream.
-
     Args:
         out: axis of each part, or one axis.
         bias: whether the checkpoint has one; None = as it pleases.
     """
-
-    is_added = False
 
     def __init__(self, out: Axis | Mapping[str, Axis], in_: Axis, *, bias: bool | None = False):
         self.parts = dict(out) if isinstance(out, Mapping) else {"": out}
@@ -42,8 +36,6 @@ class Linear(Slot):
         self._fused: Callable[..., Tensor] | None = None
         self._fused_and_input: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._write: Callable[[Tensor, Any, Tensor], None] | None = None
-        self._can_add: Callable[[Tensor, Any], bool] | None = None
-        self._add_to: Callable[..., None]
         self._params: Any
         self._bias: Tensor | None = None
         self._reduce: Callable[[Tensor], Tensor] | None = None
@@ -57,8 +49,6 @@ class Linear(Slot):
         self._params, self._apply = form.finish(pieces), form.apply
         self._fused, self._write = getattr(form, "fused", None), getattr(form, "write", None)
         self._fused_and_input = getattr(form, "fused_and_input", None)
-        if can_add := getattr(form, "can_add", None):
-            self._can_add, self._add_to = can_add, form.add_to
         if any("bias" in leaves for leaves in parts.values()):
             self._bias = joined(self.share(parts, place, place.dtype, "bias"), place.device)
         if mesh.is_cut(self._in):
@@ -80,15 +70,6 @@ class Linear(Slot):
             return self(x), x
         return self._fused_and_input(x, self._params, self._bias)
 
-    def later(self, x: Tensor) -> "Tensor | Later":
-        """What `__call__` gives, or that to be computed as it is added to a stream, where this is wanted and faster."""
-        can_add = self.is_added and self._reduce is None and self._can_add is not None
-        return Later(self, x) if can_add and self._can_add(x, self._params) else self(x)
-
-    def add_to(self, stream: Tensor, x: Tensor) -> None:
-        """stream [T, out] f32 += what `__call__` gives, for what `later` was given."""
-        self._add_to(stream, x, self._params, self._bias)
-
     def gated(self, x: Tensor | Sum) -> Tensor:
         """silu(first half) * second half of what `__call__` gives, for outputs that are not summed over ranks."""
         return self._fused(x, self._params, self._bias, gated=True) if self._fused else silu_mul(self._multiply(x))
@@ -107,31 +88,6 @@ class Linear(Slot):
         if self._bias is not None:
             y += self._bias
         return y
-
-
-@dataclass(slots=True)
-class Later:
-    """What `linear` makes of x [T, in], not computed yet."""
-
-    linear: Linear
-    x: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
-
-    def add_to(self, stream: Tensor) -> None:
-        """stream [T, out] f32 += this."""
-        self.linear.add_to(stream, self.x)
-
-    def index_select(self, dim: int, rows: Tensor) -> Tensor:
-        """Some rows of it, computed: as a tensor's are chosen, with `dim` 0."""
-        if not len(rows):
-            return self.x.new_empty(0, sum(self.linear.local_sizes))
-        return self.linear(self.x.index_select(dim, rows))
 
 
 class HeadLinear(Slot):

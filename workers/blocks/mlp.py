@@ -12,7 +12,7 @@ from cableway.ipc.modelfiles import ModelError
 from cableway.kernels.activation import activation
 from cableway.kernels.silu_mul import silu_mul
 from cableway.workers.blocks.block import Block
-from cableway.workers.blocks.linear import Embedding, Later, Linear, Vector
+from cableway.workers.blocks.linear import Embedding, Linear, Vector
 from cableway.workers.formats.base import Place, Sum
 from cableway.workers.parallel import Axis
 
@@ -131,10 +131,10 @@ class MLP(FeedForward):
         self.norm = norm
         self.down = Linear(hidden, ffn, bias=bias if out_bias is None else out_bias)
 
-    def __call__(self, x: Tensor | Sum) -> Tensor | Later:
+    def __call__(self, x: Tensor | Sum) -> Tensor:
         """x [T, E] -> [T, E]"""
         y = self.gate_up.gated(x) if self._is_silu else self.act.gate(self.gate_up(x))
-        return self.down.later(y if self.norm is None else self.norm(y))
+        return self.down(y if self.norm is None else self.norm(y))
 
 
 class SparseMLP(MLP):

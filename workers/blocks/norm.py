@@ -8,7 +8,7 @@ from cableway.kernels.add_rms_norm import add_rms_norm
 from cableway.kernels.layer_norm import layer_norm
 from cableway.kernels.rms_norm import rms_norm
 from cableway.workers.blocks.block import Block, Filling, Slot
-from cableway.workers.blocks.linear import Later, Vector
+from cableway.workers.blocks.linear import Vector
 from cableway.workers.formats.base import Place
 from cableway.workers.parallel import Axis
 
@@ -33,11 +33,8 @@ class RMSNorm(Vector):
         """x [..., size] -> the same shape, contiguous"""
         return rms_norm(x, self.weight, eps=self.eps)
 
-    def add(self, x: Tensor | Later, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual [T, size] f32 += x [T, size], in place; the normalised sum, in the dtype of x."""
-        if isinstance(x, Later):
-            x.add_to(residual)
-            return rms_norm(residual, self.weight, eps=self.eps, dtype=x.dtype)
         return add_rms_norm(x, residual, self.weight, eps=self.eps)
 
 

@@ -29,7 +29,7 @@ class Sum:
     The sum is written to `residual`, so a Sum is used once: by a product that takes it along, or by `tensor()`.
     """
 
-    delta: Any  # a tensor, or Later
+    delta: Tensor
     residual: Tensor
     norm: Any  # an RMSNorm
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.kernels import hopper_matmul
 from cableway.kernels.gemv import MOST_IN, gemv
 from cableway.kernels.linear import linear, pays
 from cableway.kernels.silu_mul import silu_mul
@@ -48,14 +47,6 @@ class OnGpu(Dense):
         else:
             torch.mm(x, matrix.T, torch.float32, out=out)
 
-    def can_add(self, x: Tensor, matrix: Tensor) -> bool:
-        """Whether `add_to` is there for so many tokens."""
-        return hopper_matmul.fits(x, matrix, gated=False)
-
-    def add_to(self, stream: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> None:
-        """stream [T, out] f32 += the product, unrounded."""
-        linear(x, matrix, bias, out=stream, adds=True)
-
 
 class Invariant(OnGpu):
     """Products whose sums are in one order whatever rows are beside a row: a library's depend on their number."""
@@ -67,9 +58,6 @@ class Invariant(OnGpu):
     def fused_and_input(self, x: Sum, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         tensor = x.tensor()
         return self.fused(tensor, matrix, bias, gated=False), tensor
-
-    def can_add(self, x: Tensor, matrix: Tensor) -> bool:
-        return False
 
     def write(self, x: Tensor, matrix: Tensor, out: Tensor) -> None:
         linear(x, matrix, out=out, invariant=True)
