@@ -1,6 +1,5 @@
 // A linear layer of some tokens for sm_90a; contract and arguments: hopper_linear.py, which compiles this with
-//   T_NAME ("bf16" or "f16"), TOKENS of a tile, STAGES, PARTS: programs of a cluster, that share num_in; GATED, HAS_BIAS,
-//   TO_FLOAT.
+//   T_NAME ("bf16" or "f16"), TOKENS of a tile, STAGES, PARTS: programs of a cluster, that share num_in; GATED, HAS_BIAS.
 //
 // Two warpgroups multiply 64 rows of the matrix each with a tile of tokens: rows are where tensor cores have 64 of them.
 // One thread brings both through a ring of stages; the matrix's are on their way before the kernel that makes the tokens
@@ -124,14 +123,8 @@ __device__ __forceinline__ void write(const Arguments& a, const Sums& sums, int 
             for (int k = 0; k < 8; ++k) z[k] *= up[k] / (1 + __expf(-z[k]));
         }
         const long long place = (long long)(first_token + token) * a.num_out + out;
-        if (TO_FLOAT) {
-            float4* to = (float4*)(a.out + place * 4);
-            to[0] = make_float4(z[0], z[1], z[2], z[3]);
-            to[1] = make_float4(z[4], z[5], z[6], z[7]);
-        } else {
-            *(uint4*)(a.out + place * 2) =
-                make_uint4(packed(z[0], z[1]), packed(z[2], z[3]), packed(z[4], z[5]), packed(z[6], z[7]));
-        }
+        *(uint4*)(a.out + place * 2) =
+            make_uint4(packed(z[0], z[1]), packed(z[2], z[3]), packed(z[4], z[5]), packed(z[6], z[7]));
     }
 }
 

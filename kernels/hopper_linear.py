@@ -1,4 +1,4 @@
-"""linear for Hopper's tensor cores, up to 256 tokens: hopper_linear.cu. The contract is linear.py's.
+"""linear for Hopper's tensor cores, up to 256 tokens: hopper_linear.cu. That contract, without `out`.
 
 The matrix's rows lie on the side of a product that has 64 of them, tokens on the other. A program takes 128 rows (where
 gated, 64 of each half) and a part of `num_in`; programs that share rows are a cluster and put their parts together in
@@ -51,9 +51,9 @@ def _most_tokens(num_bytes: int, gated: bool) -> int:
     return _MOST_TOKENS_OF_SMALL if gated or num_bytes < _MEDIUM_BYTES else _MOST_TOKENS_OF_MEDIUM
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, out: Tensor | None) -> Tensor:
+def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Tensor:
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
-    y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if out is None else out
+    y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device)
     tile = next((tile for tile in _TILES if tile >= num_tokens), _TILES[-1])
     num_tiles = triton.cdiv(num_out, _ROWS // (1 + gated)) * triton.cdiv(num_tokens, tile)
     num_steps = triton.cdiv(num_in, _DEPTH)
@@ -62,7 +62,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, out: 
     constants = (
         ("T_NAME", '"bf16"' if x.dtype == torch.bfloat16 else '"f16"'),
         ("TOKENS", tile), ("STAGES", stages), ("PARTS", parts),
-        ("GATED", int(gated)), ("HAS_BIAS", int(bias is not None)), ("TO_FLOAT", int(y.dtype == torch.float32)),
+        ("GATED", int(gated)), ("HAS_BIAS", int(bias is not None)),
     )  # fmt: skip
     if x.is_meta:
         compilation.in_background(_KERNEL.load, constants)

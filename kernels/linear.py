@@ -173,10 +173,10 @@ def launch(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False,
     out: Tensor | None = None, invariant: bool = False, tuned: Tuning | None = None,
 ) -> Tensor:  # fmt: skip
-    if not tuned and not invariant:
+    if out is None and not tuned and not invariant:
         if hopper_linear.fits(x, weight, gated=gated):
-            return hopper_linear.launch(x, weight, bias, gated=gated, out=out)
-        if out is None and hopper_matmul.fits(x, weight, gated=gated):
+            return hopper_linear.launch(x, weight, bias, gated=gated)
+        if hopper_matmul.fits(x, weight, gated=gated):
             return hopper_matmul.launch(x, weight, bias, gated=gated)
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
     t = tuned or (INVARIANT if invariant else tuning(Key(num_out, num_in, gated, x.element_size())))
