@@ -9,7 +9,7 @@ y       [num_tokens, num_out]  dtype of x, or of out
 The matrix lies on the side of a product that has many rows; tokens are columns. Where a program can hold its rows
 whole, they are on their way before the kernel that makes x is done. On a GPU a row's result is the same whatever rows
 are beside it, where the tuning is the same.
-Bound: bytes of the matrix; of many tokens, which Hopper's tensor cores have a kernel for, FLOPs.
+Bound: bytes of the matrix; of many tokens, for which there is a kernel on Hopper where gated, FLOPs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cableway.kernels import hopper_linear, hopper_matmul
+from cableway.kernels import hopper_gated, hopper_linear
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, call, check, grid, kernel, nbytes
 from cableway.kernels.tuning import OF_BYTES, Tunable
@@ -134,7 +134,7 @@ _MOST_TOKENS, _MOST_IN, _MOST_BYTES = 16, 3072, 1 << 24
 
 def pays(x: Tensor, matrix: Tensor, *, gated: bool) -> bool:
     """Whether this is faster than a library's product, as it is where matrices are small, or Hopper's kernels fit."""
-    if hopper_linear.fits(x, matrix, gated=gated) or hopper_matmul.fits(x, matrix, gated=gated):
+    if hopper_linear.fits(x, matrix, gated=gated) or (gated and hopper_gated.fits(x, matrix)):
         return True
     is_small = matrix.shape[1] <= _MOST_IN and matrix.nbytes <= _MOST_BYTES and matrix.element_size() == 2
     return is_small and len(x) <= _MOST_TOKENS
@@ -176,8 +176,8 @@ def launch(
     if out is None and not tuned and not invariant:
         if hopper_linear.fits(x, weight, gated=gated):
             return hopper_linear.launch(x, weight, bias, gated=gated)
-        if hopper_matmul.fits(x, weight, gated=gated):
-            return hopper_matmul.launch(x, weight, bias, gated=gated)
+        if gated and hopper_gated.fits(x, weight):
+            return hopper_gated.launch(x, weight, bias)
     (num_tokens, num_in), num_out = x.shape, weight.shape[0] // (1 + gated)
     t = tuned or (INVARIANT if invariant else tuning(Key(num_out, num_in, gated, x.element_size())))
     y = torch.empty(num_tokens, num_out, dtype=x.dtype, device=x.device) if out is None else out

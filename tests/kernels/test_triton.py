@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cableway.kernels import hopper_decode, hopper_linear, hopper_matmul
+from cableway.kernels import hopper_decode, hopper_gated, hopper_linear
 from cableway.kernels.cuda import CudaKernel
 from cableway.kernels.registry import Call, Case, Kernel, kernels
 from tests.kernels import laws, machine_code
@@ -83,7 +83,7 @@ def compiled(kernel: Kernel, made: Call, capability: int, monkeypatch: pytest.Mo
         patch.setattr(triton.runtime.JITFunction, "run", only_compile)
         patch.setattr(CudaKernel, "__call__", only_compile_cuda)
         patch.setattr(torch, "empty", torch.zeros)  # lists of work, which nothing fills here, and some are put in order
-        for module in (hopper_decode, hopper_linear, hopper_matmul):
+        for module in (hopper_decode, hopper_linear, hopper_gated):
             patch.setattr(module, "tensor_map", lambda *_: bytes(128))  # made by the driver
         kernel.launch(*made.args, **made.kwargs)
     return found

@@ -1,7 +1,7 @@
-// A linear layer of many tokens for sm_90a; contract and arguments: hopper_matmul.py, which compiles this with
-//   T_NAME ("bf16" or "f16"), TOKENS of a tile, STAGES, GATED, HAS_BIAS.
+// A gated linear layer of many tokens for sm_90a; contract and arguments: hopper_gated.py, which compiles this with
+//   T_NAME ("bf16" or "f16"), TOKENS of a tile, STAGES, HAS_BIAS.
 //
-// A program takes tile after tile: 128 rows of the matrix, where gated 64 of each half, by some tokens. Two warpgroups
+// A program takes tile after tile: 128 rows of the matrix, 64 of each half, by some tokens. Two warpgroups
 // multiply 64 rows each with all of them; one thread brings both operands through a ring of stages. Programs of a cluster
 // take neighbouring rows, and bring a share of the tokens each, for all of them. Results turn from rows to tokens on their
 // way to shared memory, from where they leave as boxes while the next tile is multiplied.
@@ -15,13 +15,12 @@
 constexpr int ROWS = 128, WARPGROUP = 128, DEPTH = 64;  // DEPTH: of num_in, 128 bytes, in a stage
 constexpr int MATRIX_BYTES = ROWS * 128, STAGE_BYTES = MATRIX_BYTES + TOKENS * 128;
 constexpr int CLUSTER = 2, SHARE = TOKENS / CLUSTER;
-constexpr int OUT_ROWS = GATED ? ROWS / 2 : ROWS, COLUMNS = OUT_ROWS / 2;  // results of a tile, of a warpgroup
-constexpr int NUM_RESULTS = TOKENS / 4 / (1 + GATED);  // of a thread, two in each
-constexpr int TURNS = GATED ? 1 : 2, OUT_TOKENS = TOKENS / TURNS, OUT_BYTES = OUT_TOKENS * COLUMNS * 2;  // that leave at once
+constexpr int OUT_ROWS = ROWS / 2, COLUMNS = OUT_ROWS / 2;  // results of a tile, of a warpgroup
+constexpr int NUM_RESULTS = TOKENS / 8, OUT_BYTES = TOKENS * COLUMNS * 2;  // of a thread, two in each; of a warpgroup
 
 struct Arguments {
-    // Tensor maps: of the matrix as [num_out / 8, halves, 8, num_in] in boxes of 128 rows, of tokens in boxes SHARE x 64, of
-    // results in boxes OUT_TOKENS x COLUMNS.
+    // Tensor maps: of the matrix as [num_out / 8, 2, 8, num_in] in boxes of 128 rows, of tokens in boxes SHARE x 64, of
+    // results in boxes TOKENS x COLUMNS.
     alignas(64) char matrix[128], tokens[128], out[128];
     const char* bias;
     float4* parts;  // [programs, 2, TOKENS / 8, WARPGROUP]: sums of a tile's later steps
@@ -177,60 +176,47 @@ __device__ __forceinline__ void add_rest(const Arguments& a, float (&sums)[TOKEN
 
 __device__ __forceinline__ float bias_at(const Arguments& a, int out) { return from_T(((const unsigned short*)a.bias)[out]); }
 
-// Sums to results, two tokens in each: of a row and the one 8 after it, which where gated are a gate and what it is for.
+// Sums to results, two tokens in each: a thread has those of a gate, and of what it is for 8 rows after it.
 __device__ __forceinline__ void finish(
     const Arguments& a, const float (&sums)[TOKENS / 2], u32 (&results)[NUM_RESULTS], int first_out) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float bias[2] = {};
     if (HAS_BIAS) {
-        const int out = first_out + warp * (GATED ? 8 : 16) + lane / 4, other = GATED ? a.num_out + out : out + 8;
-        if (out < a.num_out) bias[0] = bias_at(a, out);
-        if (other < a.num_out * (1 + GATED)) bias[1] = bias_at(a, other);
+        const int out = first_out + warp * 8 + lane / 4;
+        if (out < a.num_out) bias[0] = bias_at(a, out), bias[1] = bias_at(a, a.num_out + out);
     }
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; ++j) {
-        const float* four = sums + j * 4;
-        if (GATED) {
-            float y[2];
+        float y[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float gate = four[i] + bias[0];
-                y[i] = gate * inverse(1 + __expf(-gate)) * (four[2 + i] + bias[1]);
-            }
-            results[j] = packed(y[0], y[1]);
-        } else {
-            results[2 * j] = packed(four[0] + bias[0], four[1] + bias[0]);
-            results[2 * j + 1] = packed(four[2] + bias[1], four[3] + bias[1]);
+        for (int i = 0; i < 2; ++i) {
+            const float gate = sums[j * 4 + i] + bias[0];
+            y[i] = gate * inverse(1 + __expf(-gate)) * (sums[j * 4 + 2 + i] + bias[1]);
         }
+        results[j] = packed(y[0], y[1]);
     }
 }
 
-// Through `staging`, in turns.
+// Through `staging`.
 __device__ __forceinline__ void send(const Arguments& a, const u32 (&results)[NUM_RESULTS], u32 staging, Tile tile) {
-    constexpr int EACH = NUM_RESULTS / TURNS, AT_ONCE = GATED ? 32 : 16;  // tokens of four matrices
-    const int warpgroup = threadIdx.x / WARPGROUP, warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
+    const int warpgroup = threadIdx.x / WARPGROUP, warp = threadIdx.x % WARPGROUP / 32, token = threadIdx.x % 32;
     const bool sends = threadIdx.x % WARPGROUP == 0;
     // Of four matrices of 8 x 8 each lane has the address of a row: a token's 8 results.
-    const int token = GATED ? lane : lane / 16 * 8 + lane % 8;
-    const u32 to = staging + (GATED ? token * 64 + ((warp ^ token / 2 % 4) << 4) : swizzled(token, warp * 2 + lane / 8 % 2));
+    const u32 to = staging + token * COLUMNS * 2 + ((warp ^ token / 2 % 4) << 4);
+    if (sends) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    sync_named(1 + warpgroup, WARPGROUP);
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn) {
-        if (sends) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-        sync_named(1 + warpgroup, WARPGROUP);
-#pragma unroll
-        for (int i = 0; i < EACH; i += 4) store_turned(to + i / 4 * AT_ONCE * COLUMNS * 2, results + turn * EACH + i);
-        fence_async();
-        sync_named(1 + warpgroup, WARPGROUP);
-        if (sends) {
-            asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(a.out),
-                         "r"(tile.first_out + warpgroup * COLUMNS), "r"(tile.first_token + turn * OUT_TOKENS), "r"(staging)
-                         : "memory");
-            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-        }
+    for (int i = 0; i < NUM_RESULTS; i += 4) store_turned(to + i * 8 * COLUMNS * 2, results + i);
+    fence_async();
+    sync_named(1 + warpgroup, WARPGROUP);
+    if (sends) {
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(a.out),
+                     "r"(tile.first_out + warpgroup * COLUMNS), "r"(tile.first_token), "r"(staging) : "memory");
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
     }
 }
 
-extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) hopper_matmul(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1) hopper_gated(const __grid_constant__ Arguments a) {
     extern __shared__ char unaligned[];
     __shared__ u64 barriers[2 * STAGES];
     const u32 out = (shared_address(unaligned) + 1023) & ~1023u;
