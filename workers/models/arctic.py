@@ -9,13 +9,11 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import MoEConfig, Size
 from cableway.workers.models.gguf_names import GGUF_LAYER, GGUF_NEIGHBOURS
-from cableway.workers.models.hf_names import LAYER, experts
+from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.layouts import stacked
-from cableway.workers.models.moe import MIXTRAL, mixture
-from cableway.workers.models.names import Names, Target, names, of_mlp
+from cableway.workers.models.moe import mixture
+from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.registry import arch
-
-_MATRICES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 class ArcticConfig(MoEConfig, frozen=True, kw_only=True):
@@ -43,15 +41,18 @@ PAST = names(
 
 
 def _names(c: ArcticConfig) -> Names:
-    scheme = MIXTRAL | names(of_mlp("block_sparse_moe.mlp.*", **_MATRICES), **LAYER)
     if not c.parallel_attn_mlp_res:
-        return scheme
-    past = experts("block_sparse_moe.experts", "w1", "w3", "w2")
-    scheme |= Names({name: t._replace(path=t.path.replace(".mlp.", ".moe.")) for name, t in past.targets.items()})
-    scheme |= names({"block_sparse_moe.gate": "moe.router.gate", "residual_layernorm": "norm_mlp"}, **LAYER)
-    scheme |= names(of_mlp("residual_mlp.*", **_MATRICES), **LAYER)
+        return HF
+    past = {
+        "block_sparse_moe.gate": "moe.router.gate",
+        "block_sparse_moe.experts.{}.w1": "moe.gate_up.{}.gate",
+        "block_sparse_moe.experts.{}.w3": "moe.gate_up.{}.up",
+        "block_sparse_moe.experts.{}.w2": "moe.down.{}",
+        "residual_layernorm": "norm_mlp",
+    }
     sparse = [i for i in range(c.num_hidden_layers) if c.is_sparse(i)]
-    return scheme | names({f"model.layers.{i}.post_attention_layernorm": f"layers.{i}.norm_moe" for i in sparse})
+    norms = {f"model.layers.{i}.post_attention_layernorm": f"layers.{i}.norm_moe" for i in sparse}
+    return HF | names(past, **LAYER) | names(norms)
 
 
 @arch("ArcticForCausalLM", config=ArcticConfig, hf=_names, gguf=GGUF_NEIGHBOURS | PAST, like="Mixtral")

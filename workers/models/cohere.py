@@ -9,17 +9,10 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
 from cableway.workers.models.frames import side_by_side
-from cableway.workers.models.gguf_names import GGUF, GGUF_MIX
+from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
-from cableway.workers.models.hf_names import HF, MIX
-from cableway.workers.models.layouts import flat
-from cableway.workers.models.names import Target, names
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.registry import arch
-
-COHERE = HF | names({"q_norm": Target("q_norm", layout=flat), "k_norm": Target("k_norm", layout=flat)}, **MIX)
-GGUF_COHERE = GGUF | names(
-    {"attn_q_norm": Target("q_norm", layout=flat), "attn_k_norm": Target("k_norm", layout=flat)}, **GGUF_MIX
-)
 
 
 class CohereConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -45,7 +38,7 @@ def command_r(c: CohereConfig, mix: Attention | list[Attention]) -> Decoder:
     return side_by_side(c, mix, MLP.of(c), norm, on_logits=Scale(c.logit_scale))
 
 
-@arch("CohereForCausalLM", config=CohereConfig, hf=halves(COHERE), gguf=halves(GGUF_COHERE))
+@arch("CohereForCausalLM", config=CohereConfig, hf=halves(HF), gguf=halves(GGUF))
 def cohere(c: CohereConfig) -> Decoder:
     norms = tuple(LayerNorm(c.head_dim, c.norm_eps, bias=False, heads=axis) for axis in c.head_axes())
     return command_r(c, Attention.of(c, qk_norm=norms if c.use_qk_norm else None))

@@ -17,10 +17,9 @@ from cableway.workers.blocks.sparse import Index, SparseLatentAttention
 from cableway.workers.models.config import Count, Never, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_MIX
-from cableway.workers.models.hf_names import HF, LAYER, experts, without_predictors
+from cableway.workers.models.hf_names import HF, LAYER, without_predictors
 from cableway.workers.models.layouts import by_group
 from cableway.workers.models.moe import (
-    DEEPSEEK_MOE,
     DeepseekMoEConfig,
     mixture,
     shared_experts,
@@ -28,7 +27,7 @@ from cableway.workers.models.moe import (
     some_sparse,
 )
 from cableway.workers.models.multipliers import MiniCPMConfig, multiplied
-from cableway.workers.models.names import Names, Target, names, neighbours_to_halves
+from cableway.workers.models.names import Names, Target, names, neighbours_to_halves, of_mlp
 from cableway.workers.models.registry import arch
 
 
@@ -57,10 +56,9 @@ def latent_names(prefix: str, to: str, rope_dim: int) -> Names:
     )
 
 
-def _names(scheme: Names, c: Any) -> Names:
+def _names(c: Any) -> Names:
     rope_dim = c.qk_rope_head_dim if c.rope_interleave else 0
-    if isinstance(c, DeepseekV3Config):
-        scheme |= without_predictors(c)
+    scheme = HF | without_predictors(c) if isinstance(c, DeepseekV3Config) else HF
     return scheme | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", rope_dim)
 
 
@@ -71,24 +69,18 @@ def _gguf(c: Any) -> Names:
     return GGUF | mix | without_predictors(c, "blk.")
 
 
-LONGCAT = (
-    HF
-    | experts("mlp.experts")
-    | names(
-        {
-            "input_layernorm.{}": "norms_in.{}",
-            "post_attention_layernorm.{}": "norms_mlp.{}",
-            "mlps.{}.gate_proj": "mlps.{}.gate_up.gate",
-            "mlps.{}.up_proj": "mlps.{}.gate_up.up",
-            "mlps.{}.down_proj": "mlps.{}.down",
-            "mlp.experts.{}.gate_proj": "moe.gate_up.{}.gate",
-            "mlp.experts.{}.up_proj": "moe.gate_up.{}.up",
-            "mlp.experts.{}.down_proj": "moe.down.{}",
-            "mlp.router.classifier": "moe.router.gate",
-            "mlp.router.e_score_correction_bias": "moe.router.correction",
-        },
-        **LAYER,
-    )
+LONGCAT = HF | names(
+    {
+        "input_layernorm.{}": "norms_in.{}",
+        "post_attention_layernorm.{}": "norms_mlp.{}",
+        **of_mlp("mlps.{}.*", "mlps.{}"),
+        "mlp.experts.{}.gate_proj": "moe.gate_up.{}.gate",
+        "mlp.experts.{}.up_proj": "moe.gate_up.{}.up",
+        "mlp.experts.{}.down_proj": "moe.down.{}",
+        "mlp.router.classifier": "moe.router.gate",
+        "mlp.router.e_score_correction_bias": "moe.router.correction",
+    },
+    **LAYER,
 )
 
 
@@ -180,7 +172,7 @@ def latent_attention(
     "DeepseekV3ForCausalLM",
     "Glm4MoeLiteForCausalLM",
     config=DeepseekV3Config,
-    hf=partial(_names, DEEPSEEK_MOE),
+    hf=_names,
     gguf=_gguf,
 )
 def deepseek_v3(c: DeepseekV3Config) -> Decoder:
@@ -195,7 +187,7 @@ def _index_names(c: DeepseekV32Config, prefix: str, q: str, k: str, weights: str
 
 def _v32_names(c: DeepseekV32Config) -> Names:
     index = _index_names(c, "model.layers.{}.self_attn.indexer.", "wq_b", "wk", "weights_proj")
-    return _names(DEEPSEEK_MOE, c) | index
+    return _names(c) | index
 
 
 def _v32_gguf(c: DeepseekV32Config) -> Names:
@@ -213,14 +205,14 @@ def deepseek_v32(c: DeepseekV32Config) -> Decoder:
     return pre_norm(c, mixes, some_sparse(c, sigmoid_mixture(c)))
 
 
-@arch("DeepseekV2ForCausalLM", config=DeepseekV3Config, hf=partial(_names, DEEPSEEK_MOE), gguf=_gguf)
+@arch("DeepseekV2ForCausalLM", config=DeepseekV3Config, hf=_names, gguf=_gguf)
 def deepseek_v2(c: DeepseekV3Config) -> Decoder:
     groups = Groups(c.n_group, c.topk_group, 1) if c.topk_method == "group_limited_greedy" else None
     moe = mixture(c, shared=shared_experts(c), groups=groups, scale=c.routed_scaling_factor)
     return pre_norm(c, latent_attention(c), some_sparse(c, moe))
 
 
-@arch("MiniCPM3ForCausalLM", config=MiniCPM3Config, hf=partial(_names, HF), gguf=GGUF)
+@arch("MiniCPM3ForCausalLM", config=MiniCPM3Config, hf=_names, gguf=GGUF)
 def minicpm3(c: MiniCPM3Config) -> Decoder:
     return multiplied(c, latent_attention(c))
 

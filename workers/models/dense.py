@@ -12,59 +12,20 @@ from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, GGUF_MIX, GGUF_NEIGHBOURS, MID_NORM, larger_norms
 from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
 from cableway.workers.models.glm import halves
-from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, HF, LAYER, PLAIN_MLP, PRE_NORMS, of_text
-from cableway.workers.models.layouts import by_group, stacked
+from cableway.workers.models.hf_names import HF, LAYER, PLAIN_MLP, of_text
+from cableway.workers.models.layouts import stacked
 from cableway.workers.models.llama import LlamaConfig
-from cableway.workers.models.names import Target, names, of_mlp
+from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
-PLAIN = EMBEDDINGS | ATTENTION | PLAIN_MLP | PRE_NORMS
+PLAIN = HF | PLAIN_MLP
 APERTUS = PLAIN | names(
-    {
-        "attention_layernorm": "norm_in",
-        "feedforward_layernorm": "norm_mlp",
-        "mlp.act_fn.alpha_p": "mlp.act.alpha_p",
-        "mlp.act_fn.alpha_n": "mlp.act.alpha_n",
-    },
+    {"mlp.act_fn.alpha_p": "mlp.act.alpha_p", "mlp.act_fn.alpha_n": "mlp.act.alpha_n"},
     ignored=("mlp.act_fn.beta", "mlp.act_fn.eps"),
     **LAYER,
 )
-PERSIMMON = (
-    EMBEDDINGS
-    | PRE_NORMS
-    | names(
-        {
-            "self_attn.query_key_value": Target("mix.qkv", layout=by_group),
-            "self_attn.dense": "mix.out",
-            "self_attn.q_layernorm": "mix.q_norm",
-            "self_attn.k_layernorm": "mix.k_norm",
-            "mlp.dense_h_to_4h": "mlp.up",
-            "mlp.dense_4h_to_h": "mlp.down",
-        },
-        ignored=("self_attn.rotary_emb",),
-        **LAYER,
-    )
-    | names({"model.final_layernorm": "norm_out"})
-)
-STABLELM = HF | names(
-    {"self_attn.q_layernorm.norms.{}": "mix.q_norm.{}", "self_attn.k_layernorm.norms.{}": "mix.k_norm.{}"}, **LAYER
-)
 GGUF_STABLELM = GGUF | names(
     {"attn_q_norm": Target("q_norm", layout=stacked), "attn_k_norm": Target("k_norm", layout=stacked)}, **GGUF_MIX
-)
-HUNYUAN = HF | names({"self_attn.query_layernorm": "mix.q_norm", "self_attn.key_layernorm": "mix.k_norm"}, **LAYER)
-BITNET = HF | names({"self_attn.attn_sub_norm": "mix.norm_y", "mlp.ffn_sub_norm": "mlp.norm"}, **LAYER)
-INTERNLM2 = names(
-    {
-        "model.tok_embeddings": "embed",
-        "model.layers.{}.attention_norm": "layers.{}.norm_in",
-        "model.layers.{}.attention.wqkv": Target("layers.{}.mix.qkv", layout=by_group),
-        "model.layers.{}.attention.wo": "layers.{}.mix.out",
-        "model.layers.{}.ffn_norm": "layers.{}.norm_mlp",
-        **of_mlp("model.layers.{}.feed_forward.*", "layers.{}.mlp", gate="w1", up="w3", down="w2"),
-        "model.norm": "norm_out",
-        "output": "head",
-    }
 )
 
 
@@ -129,7 +90,7 @@ class ErnieConfig(BiasConfig, frozen=True, kw_only=True):
 @arch("SeedOssForCausalLM", config=BiasConfig, hf=HF, gguf=GGUF | MID_NORM)
 @arch("InternLMForCausalLM", config=BiasConfig, hf=HF, like="Llama")
 @arch("InternLM3ForCausalLM", config=BiasConfig, hf=HF, like="SeedOss")
-@arch("InternLM2ForCausalLM", config=BiasConfig, hf=INTERNLM2, gguf=GGUF_NEIGHBOURS, like="Llama")
+@arch("InternLM2ForCausalLM", config=BiasConfig, hf=HF, gguf=GGUF_NEIGHBOURS, like="Llama")
 @arch("PanguEmbeddedForCausalLM", config=BiasConfig, hf=HF, like="Llama")
 @arch("HeliumForCausalLM", config=HeliumConfig, hf=halves(HF))
 @arch("Ernie4_5ForCausalLM", config=ErnieConfig, hf=halves(HF), gguf=GGUF_NEIGHBOURS)
@@ -164,15 +125,15 @@ def apertus(c: LlamaConfig) -> Decoder:
     return pre_norm(c, mix, PlainMLP.of(c, act=XIELU()))
 
 
-@arch("PersimmonForCausalLM", config=PersimmonConfig, hf=PERSIMMON)
+@arch("PersimmonForCausalLM", config=PersimmonConfig, hf=HF)
 def persimmon(c: PersimmonConfig) -> Decoder:
     head_norm = LayerNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else None
     mix = Attention.of(c, bias=True, out_bias=True, qk_norm=head_norm)
     return pre_norm(c, mix, PlainMLP.of(c, bias=True), LayerNorm(c.hidden_size, c.norm_eps))
 
 
-@arch("StableLmForCausalLM", config=StableLmConfig, hf=STABLELM, gguf=GGUF_STABLELM)
-@arch("StableLMEpochForCausalLM", config=StableLmConfig, hf=STABLELM, like="StableLm")
+@arch("StableLmForCausalLM", config=StableLmConfig, hf=HF, gguf=GGUF_STABLELM)
+@arch("StableLMEpochForCausalLM", config=StableLmConfig, hf=HF, like="StableLm")
 def stablelm(c: StableLmConfig) -> Decoder:
     norm, head_norms = LayerNorm(c.hidden_size, c.norm_eps), None
     if c.qk_layernorm:
@@ -181,13 +142,13 @@ def stablelm(c: StableLmConfig) -> Decoder:
     return (side_by_side if c.use_parallel_residual else pre_norm)(c, mix, MLP.of(c), norm)
 
 
-@arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HUNYUAN, gguf=GGUF)
-@arch("HunYuanVLForConditionalGeneration", config=LlamaConfig, hf=of_text(HUNYUAN), like="HunYuanDenseV1")
+@arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF)
+@arch("HunYuanVLForConditionalGeneration", config=LlamaConfig, hf=of_text(HF), like="HunYuanDenseV1")
 def hunyuan(c: LlamaConfig) -> Decoder:
     return pre_norm(c, LateNormAttention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps)))
 
 
-@arch("BitNetForCausalLM", config=LlamaConfig, hf=BITNET)
+@arch("BitNetForCausalLM", config=LlamaConfig, hf=HF)
 def bitnet(c: LlamaConfig) -> Decoder:
     norm = JointNorm(Axis("ffn", c.intermediate_size), c.norm_eps)
     return pre_norm(c, NormedAttention.of(c, eps=c.norm_eps), MLP.of(c, norm=norm))

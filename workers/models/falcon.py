@@ -10,58 +10,13 @@ from cableway.workers.blocks.mlp import Activation, PlainMLP
 from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Never, Size
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER, PLAIN_MLP
-from cableway.workers.models.layouts import by_group
-from cableway.workers.models.names import Names, Target, names, of_parts
+from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
+from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
+from cableway.workers.models.hf_names import HF, PLAIN_MLP
+from cableway.workers.models.names import Names, names
 from cableway.workers.models.registry import arch
 
-BLOOM = names(
-    {
-        "word_embeddings": "embed",
-        "word_embeddings_layernorm": "on_embed",
-        "h.{}.input_layernorm": "layers.{}.norm_in",
-        "h.{}.ln_attn": "layers.{}.norm_in",
-        "h.{}.ln_mlp": "layers.{}.norm_mlp",
-        "h.{}.self_attention.query_key_value": Target("layers.{}.mix.qkv", layout=by_group),
-        "h.{}.self_attention.dense": "layers.{}.mix.out",
-        "h.{}.post_attention_layernorm": "layers.{}.norm_mlp",
-        "h.{}.mlp.dense_h_to_4h": "layers.{}.mlp.up",
-        "h.{}.mlp.dense_4h_to_h": "layers.{}.mlp.down",
-        "ln_f": "norm_out",
-    },
-    ignored=("h.{}.self_attention.rotary_emb",),
-    prefix="transformer.",
-) | names({"lm_head": "head"})
 GGUF_TWO_NORMS = names({"attn_norm_2": "norm_in", "attn_norm": "norm_mlp"}, **GGUF_LAYER)
-MPT = names(
-    {
-        "transformer.wte": "embed",
-        "transformer.blocks.{}.norm_1": "layers.{}.norm_in",
-        "transformer.blocks.{}.attn.Wqkv": "layers.{}.mix.qkv",
-        "transformer.blocks.{}.attn.out_proj": "layers.{}.mix.out",
-        "transformer.blocks.{}.norm_2": "layers.{}.norm_mlp",
-        "transformer.blocks.{}.ffn.up_proj": "layers.{}.mlp.up",
-        "transformer.blocks.{}.ffn.down_proj": "layers.{}.mlp.down",
-        "transformer.norm_f": "norm_out",
-        "lm_head": "head",
-    }
-)
-OPT = names(
-    {
-        "embed_tokens": "embed",
-        "embed_positions": "positions.table",
-        "project_in": "project_in",
-        "project_out": "project_out",
-        **of_parts("layers.{}.self_attn.*_proj", "layers.{}.mix.qkv"),
-        "layers.{}.self_attn.out_proj": "layers.{}.mix.out",
-        "layers.{}.self_attn_layer_norm": "layers.{}.norm_in",
-        "layers.{}.fc1": "layers.{}.mlp.up",
-        "layers.{}.fc2": "layers.{}.mlp.down",
-        "layers.{}.final_layer_norm": "layers.{}.norm_mlp",
-        "final_layer_norm": "norm_out",
-    },
-    prefix="model.decoder.",
-) | names({"lm_head": "head"})
 
 
 class FalconConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -123,11 +78,11 @@ class OPTConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 def _falcon_gguf(c: FalconConfig) -> Names:
-    return GGUF | PLAIN_MLP | GGUF_TWO_NORMS if c.num_ln_in_parallel_attn == 2 else GGUF | PLAIN_MLP
+    return GGUF | GGUF_PLAIN_MLP | GGUF_TWO_NORMS if c.num_ln_in_parallel_attn == 2 else GGUF | GGUF_PLAIN_MLP
 
 
-@arch("FalconForCausalLM", config=FalconConfig, hf=BLOOM, gguf=_falcon_gguf)
-@arch("RWForCausalLM", config=FalconConfig, hf=BLOOM, like="Falcon")
+@arch("FalconForCausalLM", config=FalconConfig, hf=HF, gguf=_falcon_gguf)
+@arch("RWForCausalLM", config=FalconConfig, hf=HF, like="Falcon")
 def falcon(c: FalconConfig) -> Decoder:
     norm, bias, has_two = LayerNorm(c.hidden_size, c.norm_eps), c.bias, c.num_ln_in_parallel_attn
     position = {"rope": ALiBi(c.num_attention_heads, scale=c.head_dim**-0.5)} if c.alibi else {}
@@ -141,15 +96,15 @@ def falcon(c: FalconConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("BloomForCausalLM", config=BloomConfig, hf=BLOOM, gguf=GGUF | PLAIN_MLP)
+@arch("BloomForCausalLM", config=BloomConfig, hf=HF, gguf=GGUF | GGUF_PLAIN_MLP)
 def bloom(c: BloomConfig) -> Decoder:
     norm, alibi = LayerNorm(c.hidden_size, c.norm_eps), ALiBi(c.num_attention_heads)
     mix = Attention.of(c, rope=alibi, bias=True, out_bias=True)
     return pre_norm(c, mix, PlainMLP.of(c, act=Activation("gelu_tanh"), bias=True), norm, on_embed=norm)
 
 
-@arch("MptForCausalLM", config=MPTConfig, hf=MPT, gguf=GGUF | PLAIN_MLP)
-@arch("MPTForCausalLM", config=MPTConfig, hf=MPT, like="Mpt")
+@arch("MptForCausalLM", config=MPTConfig, hf=HF | PLAIN_MLP, gguf=GGUF | GGUF_PLAIN_MLP)
+@arch("MPTForCausalLM", config=MPTConfig, hf=HF | PLAIN_MLP, like="Mpt")
 def mpt(c: MPTConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps, bias=None)
     alibi = ALiBi(c.num_attention_heads, most=c.alibi_bias_max)
@@ -157,7 +112,7 @@ def mpt(c: MPTConfig) -> Decoder:
     return pre_norm(c, mix, PlainMLP.of(c, act=Activation("gelu"), bias=None), norm)
 
 
-@arch("OPTForCausalLM", config=OPTConfig, hf=OPT)
+@arch("OPTForCausalLM", config=OPTConfig, hf=HF)
 def opt(c: OPTConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, 1e-5) if c.layer_norm_elementwise_affine else PlainLayerNorm(c.hidden_size, 1e-5)
     bias = c.enable_bias

@@ -9,7 +9,7 @@ from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import DecoderConfig, Factor, Size, Window, every
 from cableway.workers.models.frames import pre_norm, sandwich
 from cableway.workers.models.gguf_names import GGUF, larger_norms
-from cableway.workers.models.hf_names import HF, SANDWICH_NORMS, of_text
+from cableway.workers.models.hf_names import HF, POST_NORM, of_text
 from cableway.workers.models.registry import arch
 
 
@@ -59,13 +59,13 @@ def gemma(c: GemmaConfig) -> Decoder:
     return pre_norm(c, Attention.of(c), norm=norm, on_embed=Scale(c.hidden_size**0.5))
 
 
-@arch("Gemma2ForCausalLM", config=Gemma2Config, hf=HF | SANDWICH_NORMS, gguf=larger_norms(GGUF))
+@arch("Gemma2ForCausalLM", config=Gemma2Config, hf=HF | POST_NORM, gguf=larger_norms(GGUF))
 def gemma2(c: Gemma2Config) -> Decoder:
     return near_and_far(c, None)
 
 
-@arch("Gemma3ForConditionalGeneration", config=Gemma3Config, hf=of_text(HF | SANDWICH_NORMS), like="Gemma3")
-@arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | SANDWICH_NORMS, gguf=larger_norms(GGUF))
+@arch("Gemma3ForConditionalGeneration", config=Gemma3Config, hf=of_text(HF | POST_NORM), like="Gemma3")
+@arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | POST_NORM, gguf=larger_norms(GGUF))
 def gemma3(c: Gemma3Config) -> Decoder:
     return near_and_far(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))
 

@@ -12,14 +12,14 @@ from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import Count, Factor, Size, Window, every
 from cableway.workers.models.gemma import Gemma3Config
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
-from cableway.workers.models.hf_names import HF, LAYER, SANDWICH_NORMS, of_text
+from cableway.workers.models.hf_names import HF, LAYER, POST_NORM, of_text
 from cableway.workers.models.layouts import stacked
 from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.registry import arch
 
 GEMMA3N = (
     HF
-    | SANDWICH_NORMS
+    | POST_NORM
     | names(
         {
             "self_attn.q_proj": "mix.qkv.q",

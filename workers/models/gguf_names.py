@@ -43,8 +43,8 @@ def one_row(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
 _ATTENTION: dict[str, str | Target] = {
     **of_parts("attn_*", "qkv"),
     "attn_qkv": "qkv",
-    "attn_q_norm": "q_norm",
-    "attn_k_norm": "k_norm",
+    "attn_q_norm": Target("q_norm", layout=flat),
+    "attn_k_norm": Target("k_norm", layout=flat),
     "attn_output": "out",
     "attn_sinks": "sinks",
     "attn_q_a": "q_down",

@@ -10,32 +10,15 @@ from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size
 from cableway.workers.models.frames import pre_norm, sandwich
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF
-from cableway.workers.models.hf_names import HF, LAYER
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.names import Names, interleaved, names
 from cableway.workers.models.registry import arch
 
-GLM4 = HF | names(
-    {
-        "post_self_attn_layernorm": "norm_mix_out",
-        "post_attention_layernorm": "norm_mlp",
-        "post_mlp_layernorm": "norm_mlp_out",
-    },
-    **LAYER,
-)
-CHATGLM = names(
-    {
-        "embedding.word_embeddings": "embed",
-        "encoder.layers.{}.input_layernorm": "layers.{}.norm_in",
-        "encoder.layers.{}.self_attention.query_key_value": "layers.{}.mix.qkv",
-        "encoder.layers.{}.self_attention.dense": "layers.{}.mix.out",
-        "encoder.layers.{}.post_attention_layernorm": "layers.{}.norm_mlp",
-        "encoder.layers.{}.mlp.dense_h_to_4h": "layers.{}.mlp.gate_up",
-        "encoder.layers.{}.mlp.dense_4h_to_h": "layers.{}.mlp.down",
-        "encoder.final_layernorm": "norm_out",
-        "output_layer": "head",
-    },
-    ignored=("rotary_pos_emb",),
-    prefix="transformer.",
+# What others have group after group and without a gate, ChatGLM has part after part and with one.
+CHATGLM = HF | names(
+    {"self_attention.query_key_value": "mix.qkv", "mlp.dense_h_to_4h": "mlp.gate_up"},
+    prefix="transformer.encoder.layers.{}.",
+    to="layers.{}.",
 )
 
 
@@ -68,7 +51,7 @@ def glm(c: GlmConfig) -> Decoder:
     return pre_norm(c, Attention.of(c, out_bias=False))
 
 
-@arch("Glm4ForCausalLM", config=GlmConfig, hf=halves(GLM4), gguf=halves(GGUF | FUSED_MLP))
+@arch("Glm4ForCausalLM", config=GlmConfig, hf=halves(HF), gguf=halves(GGUF | FUSED_MLP))
 def glm4(c: GlmConfig) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     return sandwich(c, Attention.of(c, out_bias=False), mix_out=norm, mlp_out=norm)

@@ -10,10 +10,10 @@ from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
-from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, GPT, GPT_LAYER, PRE_NORMS
+from cableway.workers.models.hf_names import GPT_LAYER, HF
 from cableway.workers.models.layouts import by_group, concatenated
 from cableway.workers.models.layouts import transposed as across
-from cableway.workers.models.names import Names, Target, interleaved, names, of_parts
+from cableway.workers.models.names import Names, Target, interleaved, names
 from cableway.workers.models.registry import arch
 
 
@@ -24,39 +24,11 @@ def _gpt2(qkv: Any, layout: Any) -> Names:
         "mlp.c_fc": Target("mlp.up", layout=layout),
         "mlp.c_proj": Target("mlp.down", layout=layout),
     }
-    return GPT | names({"transformer.wpe": "positions.table"}) | names(table, **GPT_LAYER)
+    return HF | names(table, **GPT_LAYER)
 
 
 GPT2 = _gpt2(across, across)
 BIGCODE = _gpt2(by_group, concatenated)
-GPTJ = GPT | names(
-    {**of_parts("attn.*_proj", "mix.qkv"), "attn.out_proj": "mix.out", "mlp.fc_in": "mlp.up", "mlp.fc_out": "mlp.down"},
-    **GPT_LAYER,
-)
-NEOX = names(
-    {
-        "gpt_neox.embed_in": "embed",
-        "gpt_neox.layers.{}.input_layernorm": "layers.{}.norm_in",
-        "gpt_neox.layers.{}.attention.query_key_value": Target("layers.{}.mix.qkv", layout=by_group),
-        "gpt_neox.layers.{}.attention.dense": "layers.{}.mix.out",
-        "gpt_neox.layers.{}.post_attention_layernorm": "layers.{}.norm_mlp",
-        "gpt_neox.layers.{}.mlp.dense_h_to_4h": "layers.{}.mlp.up",
-        "gpt_neox.layers.{}.mlp.dense_4h_to_h": "layers.{}.mlp.down",
-        "gpt_neox.final_layer_norm": "norm_out",
-        "embed_out": "head",
-    },
-    ignored=(
-        "gpt_neox.layers.{}.attention.bias",
-        "gpt_neox.layers.{}.attention.masked_bias",
-        "gpt_neox.layers.{}.attention.rotary_emb",
-    ),
-)
-STARCODER2 = (
-    EMBEDDINGS
-    | ATTENTION
-    | PRE_NORMS
-    | names({"c_fc": "up", "c_proj": "down"}, prefix="model.layers.{}.mlp.", to="layers.{}.mlp.")
-)
 
 
 class GPTConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -120,13 +92,13 @@ def gpt2(c: GPT2Config) -> Decoder:
     return pre_norm(c, mixes, mlp, norm, positions=Positions(c.max_position_embeddings, c.hidden_size))
 
 
-@arch("GPTJForCausalLM", config=GPTJConfig, hf=lambda c: interleaved(GPTJ, c.rotary_dim))
+@arch("GPTJForCausalLM", config=GPTJConfig, hf=lambda c: interleaved(HF, c.rotary_dim))
 def gptj(c: GPTJConfig) -> Decoder:
     mlp, norm = PlainMLP.of(c, bias=True), LayerNorm(c.hidden_size, c.norm_eps)
     return side_by_side(c, Attention.of(c), mlp, norm, head_bias=True)
 
 
-@arch("GPTNeoXForCausalLM", config=NeoXConfig, hf=NEOX, gguf=GGUF | PLAIN_MLP)
+@arch("GPTNeoXForCausalLM", config=NeoXConfig, hf=HF, gguf=GGUF | PLAIN_MLP)
 def neox(c: NeoXConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps)
     shape = ParallelLayer if c.use_parallel_residual else Layer
@@ -134,7 +106,7 @@ def neox(c: NeoXConfig) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
 
 
-@arch("Starcoder2ForCausalLM", config=StarCoder2Config, hf=STARCODER2, gguf=GGUF | PLAIN_MLP)
+@arch("Starcoder2ForCausalLM", config=StarCoder2Config, hf=HF, gguf=GGUF | PLAIN_MLP)
 def starcoder2(c: StarCoder2Config) -> Decoder:
     bias = c.use_bias
     mix = Attention.of(c, window=c.sliding_window or 0, bias=bias, out_bias=bias)

@@ -6,9 +6,9 @@ from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import Factor, MoEConfig
 from cableway.workers.models.frames import sandwich
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
-from cableway.workers.models.hf_names import EMBEDDINGS, LAYER, experts
+from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.moe import mixture
-from cableway.workers.models.names import Target, names, of_parts
+from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
 _NORMS = {
@@ -18,18 +18,9 @@ _NORMS = {
     "post_moe_norm": "norm_mlp_out",
 }
 GROK = (
-    EMBEDDINGS
+    HF
     | names({"model.norm.scale": Target("norm_out", leaf="weight")})
-    | experts("moe_block.experts", "linear", "linear_v", "linear_1")
-    | names(
-        {
-            **of_parts("attn.*_proj", "mix.qkv"),
-            "attn.o_proj": "mix.out",
-            "moe_block.gate": "mlp.router.gate",
-            **{f"{name}.scale": Target(slot, leaf="weight") for name, slot in _NORMS.items()},
-        },
-        **LAYER,
-    )
+    | names({f"{name}.scale": Target(slot, leaf="weight") for name, slot in _NORMS.items()}, **LAYER)
 )
 GGUF_GROK = GGUF | names({"attn_output_norm": "norm_mix_out", "layer_output_norm": "norm_mlp_out"}, **GGUF_LAYER)
 

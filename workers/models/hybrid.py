@@ -14,58 +14,33 @@ from cableway.workers.models.config import Count, Factor, MoEConfig, Never, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, PLAIN_MLP, TWO_MIXERS
 from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
-from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, LAYER, experts
+from cableway.workers.models.hf_names import HF, LAYER, RECURRENT, known_as
 from cableway.workers.models.layouts import scaled
-from cableway.workers.models.mamba import MAMBA, MIXER
 from cableway.workers.models.moe import mixture, sigmoid_router, some_sparse
 from cableway.workers.models.multipliers import GRANITE_MOE, GraniteConfig, multiplied
-from cableway.workers.models.names import Names, Target, names, of_mlp, of_parts
+from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.registry import arch
 
-IN_HYBRID = names(MIXER, prefix="model.layers.{}.mamba.", to="layers.{}.mix.")
-FEED_FORWARD = names(
-    {
-        **of_mlp("feed_forward.*"),
-        "feed_forward.router": "mlp.router.gate",
-        "input_layernorm": "norm_in",
-        "pre_ff_layernorm": "norm_mlp",
-    },
-    **LAYER,
-)
-JAMBA = (
-    EMBEDDINGS
-    | ATTENTION
-    | IN_HYBRID
-    | FEED_FORWARD
-    | experts("feed_forward.experts")
-    | names({"model.final_layernorm": "norm_out"})
-)
-GRANITE_HYBRID = GRANITE_MOE | IN_HYBRID
-GRANITE_DENSE_HYBRID = GRANITE_HYBRID | names(
+GRANITE_DENSE_HYBRID = GRANITE_MOE | names(
     {"shared_mlp.input_linear": "mlp.gate_up", "shared_mlp.output_linear": "mlp.down"}, **LAYER
 )
-NEMOTRON_H = (
-    MAMBA
-    | names(
-        {
-            **of_parts("*_proj", "mix.qkv"),
-            "o_proj": "mix.out",
-            "up_proj": "mlp.up",
-            "down_proj": "mlp.down",
-            "gate": "mlp.router.gate",
-            "gate.e_score_correction_bias": "mlp.router.correction",
-            "experts.{}.up_proj": "mlp.up.{}",
-            "experts.{}.down_proj": "mlp.down.{}",
-            "shared_experts.up_proj": "mlp.shared.up",
-            "shared_experts.down_proj": "mlp.shared.down",
-            "fc1_latent_proj": "mlp.narrow",
-            "fc2_latent_proj": "mlp.widen",
-        },
-        prefix="backbone.layers.{}.mixer.",
-        to="layers.{}.",
-    )
-    | Names(beyond=("mtp.",))
+NEMOTRON_H = HF | names(
+    {
+        "up_proj": "mlp.up",
+        "down_proj": "mlp.down",
+        "gate": "mlp.router.gate",
+        "gate.e_score_correction_bias": "mlp.router.correction",
+        "experts.{}.up_proj": "mlp.up.{}",
+        "experts.{}.down_proj": "mlp.down.{}",
+        "shared_experts.up_proj": "mlp.shared.up",
+        "shared_experts.down_proj": "mlp.shared.down",
+        "fc1_latent_proj": "mlp.narrow",
+        "fc2_latent_proj": "mlp.widen",
+    },
+    prefix="backbone.layers.{}.mixer.",
+    to="layers.{}.",
 )
+NEMOTRON_H |= Names(beyond=("mtp.",))
 
 
 class JambaConfig(MoEConfig, frozen=True, kw_only=True):
@@ -192,9 +167,7 @@ def _falcon_h1_names(c: FalconH1Config) -> Names:
         "feed_forward.gate_proj": Target("mlp.gate_up.gate", layout=scaled(c.mlp_multipliers[0])),
         "feed_forward.down_proj": Target("mlp.down", layout=scaled(c.mlp_multipliers[1])),
     }
-    mixer = names(MIXER, prefix="model.layers.{}.mamba.", to="layers.{}.mixes.0.")
-    out = names({"model.final_layernorm": "norm_out"})
-    return EMBEDDINGS | FEED_FORWARD | mixer | names(scales, **LAYER) | out
+    return HF | names(known_as(RECURRENT, "mamba.", to="mixes.0.") | scales, **LAYER)
 
 
 @arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names, gguf=GGUF | TWO_MIXERS)
@@ -205,7 +178,7 @@ def falcon_h1(c: FalconH1Config) -> Decoder:
     return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
 
 
-@arch("JambaForCausalLM", config=JambaConfig, hf=JAMBA, gguf=GGUF)
+@arch("JambaForCausalLM", config=JambaConfig, hf=HF, gguf=GGUF)
 def jamba(c: JambaConfig) -> Decoder:
     norms = tuple(RMSNorm(size, c.norm_eps) for size in (c.mamba_dt_rank, c.mamba_d_state, c.mamba_d_state))
     sizes = (c.mamba_expand * c.hidden_size, c.mamba_d_state, c.mamba_dt_rank, c.mamba_d_conv)
@@ -215,13 +188,13 @@ def jamba(c: JambaConfig) -> Decoder:
     return pre_norm(c, mixes, some_sparse(c, mixture(c)))
 
 
-@arch("BambaForCausalLM", config=BambaConfig, hf=JAMBA)
+@arch("BambaForCausalLM", config=BambaConfig, hf=HF)
 def bamba(c: BambaConfig) -> Decoder:
     return pre_norm(c, c.mixes(Attention.of(c)))
 
 
 def _granite_names(c: HybridConfig) -> Any:
-    return GRANITE_HYBRID if c.num_experts else GRANITE_DENSE_HYBRID
+    return GRANITE_MOE if c.num_experts else GRANITE_DENSE_HYBRID
 
 
 @arch("GraniteMoeHybridForCausalLM", config=HybridConfig, hf=_granite_names, gguf=GGUF_NEIGHBOURS | GGUF_MAMBA2)

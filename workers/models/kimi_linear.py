@@ -8,25 +8,13 @@ from cableway.workers.blocks.delta import KeyedDeltaNet
 from cableway.workers.models.config import Size
 from cableway.workers.models.deepseek import DeepseekV3Config, latent_attention, latent_names
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.hf_names import GATED_MLP, LAYER
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.layouts import flat
-from cableway.workers.models.moe import MIXTRAL, sigmoid_mixture, some_sparse
-from cableway.workers.models.names import Target, names, of_mlp, of_parts
+from cableway.workers.models.moe import sigmoid_mixture, some_sparse
+from cableway.workers.models.names import Target, names, of_parts
 from cableway.workers.models.registry import arch
 
-KIMI_LINEAR = (
-    MIXTRAL
-    | GATED_MLP
-    | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", 0)
-    | names(
-        {
-            "block_sparse_moe.gate.e_score_correction_bias": "mlp.router.correction",
-            **of_mlp("block_sparse_moe.*"),  # of dense layers
-            **of_mlp("block_sparse_moe.shared_experts.*", "mlp.shared"),
-        },
-        **LAYER,
-    )
-)
+KIMI_LINEAR = HF | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", 0)
 _DELTA = {
     **of_parts("*_proj", "project"),
     **of_parts("*_conv1d", "conv"),

@@ -10,33 +10,11 @@ from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, Size, SomeMoEConfig
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
-from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, LAYER, experts
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.moe import mixture, some_sparse
-from cableway.workers.models.names import names, of_mlp
+from cableway.workers.models.names import names
 from cableway.workers.models.registry import arch
 
-LFM2 = (
-    EMBEDDINGS
-    | ATTENTION
-    | experts("feed_forward.experts", "w1", "w3", "w2")
-    | names(
-        {
-            "self_attn.out_proj": "mix.out",
-            "self_attn.q_layernorm": "mix.q_norm",
-            "self_attn.k_layernorm": "mix.k_norm",
-            "conv.in_proj": "mix.project",
-            "conv.conv": "mix.conv",
-            "conv.out_proj": "mix.out",
-            **of_mlp("feed_forward.*", gate="w1", up="w3", down="w2"),
-            "feed_forward.gate": "mlp.router.gate",
-            "feed_forward.expert_bias": "mlp.router.correction",
-            "operator_norm": "norm_in",
-            "ffn_norm": "norm_mlp",
-        },
-        **LAYER,
-    )
-    | names({"model.embedding_norm": "norm_out"})
-)
 GGUF_LFM2 = GGUF | names({"token_embd_norm": "norm_out"})  # which is the first thing there is, in its own code
 
 
@@ -67,7 +45,7 @@ class Lfm2Config(SomeMoEConfig, frozen=True, kw_only=True):
         return self.num_experts > 0 and layer >= self.num_dense_layers
 
 
-@arch("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", config=Lfm2Config, hf=LFM2, gguf=GGUF_LFM2)
+@arch("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", config=Lfm2Config, hf=HF, gguf=GGUF_LFM2)
 def lfm2(c: Lfm2Config) -> Decoder:
     attention = Attention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
     conv = ShortConv(c.hidden_size, c.conv_L_cache, bias=c.conv_bias)

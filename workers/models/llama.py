@@ -8,8 +8,7 @@ from cableway.workers.blocks.mlp import MLP
 from cableway.workers.models.config import DecoderConfig, Never, Window, WindowedConfig, every
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.hf_names import HF, LAYER, of_text
-from cableway.workers.models.names import names
+from cableway.workers.models.hf_names import HF, of_text
 from cableway.workers.models.registry import arch
 
 
@@ -41,7 +40,7 @@ class CwmConfig(MinistralConfig, frozen=True, kw_only=True):
 @arch("AquilaForCausalLM", "AquilaModel", config=LlamaConfig, hf=HF, like="Llama")
 @arch("XverseForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS, like="Llama")
 @arch("NanbeigeForCausalLM", config=LlamaConfig, hf=HF, like="Llama")
-@arch("YiForCausalLM", config=LlamaConfig, hf=HF | names({"ln1": "norm_in", "ln2": "norm_mlp"}, **LAYER), like="Llama")
+@arch("YiForCausalLM", config=LlamaConfig, hf=HF, like="Llama")
 def llama(c: LlamaConfig) -> Decoder:
     # Relatives of Llama save biases without a word about them in the config: one is used where there is one.
     bias, mlp_bias = c.attention_bias or None, c.mlp_bias or None

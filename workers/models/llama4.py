@@ -12,27 +12,18 @@ from cableway.workers.models.config import Factor, MoEConfig, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
-from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, PRE_NORMS, of_text
+from cableway.workers.models.hf_names import HF, LAYER, of_text
 from cableway.workers.models.layouts import stacked_transposed
 from cableway.workers.models.moe import some_sparse
-from cableway.workers.models.names import Target, names, of_mlp
+from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
-LLAMA4 = (
-    EMBEDDINGS
-    | ATTENTION
-    | PRE_NORMS
-    | names(
-        {
-            "router": "mlp.router.gate",
-            "experts.gate_up_proj": Target("mlp.gate_up", layout=stacked_transposed),
-            "experts.down_proj": Target("mlp.down", layout=stacked_transposed),
-            **of_mlp("shared_expert.*", "mlp.shared"),
-            **of_mlp("*"),
-        },
-        prefix="model.layers.{}.feed_forward.",
-        to="layers.{}.",
-    )
+LLAMA4 = HF | names(
+    {
+        "feed_forward.experts.gate_up_proj": Target("mlp.gate_up", layout=stacked_transposed),
+        "feed_forward.experts.down_proj": Target("mlp.down", layout=stacked_transposed),
+    },
+    **LAYER,
 )
 
 

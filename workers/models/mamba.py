@@ -10,31 +10,8 @@ from cableway.workers.blocks.norm import RMSNorm, RMSScale
 from cableway.workers.models.config import DecoderConfig, Size
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
-from cableway.workers.models.names import names
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.registry import arch
-
-MIXER = {
-    "in_proj": "project",
-    "conv1d": "conv",
-    "x_proj": "select",
-    "dt_proj": "dt",
-    "A_log": "a_log",
-    "D": "d",
-    "dt_bias": "dt_bias",
-    "norm": "norm",
-    "dt_layernorm": "dt_norm",
-    "b_layernorm": "b_norm",
-    "c_layernorm": "c_norm",
-    "out_proj": "out",
-}
-MAMBA = names(MIXER, prefix="backbone.layers.{}.mixer.", to="layers.{}.mix.") | names(
-    {
-        "backbone.embeddings": "embed",
-        "backbone.layers.{}.norm": "layers.{}.norm_in",
-        "backbone.norm_f": "norm_out",
-        "lm_head": "head",
-    }
-)
 
 
 class MambaConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -75,12 +52,12 @@ class Mamba2Config(DecoderConfig, frozen=True, kw_only=True):
             raise ValueError("heads are not `expand` times as wide as hidden_size")
 
 
-@arch("MambaForCausalLM", config=MambaConfig, hf=MAMBA, gguf=GGUF)
+@arch("MambaForCausalLM", config=MambaConfig, hf=HF, gguf=GGUF)
 def mamba(c: MambaConfig) -> Decoder:
     return mamba_decoder(c, None)
 
 
-@arch("FalconMambaForCausalLM", config=MambaConfig, hf=MAMBA, gguf=GGUF)
+@arch("FalconMambaForCausalLM", config=MambaConfig, hf=HF, gguf=GGUF)
 def falcon_mamba(c: MambaConfig) -> Decoder:
     sizes, eps = (c.time_step_rank, c.state_size), c.mixer_rms_eps
     return mamba_decoder(c, (RMSScale(sizes[0], eps), RMSScale(sizes[1], eps), RMSScale(sizes[1], eps)))
@@ -91,7 +68,7 @@ def mamba_decoder(c: MambaConfig, norms: Any) -> Decoder:
     return mixers(c, Mamba(c.hidden_size, *sizes, bias=c.use_bias, conv_bias=c.use_conv_bias, norms=norms))
 
 
-@arch("Mamba2ForCausalLM", config=Mamba2Config, hf=MAMBA, gguf=GGUF | GGUF_MAMBA2)
+@arch("Mamba2ForCausalLM", config=Mamba2Config, hf=HF, gguf=GGUF | GGUF_MAMBA2)
 def mamba2(c: Mamba2Config) -> Decoder:
     return mixers(c, Mamba2.of(c, norm_eps=c.norm_eps))
 

@@ -8,18 +8,17 @@ from cableway.workers.blocks.layers import NormedStreamLayer
 from cableway.workers.blocks.lightning import LightningAttention
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import Factor, MoEConfig, Window
-from cableway.workers.models.hf_names import MIX
+from cableway.workers.models.hf_names import HF, MIX
 from cableway.workers.models.layouts import by_group
-from cableway.workers.models.moe import MIXTRAL, mixture
+from cableway.workers.models.moe import mixture
 from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
-MINIMAX = MIXTRAL | names(
+MINIMAX = HF | names(
     {
         "qkv_proj": Target("project", layout=by_group, parts=("q", "k", "v")),
         "output_gate": "project.gate",
         "norm": "norm",
-        "out_proj": "out",
     },
     ignored=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
     **MIX,

@@ -12,94 +12,33 @@ from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Windo
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER, GGUF_NEIGHBOURS, MID_NORM
 from cableway.workers.models.glm import halves
-from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, HF, LAYER, PRE_NORMS, experts, without_predictors
-from cableway.workers.models.layouts import flat, stacked, stacked_in_turns, stacked_transposed
-from cableway.workers.models.names import Names, Target, names, of_mlp
+from cableway.workers.models.hf_names import HF, LAYER, without_predictors
+from cableway.workers.models.layouts import stacked, stacked_in_turns, stacked_transposed
+from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.olmo import joint_norms
 from cableway.workers.models.registry import arch
 
-MIXTRAL = (
-    EMBEDDINGS
-    | ATTENTION
-    | PRE_NORMS
-    | names({"block_sparse_moe.gate": "mlp.router.gate"}, **LAYER)
-    | experts("block_sparse_moe.experts", "w1", "w3", "w2")
-)
-QWEN_MOE = (
-    HF
-    | experts("mlp.experts")
-    | names({"mlp.gate": "mlp.router.gate", "mlp.shared_expert_gate": "mlp.shared_gate"}, **LAYER)
-    | names(of_mlp("mlp.shared_expert.*", "mlp.shared"), **LAYER)
-)
-DEEPSEEK_MOE = (
-    HF
-    | experts("mlp.experts")
-    | names(
-        {
-            "mlp.gate": "mlp.router.gate",
-            "mlp.gate.e_score_correction_bias": "mlp.router.correction",
-            **of_mlp("mlp.shared_experts.*", "mlp.shared"),
-        },
-        **LAYER,
-    )
-)
-ERNIE_MOE = DEEPSEEK_MOE | names(
-    {"mlp.moe_statics.e_score_correction_bias": Target("mlp.router.correction", layout=flat)}, **LAYER
-)
-HUNYUAN_MOE = (
-    HF
-    | experts("mlp.experts")
-    | names(
-        {
-            "self_attn.query_layernorm": "mix.q_norm",
-            "self_attn.key_layernorm": "mix.k_norm",
-            "mlp.gate.wg": "mlp.router.gate",
-            **of_mlp("mlp.shared_mlp.*", "mlp.shared"),
-        },
-        **LAYER,
-    )
-)
-MINIMAX_M2 = MIXTRAL | names({"block_sparse_moe.e_score_correction_bias": "mlp.router.correction"}, **LAYER)
-GPT_OSS = (
-    EMBEDDINGS
-    | ATTENTION
-    | PRE_NORMS
-    | names(
-        {
-            "self_attn.sinks": "mix.sinks",
-            "mlp.router": "mlp.router.gate",
-            "mlp.experts.gate_up_proj": Target("mlp.gate_up", layout=stacked_in_turns),
-            "mlp.experts.gate_up_proj_bias": Target("mlp.gate_up", layout=stacked_in_turns, leaf="bias"),
-            "mlp.experts.down_proj": Target("mlp.down", layout=stacked_in_turns),
-            "mlp.experts.down_proj_bias": Target("mlp.down", layout=stacked_in_turns, leaf="bias"),
-        },
-        **LAYER,
-    )
+GPT_OSS = HF | names(
+    {
+        "mlp.experts.gate_up_proj": Target("mlp.gate_up", layout=stacked_in_turns),
+        "mlp.experts.gate_up_proj_bias": Target("mlp.gate_up", layout=stacked_in_turns, leaf="bias"),
+        "mlp.experts.down_proj": Target("mlp.down", layout=stacked_in_turns),
+        "mlp.experts.down_proj_bias": Target("mlp.down", layout=stacked_in_turns, leaf="bias"),
+    },
+    **LAYER,
 )
 """A part of one expert alone is `in_turns` with itself: as it is."""
-DBRX = names(
+DBRX = HF | names(
     {
-        "wte": "embed",
-        "blocks.{}.norm_attn_norm.norm_1": "layers.{}.norm_in",
-        "blocks.{}.norm_attn_norm.attn.Wqkv": "layers.{}.mix.qkv",
-        "blocks.{}.norm_attn_norm.attn.out_proj": "layers.{}.mix.out",
-        "blocks.{}.norm_attn_norm.norm_2": "layers.{}.norm_mlp",
-        "blocks.{}.ffn.router.layer": "layers.{}.mlp.router.gate",
-        "blocks.{}.ffn.experts.mlp.w1": Target("layers.{}.mlp.gate_up", layout=stacked, parts=("gate",)),
-        "blocks.{}.ffn.experts.mlp.v1": Target("layers.{}.mlp.gate_up", layout=stacked, parts=("up",)),
-        "blocks.{}.ffn.experts.mlp.w2": Target("layers.{}.mlp.down", layout=stacked_transposed),
-        "norm_f": "norm_out",
+        "ffn.experts.mlp.w1": Target("mlp.gate_up", layout=stacked, parts=("gate",)),
+        "ffn.experts.mlp.v1": Target("mlp.gate_up", layout=stacked, parts=("up",)),
+        "ffn.experts.mlp.w2": Target("mlp.down", layout=stacked_transposed),
     },
-    prefix="transformer.",
-) | names({"lm_head": "head"})
-GGUF_DBRX = names({"attn_output_norm": "norm_mlp"}, **GGUF_LAYER)
-BAILING = names(
-    {
-        "model.word_embeddings": "embed",
-        "model.layers.{}.attention.query_key_value": "layers.{}.mix.qkv",
-        "model.layers.{}.attention.dense": "layers.{}.mix.out",
-    }
+    prefix="transformer.blocks.{}.",
+    to="layers.{}.",
 )
+GGUF_DBRX = names({"attn_output_norm": "norm_mlp"}, **GGUF_LAYER)
+BAILING = HF | names({"attention.query_key_value": "mix.qkv"}, **LAYER)
 
 
 class MixtralConfig(MoEConfig, frozen=True, kw_only=True):
@@ -267,51 +206,51 @@ def some_sparse(c: Any, moe: MoE, dense: MLP | None = None) -> list[Any]:
     return [moe if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)]
 
 
-@arch("MixtralForCausalLM", config=MixtralConfig, hf=MIXTRAL, gguf=GGUF_NEIGHBOURS)
+@arch("MixtralForCausalLM", config=MixtralConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
 def mixtral(c: MixtralConfig) -> Decoder:
     return pre_norm(c, Attention.of(c, window=c.sliding_window or 0), mixture(c, renorm=0.0))
 
 
-@arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, gguf=GGUF)
-@arch("PhiMoEForCausalLM", config=PhiMoEConfig, hf=MIXTRAL, like="Phimoe")
+@arch("PhimoeForCausalLM", config=PhiMoEConfig, hf=HF, gguf=GGUF)
+@arch("PhiMoEForCausalLM", config=PhiMoEConfig, hf=HF, like="Phimoe")
 def phimoe(c: PhiMoEConfig) -> Decoder:
     mix, norm = Attention.of(c, window=c.sliding_window or 0), LayerNorm(c.hidden_size, c.norm_eps)
     router = SparseMixer(c.hidden_size, c.num_experts, c.num_experts_per_tok, jitter=c.router_jitter_noise)
     return pre_norm(c, mix, MoE.of(c, router), norm, head_bias=c.lm_head_bias)
 
 
-@arch("OlmoeForCausalLM", config=OlmoeConfig, hf=QWEN_MOE, gguf=GGUF)
+@arch("OlmoeForCausalLM", config=OlmoeConfig, hf=HF, gguf=GGUF)
 def olmoe(c: OlmoeConfig) -> Decoder:
     return pre_norm(c, ClippedAttention.of(c, clip=c.clip_qkv, qk_norm=joint_norms(c)), mixture(c))
 
 
-@arch("Qwen2MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE, gguf=GGUF)
+@arch("Qwen2MoeForCausalLM", config=QwenMoEConfig, hf=HF, gguf=GGUF)
 def qwen2_moe(c: QwenMoEConfig) -> Decoder:
     mixes = [Attention.of(c, window=window, bias=c.qkv_bias) for window in c.windows()]
     moe = mixture(c, shared=MLP.of(c, ffn_size=c.shared_expert_intermediate_size), shared_gate=True)
     return pre_norm(c, mixes, some_sparse(c, moe))
 
 
-@arch("Qwen3MoeForCausalLM", config=QwenMoEConfig, hf=QWEN_MOE, gguf=GGUF)
+@arch("Qwen3MoeForCausalLM", config=QwenMoEConfig, hf=HF, gguf=GGUF)
 def qwen3_moe(c: QwenMoEConfig) -> Decoder:
     window = (c.use_sliding_window and c.sliding_window) or 0
     mix = Attention.of(c, window=window, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
     return pre_norm(c, mix, some_sparse(c, mixture(c)))
 
 
-@arch("DeepseekForCausalLM", config=DeepseekMoEConfig, hf=DEEPSEEK_MOE, gguf=GGUF_NEIGHBOURS, like="Qwen2Moe")
+@arch("DeepseekForCausalLM", config=DeepseekMoEConfig, hf=HF, gguf=GGUF_NEIGHBOURS, like="Qwen2Moe")
 def deepseek(c: DeepseekMoEConfig) -> Decoder:
     return pre_norm(c, Attention.of(c), some_sparse(c, mixture(c, shared=shared_experts(c))))
 
 
-@arch("BailingMoeForCausalLM", config=BailingConfig, hf=DEEPSEEK_MOE | BAILING, like="Qwen2Moe")
+@arch("BailingMoeForCausalLM", config=BailingConfig, hf=BAILING, like="Qwen2Moe")
 def bailing(c: BailingConfig) -> Decoder:
     mix = Attention.of(c, bias=c.use_qkv_bias or c.use_bias, out_bias=c.use_bias)
     return pre_norm(c, mix, some_sparse(c, mixture(c, shared=shared_experts(c))))
 
 
 def _with_predictors(c: DeepseekMoEConfig) -> Names:
-    return DEEPSEEK_MOE | without_predictors(c)
+    return HF | without_predictors(c)
 
 
 def _gguf_with_predictors(c: DeepseekMoEConfig) -> Names:
@@ -325,27 +264,27 @@ def glm4_moe(c: SolarOpenConfig) -> Decoder:
     return pre_norm(c, Attention.of(c, out_bias=False, qk_norm=head_norm), some_sparse(c, sigmoid_mixture(c)))
 
 
-@arch("Dots1ForCausalLM", config=Dots1Config, hf=DEEPSEEK_MOE, gguf=GGUF)
+@arch("Dots1ForCausalLM", config=Dots1Config, hf=HF, gguf=GGUF)
 def dots1(c: Dots1Config) -> Decoder:
     norm = RMSNorm(c.head_dim, c.norm_eps)
     mixes = [Attention.of(c, window=window, qk_norm=norm) for window in c.windows()]
     return pre_norm(c, mixes, some_sparse(c, sigmoid_mixture(c)))
 
 
-@arch("Ernie4_5_MoeForCausalLM", config=ErnieMoEConfig, hf=halves(ERNIE_MOE), gguf=GGUF_NEIGHBOURS)
+@arch("Ernie4_5_MoeForCausalLM", config=ErnieMoEConfig, hf=halves(HF), gguf=GGUF_NEIGHBOURS)
 def ernie_moe(c: ErnieMoEConfig) -> Decoder:
     bias = c.use_bias
     moe = mixture(c, shared=shared_experts(c, bias=bias), correction=True, renorm=0.0)
     return pre_norm(c, Attention.of(c, bias=bias, out_bias=bias), some_sparse(c, moe, MLP.of(c, bias=bias)))
 
 
-@arch("HunYuanMoEV1ForCausalLM", config=HunyuanMoEConfig, hf=HUNYUAN_MOE, gguf=GGUF)
+@arch("HunYuanMoEV1ForCausalLM", config=HunyuanMoEConfig, hf=HF, gguf=GGUF)
 def hunyuan_moe(c: HunyuanMoEConfig) -> Decoder:
     mix = LateNormAttention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
     return pre_norm(c, mix, mixture(c, shared=MLP.of(c), renorm=0.0))
 
 
-@arch("MiniMaxM2ForCausalLM", config=MiniMaxM2Config, hf=MINIMAX_M2, gguf=GGUF)
+@arch("MiniMaxM2ForCausalLM", config=MiniMaxM2Config, hf=HF, gguf=GGUF)
 def minimax_m2(c: MiniMaxM2Config) -> Decoder:
     mix = Attention.of(c, qk_norm=joint_norms(c))
     return pre_norm(c, mix, mixture(c, score="sigmoid", correction=True, renorm=0.0))

@@ -19,7 +19,6 @@ _LAMBDAS = {f"self_attn.lambda_{name}": Target(f"mix.{name}", leaf="weight") for
 MOTIF = HF | names(
     {
         **_LAMBDAS,
-        "self_attn.subln": "mix.norm_y",
         "mlp.act_fn.weight": Target("mlp.act.factors", leaf="weight"),
         "mlp.act_fn.bias": Target("mlp.act.offset", leaf="weight"),
     },

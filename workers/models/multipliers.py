@@ -18,7 +18,6 @@ from cableway.workers.models.registry import arch
 
 GRANITE_MOE = HF | names(
     {
-        "block_sparse_moe.router.layer": "mlp.router.gate",
         "block_sparse_moe.input_linear": Target("mlp.gate_up", layout=stacked),
         "block_sparse_moe.output_linear": Target("mlp.down", layout=stacked),
         "shared_mlp.input_linear": "mlp.shared.gate_up",

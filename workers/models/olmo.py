@@ -9,25 +9,8 @@ from cableway.workers.blocks.norm import JointNorm, PlainLayerNorm, RMSNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Window, every
 from cableway.workers.models.frames import post_norm, pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.hf_names import ATTENTION, EMBEDDINGS, GATED_MLP, GPT, GPT_LAYER, HF, LAYER
-from cableway.workers.models.names import names, of_mlp, of_parts
+from cableway.workers.models.hf_names import HF, POST_NORM
 from cableway.workers.models.registry import arch
-
-POST_NORMS = names({"post_attention_layernorm": "norm_mix_out", "post_feedforward_layernorm": "norm_mlp_out"}, **LAYER)
-OLMO2 = EMBEDDINGS | ATTENTION | GATED_MLP | POST_NORMS
-EXAONE = (
-    GPT
-    | names({}, ignored=("transformer.rotary",))
-    | names(
-        {
-            **of_parts("attn.attention.*_proj", "mix.qkv"),
-            "attn.attention.out_proj": "mix.out",
-            **of_mlp("mlp.*", gate="c_fc_0", up="c_fc_1", down="c_proj"),
-        },
-        ignored=("attn.attention.rotary",),
-        **GPT_LAYER,
-    )
-)
 
 
 class OlmoConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -71,12 +54,12 @@ def joint_norms(c: DecoderConfig) -> tuple[JointNorm, JointNorm]:
     return JointNorm(heads, c.norm_eps), JointNorm(kv_heads, c.norm_eps)
 
 
-@arch("Olmo2ForCausalLM", config=Olmo2Config, hf=OLMO2, gguf=GGUF)
+@arch("Olmo2ForCausalLM", config=Olmo2Config, hf=HF | POST_NORM, gguf=GGUF)
 def olmo2(c: Olmo2Config) -> Decoder:
     return post_norm(c, Attention.of(c, qk_norm=joint_norms(c)))
 
 
-@arch("Olmo3ForCausalLM", config=Olmo3Config, hf=OLMO2, gguf=GGUF)
+@arch("Olmo3ForCausalLM", config=Olmo3Config, hf=HF | POST_NORM, gguf=GGUF)
 def olmo3(c: Olmo3Config) -> Decoder:
     kinds = {
         kind: Attention.of(c, rope=c.rope(kind), window=window, qk_norm=joint_norms(c))
@@ -85,7 +68,7 @@ def olmo3(c: Olmo3Config) -> Decoder:
     return post_norm(c, c.by_layer(c.layer_types, kinds))
 
 
-@arch("Exaone4ForCausalLM", config=Exaone4Config, hf=OLMO2, gguf=GGUF)
+@arch("Exaone4ForCausalLM", config=Exaone4Config, hf=HF | POST_NORM, gguf=GGUF)
 def exaone4(c: Exaone4Config) -> Decoder:
     norm, window = RMSNorm(c.head_dim, c.norm_eps), c.sliding_window
     near = Attention.of(c, window=window or 0, qk_norm=norm)
@@ -93,6 +76,6 @@ def exaone4(c: Exaone4Config) -> Decoder:
     return post_norm(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))
 
 
-@arch("ExaoneForCausalLM", config=DecoderConfig, hf=EXAONE, gguf=GGUF, like="Llama")
+@arch("ExaoneForCausalLM", config=DecoderConfig, hf=HF, gguf=GGUF, like="Llama")
 def exaone(c: DecoderConfig) -> Decoder:
     return pre_norm(c, Attention.of(c))

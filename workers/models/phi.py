@@ -8,19 +8,7 @@ from cableway.workers.models.config import DecoderConfig, Window
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, PLAIN_MLP
 from cableway.workers.models.hf_names import HF
-from cableway.workers.models.names import names
 from cableway.workers.models.registry import arch
-
-PHI = HF | names(
-    {
-        "model.final_layernorm": "norm_out",
-        "model.layers.{}.self_attn.dense": "layers.{}.mix.out",
-        "model.layers.{}.self_attn.q_layernorm": "layers.{}.mix.q_norm",
-        "model.layers.{}.self_attn.k_layernorm": "layers.{}.mix.k_norm",
-        "model.layers.{}.mlp.fc1": "layers.{}.mlp.up",
-        "model.layers.{}.mlp.fc2": "layers.{}.mlp.down",
-    }
-)
 
 
 class PhiConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -35,7 +23,7 @@ class Phi3Config(DecoderConfig, frozen=True, kw_only=True):
     sliding_window: Window | None = None
 
 
-@arch("PhiForCausalLM", config=PhiConfig, hf=PHI, gguf=GGUF | PLAIN_MLP)
+@arch("PhiForCausalLM", config=PhiConfig, hf=HF, gguf=GGUF | PLAIN_MLP)
 def phi(c: PhiConfig) -> Decoder:
     head_norm = LayerNorm(c.head_dim, c.norm_eps) if c.qk_layernorm else None
     mix = Attention.of(c, bias=True, out_bias=True, qk_norm=head_norm)

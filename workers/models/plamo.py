@@ -19,28 +19,10 @@ from cableway.workers.models.gguf_names import (
     less,
     logs_of_negatives,
 )
-from cableway.workers.models.hf_names import EMBEDDINGS
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.layouts import by_group, flat, in_order, repeated
 from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.registry import arch
-
-PLAMO = EMBEDDINGS | names(
-    {
-        "pre_mixer_norm": "norm_in",
-        "mixer.qkv_proj": "mix.qkv",
-        "mixer.q_norm": "mix.q_norm",
-        "mixer.k_norm": "mix.k_norm",
-        "mixer.o_proj": "mix.out",
-        "post_mixer_norm": "norm_mix_out",
-        "pre_mlp_norm": "norm_mlp",
-        "mlp.gate_up_proj": "mlp.gate_up",
-        "mlp.down_proj": "mlp.down",
-        "post_mlp_norm": "norm_mlp_out",
-    },
-    prefix="model.layers.layers.{}.",
-    to="layers.{}.",
-)
-
 
 _AFTER = {"norm_mix_out": 1 / 5, "norm_mlp_out": 5**-1.5}
 """Slot -> how much less than its weights is stored, for norms after sublayers."""
@@ -104,7 +86,7 @@ def lessened(c: DecoderConfig, mixes: list[Any]) -> Decoder:
     return sandwich(c, mixes, norm=norm, mix_out=mix_out, mlp_out=mlp_out)
 
 
-@arch("Plamo3ForCausalLM", config=Plamo3Config, hf=PLAMO, gguf=GGUF_PLAMO, like="Gemma3")
+@arch("Plamo3ForCausalLM", config=Plamo3Config, hf=HF, gguf=GGUF_PLAMO, like="Gemma3")
 def plamo3(c: Plamo3Config) -> Decoder:
     norm = RMSNorm(c.head_dim, c.norm_eps, 1.0)
     windows = {"full_attention": 0, "sliding_attention": c.window_size}
@@ -121,18 +103,14 @@ def _plamo2_names(c: Plamo2Config) -> Names:
         "q_weight": Target("q_norm", layout=flat),
         "k_weight": Target("k_norm", layout=flat),
         "in_proj": Target("project", layout=_BY_HEAD),
-        "conv1d": "conv",
         "bcdt_proj": Target("select", layout=_SELECTED),
         "dt_norm_weight": "dt_norm",
         "B_norm_weight": "b_norm",
         "C_norm_weight": "c_norm",
-        "dt_proj": "dt",
         "dt_bias": Target("dt", leaf="bias"),
         "A_log": Target("a_log", layout=repeated(c.mamba_d_state)),
-        "D": "d",
-        "out_proj": "out",
     }
-    return PLAMO | names(mixer, prefix="model.layers.layers.{}.mixer.", to="layers.{}.mix.")
+    return HF | names(mixer, prefix="model.layers.layers.{}.mixer.", to="layers.{}.mix.")
 
 
 def _plamo2_gguf(c: Plamo2Config) -> Names:

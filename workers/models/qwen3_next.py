@@ -15,8 +15,8 @@ from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_MIX, MID_NORM, larger_norms, value_heads_in_turns
 from cableway.workers.models.hf_names import HF, LAYER, of_text, without_predictors
 from cableway.workers.models.layouts import by_group
-from cableway.workers.models.moe import QWEN_MOE, mixture, some_sparse
-from cableway.workers.models.names import Names, Target, names, of_parts
+from cableway.workers.models.moe import mixture, some_sparse
+from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.olmo import joint_norms
 from cableway.workers.models.registry import arch
 
@@ -56,15 +56,8 @@ def _names(c: Qwen3NextConfig) -> Names:
         "linear_attn.in_proj_qkvz": Target("mix.project", layout=by_key_head),
         "linear_attn.in_proj_ba": Target("mix.steps", layout=by_key_head),
         "linear_attn.in_proj_qkv": Target("mix.project", parts=("q", "k", "v")),
-        "linear_attn.in_proj_z": "mix.project.z",
-        **of_parts("linear_attn.in_proj_*", "mix.steps", "ab"),
-        "linear_attn.conv1d": "mix.conv",
-        "linear_attn.A_log": "mix.a_log",
-        "linear_attn.dt_bias": "mix.dt_bias",
-        "linear_attn.norm": "mix.norm",
-        "linear_attn.out_proj": "mix.out",
     }
-    return QWEN_MOE | names(mixers, **LAYER) | Names(beyond=("mtp.",))
+    return HF | names(mixers, **LAYER) | Names(beyond=("mtp.",))
 
 
 def _gguf(c: Qwen3NextConfig) -> Names:
@@ -120,26 +113,13 @@ class OlmoHybridConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 def _olmo_names(c: OlmoHybridConfig) -> Names:
-    linear = {
-        **of_parts("*_proj", "project"),
-        "g_proj": "project.z",
-        **of_parts("*_proj", "steps", "ab"),
-        **of_parts("*_conv1d", "conv"),
-        "A_log": "a_log",
-        "dt_bias": "dt_bias",
-        "o_norm": "norm",
-        "o_proj": "out",
-    }
-    after = {
-        "model.layers.{}.attention_layer_norm": "layers.{}.norm_in",
-        "model.layers.{}.feedforward_layer_norm": "layers.{}.norm_mlp",
-    }
+    after = {}
     for i, kind in enumerate(c.layer_types):
         if kind == "full_attention":
             after[f"model.layers.{i}.post_attention_layernorm"] = f"layers.{i}.norm_mix_out"
             after[f"model.layers.{i}.feedforward_layer_norm"] = f"layers.{i}.norm_mix_out"  # as transformers saves it
             after[f"model.layers.{i}.post_feedforward_layernorm"] = f"layers.{i}.norm_mlp_out"
-    return HF | names(linear, prefix="model.layers.{}.linear_attn.", to="layers.{}.mix.") | names(after)
+    return HF | names(after)
 
 
 @arch("OlmoHybridForCausalLM", config=OlmoHybridConfig, hf=_olmo_names)

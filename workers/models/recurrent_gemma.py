@@ -11,33 +11,24 @@ from cableway.workers.blocks.mlp import MLP, Activation
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import DecoderConfig, Factor, Size, Window
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.hf_names import EMBEDDINGS, LAYER
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.layouts import by_head_transposed, flat
-from cableway.workers.models.names import Target, names, of_mlp, of_parts
+from cableway.workers.models.names import Target, names, of_parts
 from cableway.workers.models.registry import arch
 
-RECURRENT_GEMMA = (
-    EMBEDDINGS
-    | names({"model.final_norm": "norm_out"})
-    | names(
-        {
-            "temporal_pre_norm": "norm_in",
-            **of_parts("temporal_block.*_proj", "mix.qkv"),
-            "temporal_block.o_proj": "mix.out",
-            **of_parts("temporal_block.linear_*", "mix.project", "xy"),
-            "temporal_block.linear_out": "mix.out",
-            "temporal_block.conv_1d": "mix.conv",
-            "temporal_block.rg_lru.input_gate_weight": Target("mix.gates.taken", layout=by_head_transposed),
-            "temporal_block.rg_lru.input_gate_bias": Target("mix.gates.taken", layout=flat, leaf="bias"),
-            "temporal_block.rg_lru.recurrent_gate_weight": Target("mix.gates.decay", layout=by_head_transposed),
-            "temporal_block.rg_lru.recurrent_gate_bias": Target("mix.gates.decay", layout=flat, leaf="bias"),
-            "temporal_block.rg_lru.recurrent_param": "mix.rate",
-            "channel_pre_norm": "norm_mlp",
-            **of_mlp("mlp_block.*"),
-        },
-        ignored=("temporal_block.rotary_emb",),
-        **LAYER,
-    )
+RECURRENT_GEMMA = HF | names(
+    {
+        **of_parts("linear_*", "project", "xy"),
+        "linear_out": "out",
+        "conv_1d": "conv",
+        "rg_lru.input_gate_weight": Target("gates.taken", layout=by_head_transposed),
+        "rg_lru.input_gate_bias": Target("gates.taken", layout=flat, leaf="bias"),
+        "rg_lru.recurrent_gate_weight": Target("gates.decay", layout=by_head_transposed),
+        "rg_lru.recurrent_gate_bias": Target("gates.decay", layout=flat, leaf="bias"),
+        "rg_lru.recurrent_param": "rate",
+    },
+    prefix="model.layers.{}.temporal_block.",
+    to="layers.{}.mix.",
 )
 
 

@@ -10,7 +10,7 @@ from cableway.workers.blocks.norm import LayerNorm, Scale
 from cableway.workers.models.config import DecoderConfig, Factor
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
-from cableway.workers.models.hf_names import GPT, GPT_LAYER, HF
+from cableway.workers.models.hf_names import GPT_LAYER, HF
 from cableway.workers.models.layouts import by_group, normalised_rows, transposed
 from cableway.workers.models.names import Names, Target, names, of_mlp
 from cableway.workers.models.registry import arch
@@ -18,30 +18,12 @@ from cableway.workers.models.registry import arch
 _NORMED_HEAD_VOCAB_SIZE = 125_696
 """Of Baichuan 2, whose rows of the head are normalised before they are used."""
 
-BAICHUAN = HF | names({"model.layers.{}.self_attn.W_pack": "layers.{}.mix.qkv"})
-
 NORMED_HEAD = names({"lm_head": Target("head", layout=normalised_rows)})
 _QWEN = {"attn.c_attn": "mix.qkv", "attn.c_proj": "mix.out", **of_mlp("mlp.*", gate="w2", up="w1", down="c_proj")}
-QWEN = GPT | names(_QWEN, **GPT_LAYER) | names({}, ignored=("transformer.rotary_emb",))
-TELECHAT2 = names(
-    {
-        "word_embeddings": "embed",
-        "h.{}.input_layernorm": "layers.{}.norm_in",
-        "h.{}.self_attention.query": "layers.{}.mix.qkv.q",
-        "h.{}.self_attention.key_value": Target("layers.{}.mix.qkv", layout=by_group, parts=("k", "v")),
-        "h.{}.self_attention.dense": "layers.{}.mix.out",
-        "h.{}.post_attention_layernorm": "layers.{}.norm_mlp",
-        **of_mlp("h.{}.mlp.*", "layers.{}.mlp"),
-        "ln_f": "norm_out",
-    },
-    prefix="transformer.",
-) | names({"lm_head": "head"})
+QWEN = HF | names(_QWEN, **GPT_LAYER)
+TELECHAT2 = HF | names({"self_attention.key_value": Target("mix.qkv", layout=by_group, parts=("k", "v"))}, **GPT_LAYER)
 _JAIS = {"attn.c_attn": "mix.qkv", "attn.c_proj": "mix.out", **of_mlp("mlp.*", gate="c_fc2", up="c_fc", down="c_proj")}
-JAIS = (
-    GPT
-    | names({name: Target(slot, layout=transposed) for name, slot in _JAIS.items()}, **GPT_LAYER)
-    | names({}, ignored=("transformer.relative_pe",))
-)
+JAIS = HF | names({name: Target(slot, layout=transposed) for name, slot in _JAIS.items()}, **GPT_LAYER)
 GGUF_NORMED_HEAD = names({"output": Target("head", layout=normalised_rows)})
 
 
@@ -77,7 +59,7 @@ class JaisConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 def _baichuan_names(c: BaichuanConfig) -> Names:
-    return BAICHUAN | NORMED_HEAD if c.vocab_size == _NORMED_HEAD_VOCAB_SIZE else BAICHUAN
+    return HF | NORMED_HEAD if c.vocab_size == _NORMED_HEAD_VOCAB_SIZE else HF
 
 
 def _baichuan_gguf(c: BaichuanConfig) -> Names:

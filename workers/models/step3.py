@@ -10,18 +10,16 @@ from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.layouts import stacked
 from cableway.workers.models.moe import mixture, some_sparse
-from cableway.workers.models.names import Target, names, of_mlp
+from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
 STEP3 = HF | names(
     {
         "self_attn.inter_norm": "mix.latent_norm",
         "self_attn.wq": "mix.up",
-        "moe.gate": "mlp.router.gate",
         "moe.gate_proj": Target("mlp.gate_up", layout=stacked, parts=("gate",)),
         "moe.up_proj": Target("mlp.gate_up", layout=stacked, parts=("up",)),
         "moe.down_proj": Target("mlp.down", layout=stacked),
-        **of_mlp("share_expert.*", "mlp.shared"),
     },
     **LAYER,
 )

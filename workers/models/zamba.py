@@ -13,13 +13,11 @@ from cableway.workers.blocks.mamba import HeadedMamba, Mamba2
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Never, Size
-from cableway.workers.models.hf_names import EMBEDDINGS, LAYER
+from cableway.workers.models.hf_names import HF, LAYER, RECURRENT, known_as
 from cableway.workers.models.layouts import by_head, flat, in_turns
-from cableway.workers.models.mamba import MIXER
 from cableway.workers.models.names import Names, Target, names, of_mlp, of_parts
 from cableway.workers.models.registry import arch
 
-ZAMBA = EMBEDDINGS | names({"model.final_layernorm": "norm_out"})
 _DETOUR = {
     "input_layernorm": "norm_both",
     **of_parts("self_attn.*_proj", "attention.qkv"),
@@ -42,9 +40,9 @@ def _names(c: "ZambaConfig | Zamba2Config", detour: str, mixer: dict[str, str | 
     """`detour`: what the blocks that layers share are called; they are in the first of these layers."""
     own = {"input_layernorm": "norm_in", "mamba_decoder.input_layernorm": "norm_in", "linear": "join"}
     own |= {f"{detour}.{name}": path for name, path in _DETOUR.items()}
-    scheme = ZAMBA | names(own, **LAYER)
+    scheme = HF | names(own, **LAYER)
     for name in ("mamba", "mamba_decoder.mamba"):
-        scheme |= names(mixer, prefix=f"model.layers.{{}}.{name}.", to="layers.{}.mix.")
+        scheme |= names(known_as(RECURRENT) | mixer, prefix=f"model.layers.{{}}.{name}.", to="layers.{}.mix.")
     return scheme | Names(beyond=tuple(f"model.layers.{i}.{detour}." for i in c.detours[c.num_mem_blocks :]))
 
 
@@ -64,11 +62,11 @@ def _adapters(c: "Zamba2Config") -> Names:
 
 
 def _zamba_names(c: "ZambaConfig") -> Names:
-    return _names(c, "shared_transf", MIXER | _HEADED)
+    return _names(c, "shared_transf", _HEADED)
 
 
 def _zamba2_names(c: "Zamba2Config") -> Names:
-    return _names(c, "shared_transformer", MIXER) | _adapters(c)
+    return _names(c, "shared_transformer", {}) | _adapters(c)
 
 
 class SharingConfig(DecoderConfig, frozen=True, kw_only=True):
