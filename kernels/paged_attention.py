@@ -3,7 +3,8 @@
 Formula and arguments: attention_plan.py. The sequences that come first and bring one token each are computed by
 cluster_decode.py where it fits and there are no others, else by hopper_decode.py where it fits, else by
 paged_decode.py; the others by hopper_prefill.py where it fits, else by paged_prefill.py, which computes all of them
-where results must be invariant. What is launched depends on shapes alone: a captured graph may replay it.
+where results must be invariant. What is launched depends on shapes alone, and on how long a sequence may be: a captured
+graph may replay it.
 
 Bound: bytes for decode (keys and values of every sequence), FLOPs for prefill (4 * head_dim a head and visible key).
 """

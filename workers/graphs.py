@@ -1,9 +1,10 @@
 """CUDA graphs of whole steps: from row numbers on the device to logits and drawn tokens, by two or three calls.
 
 A step is hundreds of kernels, which take the host longer to start than the GPU to run. Steps of one token a row are
-captured for some numbers of rows, all others for some numbers of tokens, and each is run by the next larger graph: what
-is too much is nobody's. Graphs are captured while there is nothing else to do, largest first as the others fit into its
-memory, or when they are first needed, by a step that is carried out without.
+captured for some numbers of rows (few rows twice, as kernels for short sequences are others), all others for some
+numbers of tokens, and each is run by the next larger graph: what is too much is nobody's. Graphs are captured while
+there is nothing else to do, largest first as the others fit into its memory, or when they are first needed, by a step
+that is carried out without.
 """
 
 from bisect import bisect_left
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cableway.kernels.cluster_decode import longest as longest_of_few
 from cableway.workers.batch import Decoder
 from cableway.workers.rows import NO_CHUNKS, Chunks, Rows, upload, upload_into
 from cableway.workers.sampler import Sampler
@@ -79,9 +81,11 @@ class StepGraphs:
         self._hidden: Tensor | None = None  # [max_num_seqs + 1, E], once it is known what a hidden state is
         self._pool = torch.cuda.graph_pool_handle()
         self._row_sizes, self._token_sizes = row_sizes(max_num_seqs), token_sizes(max_num_tokens)
-        drawing = [self._nobodies(size) for size in self._row_sizes]
-        self._singles, self._heads, self._draws = (
-            [Captured(inputs, self._pool) for inputs in drawing] for _ in range(3)
+        drawing = {size: self._nobodies(size) for size in self._row_sizes}
+        few = {size: drawing[size] for size in drawing if 0 < longest_of_few(size) < rows.tokens.shape[1]}
+        self._shorts, self._singles, self._heads, self._draws = (
+            {size: Captured(inputs, self._pool) for size, inputs in each.items()}
+            for each in (few, drawing, drawing, drawing)
         )
         self._bodies: dict[int, Captured] = {}
 
@@ -90,8 +94,8 @@ class StepGraphs:
         for size in self._token_sizes:
             packed = self._rows.padded(NO_CHUNKS, min(self._max_num_seqs, size) + 1, size)
             self._body(size, upload(packed, self._device))
-        for function in (self._single, self._head, self._draw):
-            for graph in self._singles:
+        for graphs, function in self._kinds():
+            for graph in graphs.values():
                 function(graph.inputs)
 
     def capture_next(self) -> bool:
@@ -108,12 +112,18 @@ class StepGraphs:
             return (partial(self._run_body, NO_CHUNKS, size) for size in sizes if size not in self._bodies)
 
         yield from bodies(self._token_sizes[-1:])
-        kinds = (self._singles, self._single), (self._heads, self._head), (self._draws, self._draw)
-        for which in reversed(range(len(self._row_sizes))):
-            for graphs, function in kinds:
-                if not graphs[which].is_captured:
-                    yield partial(graphs[which].run, function)
+        for size in reversed(self._row_sizes):
+            for graphs, function in self._kinds():
+                if size in graphs and not graphs[size].is_captured:
+                    yield partial(graphs[size].run, function)
         yield from bodies(self._token_sizes[-2::-1])
+
+    def _kinds(self) -> Iterator[tuple[dict[int, Captured], Callable[[Tensor], None]]]:
+        """Graphs by number of rows, and what they are of."""
+        yield self._shorts, self._short
+        yield self._singles, self._single
+        yield self._heads, self._head
+        yield self._draws, self._draw
 
     def forward(self, chunks: Chunks, drawing: np.ndarray) -> Tensor | None:
         """Compute a step.
@@ -130,9 +140,12 @@ class StepGraphs:
             self._run_body(chunks, chunks.num_tokens)
             if not num_rows:
                 return None
-        self._which = bisect_left(self._row_sizes, num_rows)
-        graphs, function = (self._singles, self._single) if is_of_singles else (self._heads, self._head)
-        graph = graphs[self._which]
+        self._size = size = self._row_sizes[bisect_left(self._row_sizes, num_rows)]
+        graphs, function = self._heads, self._head
+        if is_of_singles:
+            is_short = size in self._shorts and chunks.ends.max() <= longest_of_few(size)
+            graphs, function = (self._shorts, self._short) if is_short else (self._singles, self._single)
+        graph = graphs[size]
         packed = np.zeros(graph.inputs.shape, np.int32)
         packed[0, :num_rows], packed[0, num_rows:] = chunks.rows[drawing], self._max_num_seqs
         packed[1, :num_rows], packed[2, :num_rows] = chunks.ends[drawing], drawing
@@ -142,7 +155,7 @@ class StepGraphs:
 
     def draw(self, num_rows: int) -> Tensor:
         """Draw from the logits that `forward` gave, and write the tokens into the rows: [R] i32, overwritten."""
-        self._draws[self._which].run(self._draw)
+        self._draws[self._size].run(self._draw)
         return self._token_ids[:num_rows]
 
     def _nobodies(self, num_rows: int) -> Tensor:
@@ -168,9 +181,15 @@ class StepGraphs:
             self._hidden = hidden.new_zeros(self._max_num_seqs + 1, hidden.shape[1])
         self._hidden[: len(hidden)].copy_(hidden)
 
+    def _short(self, inputs: Tensor) -> None:
+        self._step(inputs, longest_of_few(inputs.shape[1]))
+
     def _single(self, inputs: Tensor) -> None:
+        self._step(inputs, self._rows.tokens.shape[1])
+
+    def _step(self, inputs: Tensor, most_tokens: int) -> None:
         rows, seq_lens, _ = inputs
-        batch = self._rows.gather_singles(rows, seq_lens, invariant=self._invariant)
+        batch = self._rows.gather_singles(rows, seq_lens, most_tokens=most_tokens, invariant=self._invariant)
         self._decoder.logits(self._decoder.forward(batch, self._caches), out=self._logits[: len(rows)])
 
     def _head(self, inputs: Tensor) -> None:

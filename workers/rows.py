@@ -197,11 +197,15 @@ class Rows:
             logits_at=query_start[1:].long().sub_(1), may_have_singles=True, invariant=invariant,
         )  # fmt: skip
 
-    def gather_singles(self, rows: Tensor, seq_lens: Tensor, *, invariant: bool) -> Batch:
-        """Inputs of a step of one token a row, [S] i32 each, so that it can be captured. Length 0: nobody's."""
+    def gather_singles(self, rows: Tensor, seq_lens: Tensor, *, most_tokens: int, invariant: bool) -> Batch:
+        """Inputs of a step of one token a row, [S] i32 each, so that it can be captured. Length 0: nobody's.
+
+        Args:
+            most_tokens: of a sequence: no row has more.
+        """
         num_seqs = len(rows)
         return self._batch(
-            rows, seq_lens, self._index[: num_seqs + 1], num_seqs, 1, self.tokens.shape[1],
+            rows, seq_lens, self._index[: num_seqs + 1], num_seqs, 1, most_tokens,
             logits_at=None, may_have_singles=True, invariant=invariant,
         )  # fmt: skip
 

@@ -76,6 +76,7 @@ def test_tokens_are_the_same(
     monkeypatch.setattr(graphs, "_capture", PlayedGraph)
     for sizes in ("row_sizes", "token_sizes"):
         monkeypatch.setattr(graphs, sizes, lambda most: list(range(1, most + 1)))  # a CPU writes no rows of nobody
+    monkeypatch.setattr(graphs, "longest_of_few", lambda num_seqs: 16 if num_seqs < 3 else 0)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     runner, most = Runner(decoder, config), {"max_num_seqs": config.max_num_seqs, "max_num_tokens": 512}
     made = graphs.StepGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, **most)
@@ -93,18 +94,20 @@ def test_graphs_are_captured_one_at_a_time_the_largest_first(
     decoder: Decoder, config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
 ):
     runner, most = Runner(decoder, config), {"max_num_seqs": 3, "max_num_tokens": 50}
+    monkeypatch.setattr(graphs, "longest_of_few", {3: 0, 2: 10, 1: 1 << 20}.get)  # 1: as long as all may be
     monkeypatch.setattr(graphs, "_capture", PlayedGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     made = graphs.StepGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, **most)
     captured: list[tuple[str, int]] = []
     monkeypatch.setattr(made, "_body", lambda num_tokens, packed: captured.append(("body", num_tokens)))
-    for name in ("_single", "_head", "_draw"):
+    for name in ("_short", "_single", "_head", "_draw"):
         monkeypatch.setattr(made, name, lambda inputs, name=name: captured.append((name, inputs.shape[1])))
     num_captured = []
     while made.capture_next():
         num_captured.append(len(captured))
     assert num_captured == list(range(1, len(captured) + 1))
     rows = [(name, size) for size in (3, 2, 1) for name in ("_single", "_head", "_draw")]
+    rows.insert(3, ("_short", 2))
     assert captured == [("body", 50), *rows, *(("body", size) for size in graphs.token_sizes(50)[-2::-1])]
 
 
