@@ -6,10 +6,11 @@ is 1, or a multiple of 16), when it is first launched that way; for seconds noth
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,29 +26,42 @@ _others: tuple[Executor, dict[Any, Future[Any]]] | None = None
 """While compiling ahead: who compiles, and what they were given that Triton knows nothing of."""
 
 
+class Kernel(NamedTuple):
+    """What is compiled once, or found compiled on disk."""
+
+    name: str  # of one in Triton, with its module's
+    made_for: str | tuple[tuple[str, int | str], ...]  # as Triton puts it, or constants of one in CUDA C++
+
+
 class Counter:
-    """Names of kernels compiled by this process, or found compiled on disk, since `watch` was called."""
+    """Kernels that this process began to compile, or to load as compiled before, since `watch` was called."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.kernels: list[Kernel] = []
 
-    def __call__(self, *, fn: Any, **_: Any) -> None:
-        """What Triton calls."""
-        self.names.append(fn.name)
+    def __call__(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> None:
+        """What Triton calls; it goes on where nothing is returned."""
+        self.kernels.append(Kernel(f"{fn.module}.{fn.name}", compile["specialization_data"]))
 
 
 def watch() -> Counter:
     """Count from now on. Where there is no Triton, nothing is ever compiled."""
     counter = Counter()
     if triton is not None:
-        triton.knobs.runtime.jit_post_compile_hook = counter
+        # Once it is compiled, Triton tells only one of launches that need the same kernel and are not looked up alike.
+        triton.knobs.runtime.jit_cache_hook = counter
     return counter
 
 
-def count(name: str) -> None:
+def count(kernel: Kernel) -> None:
     """One more, that Triton knows nothing of."""
-    if isinstance(counter := triton.knobs.runtime.jit_post_compile_hook, Counter):
-        counter.names.append(name)
+    if isinstance(counter := triton.knobs.runtime.jit_cache_hook, Counter):
+        counter.kernels.append(kernel)
+
+
+def kept(*made_of: Any) -> Any:
+    """Where Triton keeps what depends on nothing but `made_of`, as it is printed: its `CacheManager`."""
+    return triton.runtime.cache.get_cache_manager(hashlib.sha256(repr(made_of).encode()).hexdigest())
 
 
 @contextmanager

@@ -7,34 +7,32 @@ of the driver can, which CUDA builds of torch bring along.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from threading import Lock
 from typing import Any
 
 import torch
 
 from cableway.kernels import compilation
-from cableway.kernels.lang import gpu_capability, triton
+from cableway.kernels.lang import gpu_capability
 
 Constants = tuple[tuple[str, int | str], ...]
 _opening = Lock()
 
 
+@dataclass(frozen=True)
 class CudaKernel:
-    """The kernel `name` of the file `name`.cu beside this one; it takes one struct by value.
+    """The kernel `name` of the file `name`.cu in `folder`; it takes one struct by value.
 
     What the file's macros stand for is told when it is launched: one kernel is compiled for each set of constants, and
     kept on disk beside Triton's.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._path = Path(__file__).with_name(f"{name}.cu")
+    name: str
+    folder: Path = Path(__file__).parent
 
     def __call__(
         self, constants: Constants, arguments: bytes, *, num_programs: int, num_threads: int, shared_bytes: int = 0,
@@ -68,17 +66,12 @@ class CudaKernel:
 
     def cubin(self, constants: Constants) -> bytes:
         """Machine code, compiled or as it was compiled before. Raises RuntimeError with what the compiler says."""
-        source = self._path.read_text()
-        headers = {path.name: path.read_text() for path in sorted(self._path.parent.glob("*.cuh"))}
+        source = (self.folder / f"{self.name}.cu").read_text()
+        headers = {path.name: path.read_text() for path in sorted(self.folder.glob("*.cuh"))}
         options = [f"-arch=sm_{gpu_capability()}a", "-std=c++17", *(f"-D{name}={value}" for name, value in constants)]
-        key = repr((source, headers, options)).encode()
-        kept = Path(triton.knobs.cache.dir) / f"cableway-{self.name}-{hashlib.sha256(key).hexdigest()[:32]}.cubin"
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=kept.parent, delete=False) as begun:  # another process may be at it, too
-                begun.write(_compiled(source, headers, self._path.name, options))
-            os.replace(begun.name, kept)
-        return kept.read_bytes()
+        kept, file = compilation.kept(source, headers, options), f"{self.name}.cubin"
+        path = kept.get_file(file) or kept.put(_compiled(source, headers, f"{self.name}.cu", options), file)
+        return Path(path).read_bytes()
 
 
 def _compiled(source: str, headers: dict[str, str], name: str, options: list[str]) -> bytes:
@@ -164,7 +157,7 @@ def _loaded(kernel: CudaKernel, constants: Constants) -> Any:
     most_bytes = _checked(driver.cuDeviceGetAttribute(most, _checked(driver.cuCtxGetDevice()))) - declared
     limit = of_function.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, limit, most_bytes))
-    compilation.count(kernel.name)
+    compilation.count(compilation.Kernel(kernel.name, constants))
     return function
 
 

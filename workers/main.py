@@ -193,10 +193,10 @@ class Worker:
             elif not step.is_of_run or self._is_time_to_tell(result.elapsed_us / 1e6):
                 self._tell()
         self._lifeline.beat(self._begun[0].share if self._begun else 0.0)
-        if names := self._compilations.names[self._num_compilations_told :]:
-            self._endpoint.send(Compiled(len(names)))
-            self._log.warning("compiled_after_ready", num=len(names), kernels=names)
-            self._num_compilations_told += len(names)
+        if kernels := self._compilations.kernels[self._num_compilations_told :]:
+            self._endpoint.send(Compiled(len(kernels)))
+            self._log.warning("compiled_after_ready", num=len(kernels), kernels=[kernel.name for kernel in kernels])
+            self._num_compilations_told += len(kernels)
 
     def _is_time_to_tell(self, step_s: float) -> bool:
         """Whether what a run has drawn can wait no longer: another step of `step_s` would be too long, or the core has

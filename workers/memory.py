@@ -100,13 +100,14 @@ def allocate(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype, device:
 
 def outline(decoder: Decoder, config: WorkerConfig, dtype: torch.dtype) -> KVCache:
     """A cache on the meta device, about as large as the one to come: the sizes of offsets depend on it."""
-
-    def most_bytes() -> int:
-        return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else _CPU_BYTES
-
     groups, meta = decoder.state_groups(), torch.device("meta")
     num_blocks = _num_blocks(config, groups, _block_bytes(groups, config, dtype), most_bytes, meta)
     return _make(groups, config, num_blocks, dtype, meta)
+
+
+def most_bytes() -> int:
+    """All of the GPU's memory; where there is none, what a CPU's cache has by default."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else _CPU_BYTES
 
 
 def _make(

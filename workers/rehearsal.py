@@ -14,7 +14,7 @@ from cableway.ipc import modelfiles
 from cableway.ipc.config import WorkerConfig
 from cableway.ipc.messages import NewRow, ints
 from cableway.kernels import compilation
-from cableway.workers import memory, weights
+from cableway.workers import memory, repertoire, weights
 from cableway.workers.account import Account
 from cableway.workers.graphs import StepGraphs
 from cableway.workers.rows import Chunks, Rows
@@ -27,7 +27,8 @@ _META = torch.device("meta")
 class Rehearsal(Thread):
     """Compiles for this process's GPU in a thread of its own; `wait` for it before the first step.
 
-    What was compiled before, and is still on disk, is loaded from there.
+    What was compiled before, and is still on disk, is loaded from there, and what an earlier start like this one has
+    found to be needed is not looked for again.
     """
 
     def __init__(self, config: WorkerConfig) -> None:
@@ -38,9 +39,13 @@ class Rehearsal(Thread):
 
     def run(self) -> None:
         try:
+            counter, known = compilation.watch(), repertoire.read(self._config)
+            self.account.note("repertoire_s")
             with torch.inference_mode(), compilation.ahead():
-                rehearse(self._config, self.account)
+                repertoire.load(known) if known else rehearse(self._config, self.account)
             self.account.note("compilers_s")
+            if not known:
+                repertoire.write(self._config, counter.kernels)
         except Exception as error:
             self._error = error
 

@@ -192,8 +192,7 @@ def test_latent_compiles(num_heads, rank, width, dtype, monkeypatch: pytest.Monk
 
 
 def test_what_does_not_compile_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    kernel = CudaKernel("broken")
-    monkeypatch.setattr(kernel, "_path", tmp_path / "broken.cu")
+    kernel = CudaKernel("broken", tmp_path)
     (tmp_path / "broken.cu").write_text("no such thing")
     monkeypatch.setattr("cableway.kernels.cuda.gpu_capability", lambda: 90)
     with pytest.raises(RuntimeError, match=r"broken\.cu does not compile: .*error"):

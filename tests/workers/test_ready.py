@@ -1,7 +1,9 @@
-"""Nothing is compiled after ready: steps of any shape ask for the kernels that the rehearsal asked for."""
+"""Nothing is compiled after ready: steps of any shape ask for the kernels that the rehearsal asked for, or its list."""
 
+import gc
 import json
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import torch
 
 from cableway.ipc.config import WorkerConfig
 from cableway.kernels import compilation
+from cableway.kernels.compilation import Kernel
 from cableway.kernels.cuda import CudaKernel
-from cableway.workers import rehearsal
+from cableway.workers import rehearsal, repertoire
 from cableway.workers.blocks.decoder import Decoder
 from tests.models.published import ABOUT, EXACTLY
 from tests.workers.running import worker_config
@@ -24,14 +27,26 @@ LENGTHS = [1, 1, 2, 3, 7, 16, 17, 33, 64, 100, 250]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
-    """All that would be compiled, as Triton knows it or with its constants. None is."""
-    kernels: set[Any] = set()
+def asked(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
+    """All that would be compiled. None is."""
+    counter = compilation.Counter()
+    kernels: set[Kernel] = set()
+
+    def note(**what: Any) -> bool:
+        counter(**what)
+        kernels.add(counter.kernels.pop())
+        return True  # Triton compiles nothing then
+
+    def note_cuda(kernel: CudaKernel, constants: Any) -> None:
+        kernels.add(Kernel(kernel.name, constants))
+
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    compile_it = lambda function, key, *_: kernels.add((function.__name__, key))  # noqa: E731
-    monkeypatch.setattr(triton.runtime.JITFunction, "_do_compile", compile_it)
-    monkeypatch.setattr(CudaKernel, "load", lambda kernel, constants: kernels.add((kernel.name, constants)))
+    for function in gc.get_objects():
+        if issubclass(type(function), triton.runtime.JITFunction):  # as in a new process
+            monkeypatch.setattr(function, "device_caches", defaultdict(function.create_binder))
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+    monkeypatch.setattr(CudaKernel, "load", note_cuda)
     return kernels
 
 
@@ -51,7 +66,11 @@ def test_steps_ask_for_nothing_new(model: str, tmp_path: Path, asked, monkeypatc
     )  # fmt: skip
     rehearse(config)
     known = set(asked)
-    assert known
+    assert {type(kernel.made_for) for kernel in known} == {str, tuple}
+    asked.clear()
+    with compilation.ahead():
+        repertoire.load(known)
+    assert asked == known, "what a list has made loaded is not what steps ask for"
     rng = random.Random(0)
 
     def other_steps(config: WorkerConfig) -> Iterator[Any]:
