@@ -6,12 +6,23 @@ of one head, and put their parts together without a way through memory.
 
 Bound: latency.
 
-PERF (H200, 8 KV heads of 128, bf16, behind rope_and_write in a graph, us; in brackets hopper_decode.py): with 16 query
-heads 2 x 130, 600, 2,000 keys 3.4, 5.7, 10.4 (6.9, 8.8, 12.5), 4 x 200, 600, 2,000 4.1, 7.8, 18.9 (8.1, 9.0, 16.5), 8 x
-200, 600 4.5, 8.7 (8.3, 10.9), 16 x 200, 600, 2,000 6.2, 13.6, 35.3 (8.9, 15.0, 36.0); with 32 2 x 130, 600, 2,000 3.3,
-7.3, 16.3 (7.3, 8.9, 13.0), 4 x 200, 600 5.2, 10.9 (8.4, 9.1), 8 x 200, 600 5.7, 11.2 (8.7, 11.5). More parts than here
-wait until as many neighbouring processors are free: 4 x 200 in four 7.1. One sequence, a step of 28 layers, ms at 128,
-300 and 3,500 keys: 0.533, 0.549, 0.755 (paged_decode.py 0.550, 0.648, 0.855); with 128 threads 0.552, 0.594, 1.128.
+PERF: H200, 8 KV heads of 128, behind rope_and_write in a graph, us; in brackets hopper_decode.py, paged_decode.py:
+
+    sequences x keys    with 16 query heads    with 32
+    1 x 130              3.5 ( 4.8,  5.8)       3.4 ( 5.0,  6.0)
+    1 x 600              4.0 ( 5.8, 12.3)       5.8 ( 6.2, 14.9)
+    1 x 4,000           10.6 (15.3, 15.3)      17.1 (16.2, 18.0)
+    1 x 8,000           19.2 (27.9, 15.8)      31.4 (30.0, 23.7)
+    2 x 130              3.4 ( 6.9,  5.9)       3.3 ( 7.3,  5.9)
+    2 x 2,000           10.4 (12.5, 15.3)      16.3 (13.0, 17.6)
+    4 x 200              4.1 ( 8.1,  6.2)       5.2 ( 8.4,  6.4)
+    4 x 1,000           10.7 ( 9.4, 15.1)      16.8 (10.6, 17.8)
+    8 x 200              4.5 ( 8.3,  6.8)       5.7 ( 8.7,  6.7)
+    8 x 500              7.2 ( 8.0, 11.6)       9.8 ( 8.9, 11.8)
+    16 x 200             6.2 ( 8.9,  8.5)       8.4 ( 9.1,  8.2)
+    16 x 500            11.6 (11.6, 13.0)      15.5 (12.3, 13.2)
+
+More parts than here wait until as many neighbouring processors are free: 4 x 200 in four 7.1.
 """
 
 from __future__ import annotations
@@ -30,12 +41,12 @@ _KERNEL = CudaKernel("cluster_decode")
 _PARTS = {8: 8, 16: 4, 64: 2, 128: 1}  # up to how many clusters: programs of each
 _MOST_ELEMENTS = 512  # of a KV head's query heads: they are held in registers
 _MOST_CLUSTERS_OF_WIDE = 64  # with more than half as many, whose programs have half as many threads
-_MOST_SEQS, _MOST_KEYS, _MOST_KEYS_EACH = 16, 4096, 512
+_LONGEST = {1: 4096, 2: 2048, 16: 512}  # up to how many sequences: tokens
 
 
 def longest(num_seqs: int) -> int:
     """Tokens of the longest of so many sequences for which this may be the faster; 0: it is not."""
-    return max(_MOST_KEYS // num_seqs, _MOST_KEYS_EACH) if num_seqs <= _MOST_SEQS else 0
+    return next((tokens for most, tokens in _LONGEST.items() if num_seqs <= most), 0)
 
 
 def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:

@@ -14,8 +14,8 @@ graph whose caches do not fit the L2 cache: 2 x 600 8.8 (15.1), 8 x 600 11.5 (15
 135 (156); lengths as in mixed256 at step 50 168 (170), 400 169 (170), 600 132 (136), 800 73.8 (79.0), 950 37.3 (49.1).
 Behind rope_and_write, as in a step: 2 x 600 10.1 (16.4), 16 x 600 17.9 (16.1), 24 x 600 22.0 (24.1), 64 x 600 41.8
 (50.1), 256 x 600 158.5 (159.6); with 16 query heads 158.5 (155.6). Another day, 16 x 200, 400, 600, 1,100, 2,000 9.1,
-11.3, 15.2, 23.1, 36.6 (8.2, 12.5, 15.0, 24.2, 39.9). All eight heads in one program, or two, or one, and
-tiles of 16 keys: 1 to 10 % slower.
+11.3, 15.2, 23.1, 36.6 (8.2, 12.5, 15.0, 24.2, 39.9), 1 x 8,000, 32,000 30.0, 53.8 (23.7, 51.2), 2 x 4,000 22.4 (18.5),
+8 x 2,000 23.7 (28.0). All eight heads in one program, or two, or one, and tiles of 16 keys: 1 to 10 % slower.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _MOST_STAGES = 12
 _WARPS = 4  # of a processor's programs, that multiply
 _LEAST_TILES = 4  # of a share
 _MOST_GROUP, _MOST_DIMS = 16, 192  # for which there are registers
+_LEAST_SEQS = 3  # of fewer, long ones, paged_decode.py is done sooner
 
 
 class Tuning(NamedTuple):
@@ -56,12 +57,13 @@ def _rule(num_kv_heads: int, head_dim: int, window: int) -> Tuning:
 
 
 def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
-    """Whether this kernel computes what is asked for, on the GPU at hand."""
+    """Whether this kernel computes what is asked for, on the GPU at hand, and is the faster."""
     (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
     is_half = q.dtype == cache.dtype != torch.float32
     are_panels = head_dim % _PANEL == 0 and head_dim <= _MOST_DIMS and block_size % _BOX_KEYS == 0
     is_small = num_heads // num_kv_heads <= _MOST_GROUP
-    return gpu_capability() == 90 and is_half and are_panels and is_small and not plan.invariant
+    are_several = len(plan.seq_lens) >= _LEAST_SEQS
+    return gpu_capability() == 90 and is_half and are_panels and is_small and are_several and not plan.invariant
 
 
 def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, *, tuned: Tuning | None = None) -> Tensor:
