@@ -70,7 +70,7 @@ class Attention(Mixer):
         """
         if "rope" not in options:
             options["rope"] = Rope.of(c.head_dim, c.rope_parameters)
-        if "bias" not in options and hasattr(c, "attention_bias"):
+        if "bias" not in options:
             options["bias"] = c.attention_bias
             options.setdefault("out_bias", getattr(c, "attention_out_bias", c.attention_bias))
         scores = Scores(c.head_dim**-0.5 if scale is None else scale, window, soft_cap, chunk=chunk)

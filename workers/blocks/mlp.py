@@ -102,7 +102,7 @@ class FeedForward(Block):
     def of(cls, c: Any, **options: Any) -> Self:
         if "act" not in options:
             options["act"] = Activation(c.hidden_act)
-        return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, "bias": getattr(c, "mlp_bias", False), **options})
+        return cls(c.hidden_size, **{"ffn_size": c.intermediate_size, "bias": c.mlp_bias, **options})
 
 
 class MLP(FeedForward):

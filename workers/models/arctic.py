@@ -12,7 +12,7 @@ from cableway.workers.models.gguf_names import GGUF_LAYER, GGUF_NEIGHBOURS
 from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.layouts import stacked
 from cableway.workers.models.moe import mixture
-from cableway.workers.models.names import Names, Target, names
+from cableway.workers.models.names import Names, Target, names, of_mlp
 from cableway.workers.models.registry import arch
 
 
@@ -20,8 +20,8 @@ class ArcticConfig(MoEConfig, frozen=True, kw_only=True):
     moe_layer_frequency: Size = 2
     parallel_attn_mlp_res: bool = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["parallel_attn_mlp_res"] = config.get("parallel_attn_mlp_res") and config.get("use_residual", True)
 
     def is_sparse(self, layer: int) -> bool:
@@ -49,6 +49,7 @@ def _names(c: ArcticConfig) -> Names:
         "block_sparse_moe.experts.{}.w3": "moe.gate_up.{}.up",
         "block_sparse_moe.experts.{}.w2": "moe.down.{}",
         "residual_layernorm": "norm_mlp",
+        **of_mlp("residual_mlp.*", gate="w1", up="w3", down="w2"),
     }
     sparse = [i for i in range(c.num_hidden_layers) if c.is_sparse(i)]
     norms = {f"model.layers.{i}.post_attention_layernorm": f"layers.{i}.norm_moe" for i in sparse}

@@ -1,13 +1,11 @@
 """Command-R: attention and MLP side by side after one LayerNorm without a bias; neighbouring pairs are rotated. In
 Command-R7B (Cohere 2) layers see a window, but for every fourth, which knows no positions."""
 
-from typing import Any
-
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
-from cableway.workers.models.config import DecoderConfig, Factor, Window, every
+from cableway.workers.models.config import DecoderConfig, Factor, Window
 from cableway.workers.models.frames import side_by_side
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
@@ -18,19 +16,13 @@ from cableway.workers.models.registry import arch
 class CohereConfig(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     logit_scale: Factor = 0.0625
-    attention_bias: bool = False
     use_qk_norm: bool = False
     tie_word_embeddings: bool = True
 
 
 class Cohere2Config(CohereConfig, frozen=True, kw_only=True):
     sliding_window: Window = 4096
-    layer_types: list[str] | None = None
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 4
-        config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
+    global_period = 4
 
 
 def command_r(c: CohereConfig, mix: Attention | list[Attention]) -> Decoder:
@@ -47,4 +39,4 @@ def cohere(c: CohereConfig) -> Decoder:
 @arch("Cohere2ForCausalLM", config=Cohere2Config, hf=halves(HF), gguf=halves(GGUF))
 def cohere2(c: Cohere2Config) -> Decoder:
     near, far = Attention.of(c, window=c.sliding_window), Attention.of(c, rope=None)
-    return command_r(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))
+    return command_r(c, c.by_layer({"sliding_attention": near, "full_attention": far}))

@@ -23,23 +23,19 @@ _SPELLINGS = {
     **dict.fromkeys(("n_embd", "d_model", "n_embed"), "hidden_size"),
     **dict.fromkeys(("n_layer", "n_layers", "num_layers", "decoder_layers"), "num_hidden_layers"),
     **dict.fromkeys(("n_head", "n_heads", "decoder_attention_heads"), "num_attention_heads"),
-    **dict.fromkeys(("num_kv_heads", "n_head_kv"), "num_key_value_heads"),
-    **dict.fromkeys(("n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim"), "intermediate_size"),
-    **dict.fromkeys(
-        (
-            "rms_norm_eps",
-            "layer_norm_eps",
-            "layer_norm_epsilon",
-            "layernorm_epsilon",
-            "norm_epsilon",
-            "rms_norm_epsilon",
-        ),
-        "norm_eps",
-    ),
-    **dict.fromkeys(("activation_function", "hidden_activation", "activation"), "hidden_act"),
+    **dict.fromkeys(("num_kv_heads", "n_head_kv", "num_attention_groups"), "num_key_value_heads"),
+    **dict.fromkeys(("n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "d_ff"), "intermediate_size"),
+    **dict.fromkeys(("kv_channels", "d_kv", "hidden_size_per_head"), "head_dim"),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon"), "norm_eps"),
+    **dict.fromkeys(("norm_epsilon", "rms_norm_epsilon"), "norm_eps"),
+    **dict.fromkeys(("activation_function", "hidden_activation", "activation", "mlp_hidden_act"), "hidden_act"),
+    "tie_embedding": "tie_word_embeddings",
     **dict.fromkeys(("n_positions", "max_seq_len", "n_ctx", "seq_length"), "max_position_embeddings"),
     **dict.fromkeys(("num_local_experts", "n_routed_experts", "moe_num_experts"), "num_experts"),
-    **dict.fromkeys(("moe_topk", "moe_k", "moe_top_k"), "num_experts_per_tok"),
+    **dict.fromkeys(("moe_topk", "moe_k", "moe_top_k", "num_experts_per_token"), "num_experts_per_tok"),
+    **dict.fromkeys(("moe_renormalize", "norm_expert_weight"), "norm_topk_prob"),
+    "num_expert_group": "n_group",
+    "expert_ffn_hidden_size": "moe_intermediate_size",
     **dict.fromkeys(("num_shared_experts", "moe_num_shared_experts"), "n_shared_experts"),
     **dict.fromkeys(("mamba_num_heads", "n_mamba_heads", "num_heads"), "mamba_n_heads"),
     "mamba_head_dim": "mamba_d_head",
@@ -47,10 +43,12 @@ _SPELLINGS = {
     **dict.fromkeys(("ssm_state_size", "state_size"), "mamba_d_state"),
     "conv_kernel": "mamba_d_conv",
     "use_conv_bias": "mamba_conv_bias",
+    "time_step_rank": "mamba_dt_rank",
     "padded_vocab_size": "vocab_size",
-    "kv_channels": "head_dim",
     "rotary_emb_base": "rope_theta",
     **dict.fromkeys(("rotary_pct", "rope_pct"), "partial_rotary_factor"),
+    "layers_block_type": "layer_types",
+    "_sliding_window_pattern": "sliding_window_pattern",
 }
 """Other names for what `DecoderConfig` calls by one. Of two names in a file the one that it uses wins."""
 _DERIVED_WHERE_NULL = (
@@ -73,17 +71,22 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     norm_eps: Epsilon = 1e-6
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    layer_types: list[str] | None = None
 
     rotary_frac: ClassVar[float] = 1.0
     """Part of a head that is rotated where a file has no `rope_parameters` and does not say."""
+    global_period: ClassVar[int] = 0
+    """Where a file does not say it: each how-many-th layer sees everything, the others a window; 0 = all the same."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
             raise ValueError(f"num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv_heads})")
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         """Add to a config what a family leaves to be derived from its other keys."""
 
     def head_axes(self) -> tuple[Axis, Axis]:
@@ -101,11 +104,16 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
             parameters = parameters[layer_type]
         return Rope.of(self.head_dim, parameters)
 
-    def by_layer(self, layer_types: Sequence[str] | None, values: Mapping[str, Any]) -> list[Any]:
-        """The value of each layer's type; ModelError when the types do not fit the layers."""
-        if layer_types is None or len(layer_types) != self.num_hidden_layers or not values.keys() >= set(layer_types):
+    def by_layer(self, values: Mapping[str, Any], kinds: Sequence[str] | None = None) -> list[Any]:
+        """The value of each layer's type, or kind; ModelError when these do not fit the layers."""
+        kinds = self.layer_types if kinds is None else kinds
+        if kinds is None or len(kinds) != self.num_hidden_layers or not values.keys() >= set(kinds):
             raise ModelError(f"config: layer_types does not name {self.num_hidden_layers} layers of {list(values)}")
-        return [values[kind] for kind in layer_types]
+        return [values[kind] for kind in kinds]
+
+    def windows(self) -> list[int]:
+        """Window of each layer, 0 = none, by its type, for families that have a `sliding_window`."""
+        return self.by_layer({"full_attention": 0, "sliding_attention": self.sliding_window or 0})
 
 
 class WindowedConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -114,14 +122,12 @@ class WindowedConfig(DecoderConfig, frozen=True, kw_only=True):
     use_sliding_window: bool = False
     sliding_window: Window | None = 4096
     max_window_layers: int = 28
-    layer_types: list[str] | None = None
 
     def windows(self) -> list[int]:
-        """Window of each layer, 0 = none; ModelError when `layer_types` does not fit."""
         window = (self.use_sliding_window and self.sliding_window) or 0
         if self.layer_types is None:
             return [window if i >= self.max_window_layers else 0 for i in range(self.num_hidden_layers)]
-        return self.by_layer(self.layer_types, {"full_attention": 0, "sliding_attention": window})
+        return self.by_layer({"full_attention": 0, "sliding_attention": window})
 
 
 class MoEConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -179,7 +185,7 @@ def read(config: Mapping[str, Any], kind: type[Config]) -> Config:
     fields = {field.name: field.required for field in msgspec.structs.fields(kind)}
     try:
         return msgspec.convert(_modern(config, kind, fields), kind)
-    except (msgspec.ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (msgspec.ValidationError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"config: {error}") from None
 
 
@@ -193,8 +199,13 @@ def _modern(config: Mapping[str, Any], kind: type[DecoderConfig], fields: Mappin
         if modern.get(name) is None:
             modern.pop(name, None)
     kind.derive(modern)
-    if not modern.get("rope_parameters"):
-        modern.setdefault("partial_rotary_factor", kind.rotary_frac)
+    if kind.global_period:
+        period = modern.get("sliding_window_pattern") or kind.global_period
+        modern.setdefault("layer_types", every(period, modern["num_hidden_layers"]))
+    if "mamba_dt_rank" in fields and modern.get("mamba_dt_rank", "auto") == "auto":
+        modern["mamba_dt_rank"] = -(-modern["hidden_size"] // 16)
+    if "qk_rope_head_dim" in fields:
+        modern["head_dim"] = modern.get("qk_rope_head_dim")
     if "moe_intermediate_size" in fields:
         modern.setdefault("moe_intermediate_size", modern.get("intermediate_size"))
         modern.setdefault("intermediate_size", modern["moe_intermediate_size"])
@@ -202,6 +213,10 @@ def _modern(config: Mapping[str, Any], kind: type[DecoderConfig], fields: Mappin
     modern.setdefault("num_key_value_heads", heads)
     if fields["head_dim"] and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         modern.setdefault("head_dim", hidden // heads)
+    if not modern.get("rope_parameters"):
+        if modern.get("rotary_dim"):
+            modern["partial_rotary_factor"] = modern["rotary_dim"] / modern["head_dim"]
+        modern.setdefault("partial_rotary_factor", kind.rotary_frac)
     rope = modern.get("rope_parameters") or modern.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ModelError(f"config: the rope parameters are no object but {rope!r}")

@@ -94,10 +94,6 @@ class DeepseekV3Config(DeepseekMoEConfig, frozen=True, kw_only=True):
     mlp_bias: Never = False
     topk_method: str = "greedy"
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        config["head_dim"] = config["qk_rope_head_dim"]
-
 
 class DeepseekV32Config(DeepseekV3Config, frozen=True, kw_only=True):
     q_lora_rank: Size
@@ -113,9 +109,8 @@ class GlmMoeDsaConfig(DeepseekV32Config, frozen=True, kw_only=True):
     index_n_heads: Size = 32
     indexer_rope_interleave: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        DeepseekV32Config.derive(config)
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         pattern = config.get("index_topk_pattern")
         if pattern is None:
             every, first = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset", 2) - 1
@@ -134,20 +129,14 @@ class MiniCPM3Config(MiniCPMConfig, frozen=True, kw_only=True):
     rope_interleave: bool = False
     tie_word_embeddings: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        MiniCPMConfig.derive(config)
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
+        super().derive(config)
         config.setdefault("v_head_dim", config["hidden_size"] // config["num_attention_heads"])
-        config["head_dim"] = config["qk_rope_head_dim"]
 
 
 class LongcatConfig(DeepseekV3Config, frozen=True, kw_only=True):
     zero_expert_num: Count = 0
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        DeepseekV3Config.derive(config)
-        config["moe_intermediate_size"] = config["expert_ffn_hidden_size"]
 
 
 def latent_attention(
@@ -201,7 +190,7 @@ def deepseek_v32(c: DeepseekV32Config) -> Decoder:
     index = Index(c.hidden_size, *sizes, rope=c.rope())
     mix = partial(latent_attention, c, kind=SparseLatentAttention)
     kinds = c.indexer_types or ["full"] * c.num_hidden_layers
-    mixes = c.by_layer(kinds, {"full": mix(index=index), "shared": mix(index=None)})
+    mixes = c.by_layer({"full": mix(index=index), "shared": mix(index=None)}, kinds)
     return pre_norm(c, mixes, some_sparse(c, sigmoid_mixture(c)))
 
 

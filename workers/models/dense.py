@@ -14,7 +14,6 @@ from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
 from cableway.workers.models.glm import halves
 from cableway.workers.models.hf_names import HF, LAYER, PLAIN_MLP, of_text
 from cableway.workers.models.layouts import stacked
-from cableway.workers.models.llama import LlamaConfig
 from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
@@ -32,12 +31,10 @@ GGUF_STABLELM = GGUF | names(
 class BiasConfig(DecoderConfig, frozen=True, kw_only=True):
     """Switches for biases under every name they go by: of q, k and v, of the attention's output, of the MLP."""
 
-    attention_bias: bool = False
     attention_out_bias: bool = False
-    mlp_bias: bool = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         everywhere = config.get("use_bias", config.get("bias", False))
         bias = config.get("attention_bias", config.get("qkv_bias", everywhere))
         config["attention_bias"] = bias
@@ -46,9 +43,9 @@ class BiasConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 class HeliumConfig(BiasConfig, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        BiasConfig.derive(config)
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
+        super().derive(config)
         config["attention_out_bias"] = False
 
 
@@ -79,8 +76,6 @@ class StableLmConfig(DecoderConfig, frozen=True, kw_only=True):
 class SmolLM3Config(WindowedConfig, frozen=True, kw_only=True):
     no_rope_layers: list[int] | None = None
     no_rope_layer_interval: Size = 4
-    attention_bias: bool = False
-    mlp_bias: bool = False
 
 
 class ErnieConfig(BiasConfig, frozen=True, kw_only=True):
@@ -119,8 +114,8 @@ def jais2(c: NormConfig) -> Decoder:
     return pre_norm(c, Attention.of(c), PlainMLP.of(c), LayerNorm(c.hidden_size, c.norm_eps))
 
 
-@arch("ApertusForCausalLM", config=LlamaConfig, hf=APERTUS)
-def apertus(c: LlamaConfig) -> Decoder:
+@arch("ApertusForCausalLM", config=DecoderConfig, hf=APERTUS)
+def apertus(c: DecoderConfig) -> Decoder:
     mix = Attention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps))
     return pre_norm(c, mix, PlainMLP.of(c, act=XIELU()))
 
@@ -142,14 +137,14 @@ def stablelm(c: StableLmConfig) -> Decoder:
     return (side_by_side if c.use_parallel_residual else pre_norm)(c, mix, MLP.of(c), norm)
 
 
-@arch("HunYuanDenseV1ForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF)
-@arch("HunYuanVLForConditionalGeneration", config=LlamaConfig, hf=of_text(HF), like="HunYuanDenseV1")
-def hunyuan(c: LlamaConfig) -> Decoder:
+@arch("HunYuanDenseV1ForCausalLM", config=DecoderConfig, hf=HF, gguf=GGUF)
+@arch("HunYuanVLForConditionalGeneration", config=DecoderConfig, hf=of_text(HF), like="HunYuanDenseV1")
+def hunyuan(c: DecoderConfig) -> Decoder:
     return pre_norm(c, LateNormAttention.of(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps)))
 
 
-@arch("BitNetForCausalLM", config=LlamaConfig, hf=HF)
-def bitnet(c: LlamaConfig) -> Decoder:
+@arch("BitNetForCausalLM", config=DecoderConfig, hf=HF)
+def bitnet(c: DecoderConfig) -> Decoder:
     norm = JointNorm(Axis("ffn", c.intermediate_size), c.norm_eps)
     return pre_norm(c, NormedAttention.of(c, eps=c.norm_eps), MLP.of(c, norm=norm))
 

@@ -9,9 +9,8 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import WeightedStreamLayer
 from cableway.workers.blocks.mlp import MLP, RetrievingMLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import Size, Window
+from cableway.workers.models.config import DecoderConfig, Size, Window
 from cableway.workers.models.hf_names import HF, LAYER
-from cableway.workers.models.llama import LlamaConfig
 from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
@@ -30,7 +29,7 @@ DOGE = HF | names(
 )
 
 
-class DogeConfig(LlamaConfig, frozen=True, kw_only=True):
+class DogeConfig(DecoderConfig, frozen=True, kw_only=True):
     is_moe: bool = False
     num_experts: Size = 16_384
     num_experts_per_tok: Size = 64
@@ -38,7 +37,7 @@ class DogeConfig(LlamaConfig, frozen=True, kw_only=True):
     keep_window_size: Size = 2048
 
     def __post_init__(self) -> None:
-        LlamaConfig.__post_init__(self)
+        DecoderConfig.__post_init__(self)
         if self.num_experts_per_tok > math.isqrt(self.num_experts) ** 2:
             raise ValueError(f"{self.num_experts_per_tok} of {self.num_experts} experts in a square")
 

@@ -29,8 +29,8 @@ class FalconConfig(DecoderConfig, frozen=True, kw_only=True):
     new_decoder_architecture: bool = False
     num_ln_in_parallel_attn: int | None = None
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config.setdefault("intermediate_size", 4 * config["hidden_size"])
         if not config.get("new_decoder_architecture"):
             config["num_key_value_heads"] = 1 if config.get("multi_query", True) else config["num_attention_heads"]
@@ -41,8 +41,8 @@ class BloomConfig(DecoderConfig, frozen=True, kw_only=True):
     apply_residual_connection_post_layernorm: Never = False
     tie_word_embeddings: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["intermediate_size"] = 4 * config["hidden_size"]
 
 
@@ -55,10 +55,10 @@ class MPTConfig(DecoderConfig, frozen=True, kw_only=True):
     softmax_scale: Factor | None = None
     max_position_embeddings: Size = 2048
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        config["intermediate_size"] = int(config.get("expansion_ratio", 4) * config["hidden_size"])
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config |= {key: value for key, value in (config.get("attn_config") or {}).items() if key not in config}
+        config["intermediate_size"] = int(config.get("expansion_ratio", 4) * config["hidden_size"])
 
 
 class OPTConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -72,8 +72,8 @@ class OPTConfig(DecoderConfig, frozen=True, kw_only=True):
     layer_norm_elementwise_affine: bool = True
     remove_final_layer_norm: bool = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["remove_final_layer_norm"] = config.get("_remove_final_layer_norm", False)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import Layer, Norm, ParallelLayer
 from cableway.workers.blocks.mlp import MLP
@@ -37,6 +38,16 @@ def side_by_side(c: DecoderConfig, mix: Any, mlp: Any, norm: Norm, **out: Any) -
     """Mixer and MLP on the same stream, after one norm."""
     layers = [ParallelLayer(norm_in=norm, mix=mix, mlp=mlp) for mix in _each(c, mix)]
     return Decoder(c, layers, norm_out=norm, **out)
+
+
+def near_and_far(c: Any, mixer: type[Attention] = Attention, **options: Any) -> list[Attention]:
+    """Attention of each layer, by its type: to a window or to everything, with the rotation of that type."""
+    kinds = {
+        kind: mixer.of(c, rope=c.rope(kind), window=window, **options)
+        for kind, window in (("full_attention", 0), ("sliding_attention", c.sliding_window or 0))
+        if kind in (c.layer_types or ())
+    }
+    return c.by_layer(kinds)
 
 
 def _each(c: DecoderConfig, block: Any) -> list[Any]:

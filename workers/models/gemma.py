@@ -6,8 +6,8 @@ from typing import Any
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
-from cableway.workers.models.config import DecoderConfig, Factor, Size, Window, every
-from cableway.workers.models.frames import pre_norm, sandwich
+from cableway.workers.models.config import DecoderConfig, Factor, Size, Window
+from cableway.workers.models.frames import near_and_far, pre_norm, sandwich
 from cableway.workers.models.gguf_names import GGUF, larger_norms
 from cableway.workers.models.hf_names import HF, POST_NORM, of_text
 from cableway.workers.models.registry import arch
@@ -17,36 +17,29 @@ class GemmaConfig(DecoderConfig, frozen=True, kw_only=True):
     head_dim: Size = 256
     hidden_act: str = "gelu_pytorch_tanh"
     tie_word_embeddings: bool = True
-    attention_bias: bool = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         # The first release said `gelu` and meant, as it added later, the tanh form.
         config["hidden_act"] = config.get("hidden_activation") or "gelu_pytorch_tanh"
 
 
 class Gemma2Config(GemmaConfig, frozen=True, kw_only=True):
+    global_period = 2
     query_pre_attn_scalar: Factor = 256
     sliding_window: Window = 4096
-    layer_types: list[str] | None = None
     attn_logit_softcapping: Factor | None = 50.0
     final_logit_softcapping: Factor | None = 30.0
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        GemmaConfig.derive(config)
-        config.setdefault("layer_types", every(2, config["num_hidden_layers"]))
-
 
 class Gemma3Config(Gemma2Config, frozen=True, kw_only=True):
+    global_period = 6
     attn_logit_softcapping: Factor | None = None
     final_logit_softcapping: Factor | None = None
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        GemmaConfig.derive(config)
-        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-        config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
+        super().derive(config)
         if not config.get("rope_parameters"):
             far = {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})}
             near = {"rope_theta": config.get("rope_local_base_freq", 1e4)}
@@ -61,23 +54,17 @@ def gemma(c: GemmaConfig) -> Decoder:
 
 @arch("Gemma2ForCausalLM", config=Gemma2Config, hf=HF | POST_NORM, gguf=larger_norms(GGUF))
 def gemma2(c: Gemma2Config) -> Decoder:
-    return near_and_far(c, None)
+    return capped(c, None)
 
 
 @arch("Gemma3ForConditionalGeneration", config=Gemma3Config, hf=of_text(HF | POST_NORM), like="Gemma3")
 @arch("Gemma3ForCausalLM", config=Gemma3Config, hf=HF | POST_NORM, gguf=larger_norms(GGUF))
 def gemma3(c: Gemma3Config) -> Decoder:
-    return near_and_far(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))
+    return capped(c, RMSNorm(c.head_dim, c.norm_eps, 1.0))
 
 
-def near_and_far(c: Gemma2Config, head_norm: RMSNorm | None) -> Decoder:
+def capped(c: Gemma2Config, head_norm: RMSNorm | None) -> Decoder:
     norm, scale = RMSNorm(c.hidden_size, c.norm_eps, 1.0), c.query_pre_attn_scalar**-0.5
-    soft_cap = c.attn_logit_softcapping or 0.0
-    kinds = {
-        kind: Attention.of(c, rope=c.rope(kind), window=window, scale=scale, soft_cap=soft_cap, qk_norm=head_norm)
-        for kind, window in (("full_attention", 0), ("sliding_attention", c.sliding_window))
-        if kind in c.layer_types
-    }
+    mixes = near_and_far(c, scale=scale, soft_cap=c.attn_logit_softcapping or 0.0, qk_norm=head_norm)
     embed, logits = Scale(c.hidden_size**0.5), c.final_logit_softcapping and SoftCap(c.final_logit_softcapping)
-    mixes = c.by_layer(c.layer_types, kinds)
     return sandwich(c, mixes, norm=norm, mix_out=norm, mlp_out=norm, on_embed=embed, on_logits=logits)

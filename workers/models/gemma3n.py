@@ -9,7 +9,7 @@ from cableway.workers.blocks.altup import AltUp, AltUpDecoder, AltUpLayer, Laure
 from cableway.workers.blocks.attention import BorrowingAttention, ValueNormAttention
 from cableway.workers.blocks.mlp import MLP, Activation, SparseMLP
 from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
-from cableway.workers.models.config import Count, Factor, Size, Window, every
+from cableway.workers.models.config import Count, Factor, Size, Window
 from cableway.workers.models.gemma import Gemma3Config
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
 from cableway.workers.models.hf_names import HF, LAYER, POST_NORM, of_text
@@ -51,6 +51,7 @@ GEMMA3N = (
 
 
 class Gemma3nConfig(Gemma3Config, frozen=True, kw_only=True):
+    global_period = 5
     intermediate_size: tuple[Size, ...]
     sliding_window: Window = 512
     final_logit_softcapping: Factor | None = 30.0
@@ -70,11 +71,10 @@ class Gemma3nConfig(Gemma3Config, frozen=True, kw_only=True):
         if self.altup_active_idx >= self.altup_num_inputs:
             raise ValueError(f"stream {self.altup_active_idx} of {self.altup_num_inputs} cannot be computed")
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         num_layers = config["num_hidden_layers"]
-        config.setdefault("layer_types", every(5, num_layers))
-        Gemma3Config.derive(config)
+        super().derive(config)
         if not isinstance(config["intermediate_size"], list):
             config["intermediate_size"] = [config["intermediate_size"]] * num_layers
         if config.get("activation_sparsity_pattern") is None:
@@ -170,7 +170,7 @@ def gemma3n(c: Gemma3nConfig) -> AltUpDecoder:
             hidden_size=c.hidden_size,
         )
 
-    kinds_of = c.by_layer(c.layer_types, {kind: kind for kind in kinds})
+    kinds_of = c.by_layer({kind: kind for kind in kinds})
     inputs = LayerInputs(
         c.hidden_size, c.num_hidden_layers, c.hidden_size_per_layer_input, c.vocab_size_per_layer_input, eps
     )

@@ -33,8 +33,8 @@ class ChatGLMConfig(DecoderConfig, frozen=True, kw_only=True):
     add_qkv_bias: bool = False
     add_bias_linear: bool = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         if config.get("multi_query_attention"):
             config["num_key_value_heads"] = config["multi_query_group_num"]
         rotation = {"rope_theta": 10_000.0 * config.get("rope_ratio", 1.0), "partial_rotary_factor": 0.5}

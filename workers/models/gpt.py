@@ -35,8 +35,8 @@ class GPTConfig(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     hidden_act: str = "gelu_new"
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config.setdefault("intermediate_size", 4 * config["hidden_size"])
 
 
@@ -51,20 +51,14 @@ class GPT2Config(GPTConfig, frozen=True, kw_only=True):
 class BigCodeConfig(GPT2Config, frozen=True, kw_only=True):
     hidden_act: str = "gelu_pytorch_tanh"
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        GPTConfig.derive(config)
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
+        super().derive(config)
         config["num_key_value_heads"] = 1 if config.get("multi_query", True) else config["num_attention_heads"]
 
 
 class GPTJConfig(GPTConfig, frozen=True, kw_only=True):
     rotary_dim: Size = 64
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        GPTConfig.derive(config)
-        head_dim = config["hidden_size"] // config["num_attention_heads"]
-        config["partial_rotary_factor"] = (config.get("rotary_dim") or head_dim) / head_dim
 
 
 class NeoXConfig(GPTConfig, frozen=True, kw_only=True):

@@ -143,10 +143,7 @@ RECURRENT = {
     "out": ("out_proj", "o_proj"),
 }
 """Of mixers that keep a state."""
-_MLPS = (
-    *("mlp.", "feed_forward.", "ffn.", "mlp_block.", "block_sparse_moe.", "block_sparse_moe.mlp.", "residual_mlp."),
-    "",
-)
+_MLPS = ("mlp.", "feed_forward.", "ffn.", "mlp_block.", "block_sparse_moe.", "block_sparse_moe.mlp.", "")
 _MLP = {
     "gate_up": ("gate_up_proj",),
     "gate_up.gate": ("gate_proj", "w1", "c_fc_0"),

@@ -55,11 +55,6 @@ class JambaConfig(MoEConfig, frozen=True, kw_only=True):
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        if config.get("mamba_dt_rank", "auto") == "auto":
-            config["mamba_dt_rank"] = -(-config["hidden_size"] // 16)
-
     def is_sparse(self, layer: int) -> bool:
         return layer % self.expert_layer_period == self.expert_layer_offset and self.num_experts > 1
 
@@ -78,13 +73,11 @@ class HybridConfig(GraniteConfig, frozen=True, kw_only=True):
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
     position_embedding_type: str | None = "rope"
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        kinds = config.get("layer_types") or config.get("layers_block_type")
-        if kinds is None:
-            indices = config.get("attn_layer_indices") or []
-            kinds = ["attention" if i in indices else "mamba" for i in range(config["num_hidden_layers"])]
-        config["layer_types"] = kinds
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
+        indices = config.get("attn_layer_indices") or []
+        kinds = ["attention" if i in indices else "mamba" for i in range(config["num_hidden_layers"])]
+        config.setdefault("layer_types", kinds)
         head_dim = config.get("mamba_d_head", "auto")
         if head_dim == "auto":
             head_dim = config.get("mamba_expand", 2) * config["hidden_size"] // config["mamba_n_heads"]
@@ -99,7 +92,7 @@ class HybridConfig(GraniteConfig, frozen=True, kw_only=True):
             **dict.fromkeys(("attention", "full_attention"), attention),
             **dict.fromkeys(("mamba", "linear_attention"), mamba),
         }
-        return self.by_layer(self.layer_types, kinds)
+        return self.by_layer(kinds)
 
 
 class BambaConfig(HybridConfig, frozen=True, kw_only=True):
@@ -116,14 +109,12 @@ class NemotronHConfig(HybridConfig, frozen=True, kw_only=True):
     mamba_n_groups: Size = 8
     mamba_d_state: Size = 128
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["time_step_limit"] = (config.get("time_step_min", 0.001), float("inf"))
-        config["hidden_act"] = config.get("mlp_hidden_act", "relu2")
         kinds = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
-        config["layer_types"] = config.get("layers_block_type") or [
-            kinds.get(kind, kind) for kind in config.get("hybrid_override_pattern", "")
-        ]
+        pattern = config.get("hybrid_override_pattern", "")
+        config["layer_types"] = config.get("layer_types") or [kinds.get(kind, kind) for kind in pattern]
         config["num_hidden_layers"] = len(config["layer_types"])
         if "moe" not in config["layer_types"]:
             config["n_routed_experts"] = 0
@@ -131,7 +122,7 @@ class NemotronHConfig(HybridConfig, frozen=True, kw_only=True):
 
 class FalconH1Config(HybridConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
-    layer_types: tuple[str, ...] = ()
+    layer_types: list[str] | None = None
     attention_bias: Never = False
     mlp_bias: Never = False
     projectors_bias: Never = False
@@ -146,8 +137,8 @@ class FalconH1Config(HybridConfig, frozen=True, kw_only=True):
     ssm_multipliers: tuple[Factor, Factor, Factor, Factor, Factor] = (1.0,) * 5
     mlp_multipliers: tuple[Factor, Factor] = (1.0, 1.0)
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         wide = config.get("mamba_d_ssm") or config.get("mamba_expand", 2) * config["hidden_size"]
         if wide != config["mamba_n_heads"] * config["mamba_d_head"]:
             raise ValueError("mamba_n_heads of mamba_d_head are not as wide as mamba_d_ssm")
@@ -222,4 +213,4 @@ def nemotron_h(c: NemotronHConfig) -> Decoder:
     }
     if c.num_experts:
         kinds["moe"] = MLPLayer(norm_in=norm, mlp=_nemotron_experts(c))
-    return Decoder(c, c.by_layer(c.layer_types, kinds), norm_out=norm)
+    return Decoder(c, c.by_layer(kinds), norm_out=norm)

@@ -39,17 +39,13 @@ class KimiLinearConfig(DeepseekV3Config, frozen=True, kw_only=True):
     linear_head_dim: Size = 128
     linear_conv_kernel_dim: Size = 4
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        DeepseekV3Config.derive(config)
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         of_heads, num_layers = config.get("linear_attn_config") or {}, config["num_hidden_layers"]
         published = {
             "linear_num_heads": of_heads.get("num_heads"),
             "linear_head_dim": of_heads.get("head_dim"),
             "linear_conv_kernel_dim": of_heads.get("short_conv_kernel_size"),
-            "num_experts_per_tok": config.get("num_experts_per_token"),
-            "norm_topk_prob": config.get("moe_renormalize"),
-            "n_group": config.get("num_expert_group"),
         }
         config |= {name: value for name, value in published.items() if value is not None}
         full = of_heads.get("full_attn_layers", range(5, num_layers + 1, 4))  # counted from 1
@@ -78,4 +74,4 @@ def kimi_linear(c: KimiLinearConfig) -> Decoder:
         "full_attention": latent_attention(c, rope=None),
         "linear_attention": KeyedDeltaNet(c.hidden_size, *sizes, norm_eps=c.norm_eps),
     }
-    return pre_norm(c, c.by_layer(c.layer_types, kinds), some_sparse(c, sigmoid_mixture(c)))
+    return pre_norm(c, c.by_layer(kinds), some_sparse(c, sigmoid_mixture(c)))

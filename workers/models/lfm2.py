@@ -28,9 +28,8 @@ class Lfm2Config(SomeMoEConfig, frozen=True, kw_only=True):
     norm_topk_prob: bool = True
     tie_word_embeddings: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        config["tie_word_embeddings"] = config.get("tie_word_embeddings", config.get("tie_embedding", True))
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         full = config.get("full_attn_idxs") or []
         kinds = ["full_attention" if i in full else "conv" for i in range(config["num_hidden_layers"])]
         config.setdefault("layer_types", kinds)
@@ -53,4 +52,4 @@ def lfm2(c: Lfm2Config) -> Decoder:
     if c.num_experts:
         rule = {"score": "sigmoid", "correction": c.use_expert_bias, "renorm": 1e-6 if c.norm_topk_prob else None}
         mlps = some_sparse(c, mixture(c, scale=c.routed_scaling_factor, **rule))
-    return pre_norm(c, c.by_layer(c.layer_types, {"full_attention": attention, "conv": conv}), mlps)
+    return pre_norm(c, c.by_layer({"full_attention": attention, "conv": conv}), mlps)

@@ -5,16 +5,11 @@ from typing import Any
 from cableway.workers.blocks.attention import Attention, Temper, TemperedAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
-from cableway.workers.models.config import DecoderConfig, Never, Window, WindowedConfig, every
-from cableway.workers.models.frames import pre_norm
+from cableway.workers.models.config import DecoderConfig, Never, Window, WindowedConfig
+from cableway.workers.models.frames import near_and_far, pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
 from cableway.workers.models.hf_names import HF, of_text
 from cableway.workers.models.registry import arch
-
-
-class LlamaConfig(DecoderConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
-    mlp_bias: bool = False
 
 
 class MistralConfig(DecoderConfig, frozen=True, kw_only=True):
@@ -22,7 +17,9 @@ class MistralConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 class MinistralConfig(MistralConfig, frozen=True, kw_only=True):
-    layer_types: list[str] | None = None
+    """All layers see a window where it is not said which."""
+
+    global_period = 1 << 30
 
 
 class CwmConfig(MinistralConfig, frozen=True, kw_only=True):
@@ -30,18 +27,18 @@ class CwmConfig(MinistralConfig, frozen=True, kw_only=True):
 
     mlp_bias: Never = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         kinds = ["sliding_attention" if i % 4 else "full_attention" for i in range(config["num_hidden_layers"])]
         config.setdefault("layer_types", kinds)
 
 
-@arch("LlamaForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
-@arch("AquilaForCausalLM", "AquilaModel", config=LlamaConfig, hf=HF, like="Llama")
-@arch("XverseForCausalLM", config=LlamaConfig, hf=HF, gguf=GGUF_NEIGHBOURS, like="Llama")
-@arch("NanbeigeForCausalLM", config=LlamaConfig, hf=HF, like="Llama")
-@arch("YiForCausalLM", config=LlamaConfig, hf=HF, like="Llama")
-def llama(c: LlamaConfig) -> Decoder:
+@arch("LlamaForCausalLM", config=DecoderConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
+@arch("AquilaForCausalLM", "AquilaModel", config=DecoderConfig, hf=HF, like="Llama")
+@arch("XverseForCausalLM", config=DecoderConfig, hf=HF, gguf=GGUF_NEIGHBOURS, like="Llama")
+@arch("NanbeigeForCausalLM", config=DecoderConfig, hf=HF, like="Llama")
+@arch("YiForCausalLM", config=DecoderConfig, hf=HF, like="Llama")
+def llama(c: DecoderConfig) -> Decoder:
     # Relatives of Llama save biases without a word about them in the config: one is used where there is one.
     bias, mlp_bias = c.attention_bias or None, c.mlp_bias or None
     return pre_norm(c, Attention.of(c, bias=bias, out_bias=bias), MLP.of(c, bias=mlp_bias))
@@ -65,9 +62,7 @@ def ministral3(c: MistralConfig) -> Decoder:
 @arch("MinistralForCausalLM", config=MinistralConfig, hf=HF)
 @arch("CwmForCausalLM", config=CwmConfig, hf=HF)
 def ministral(c: MinistralConfig) -> Decoder:
-    kinds = c.layer_types or every(1 << 30 if c.sliding_window else 1, c.num_hidden_layers)
-    windows = c.by_layer(kinds, {"full_attention": 0, "sliding_attention": c.sliding_window or 0})
-    return pre_norm(c, [Attention.of(c, window=window) for window in windows])
+    return pre_norm(c, near_and_far(c))
 
 
 @arch("Qwen2ForCausalLM", config=WindowedConfig, hf=HF, gguf=GGUF)

@@ -30,7 +30,6 @@ LLAMA4 = HF | names(
 class Llama4Config(MoEConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     intermediate_size_mlp: Size
-    attention_bias: bool = False
     use_qk_norm: bool = True
     no_rope_layers: list[int]
     moe_layers: list[int]
@@ -44,8 +43,8 @@ class Llama4Config(MoEConfig, frozen=True, kw_only=True):
         if len(self.no_rope_layers) < self.num_hidden_layers:
             raise ValueError(f"no_rope_layers says nothing of some of {self.num_hidden_layers} layers")
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         layers = range(config["num_hidden_layers"])
         period, step = config.get("no_rope_layer_interval") or 4, config.get("interleave_moe_layer_step") or 1
         config["no_rope_layers"] = config.get("no_rope_layers") or [(i + 1) % period for i in layers]

@@ -18,19 +18,17 @@ class MambaConfig(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     state_size: Size = 16
     conv_kernel: Size = 4
-    time_step_rank: Size
+    mamba_dt_rank: Size
     use_bias: bool = False
     use_conv_bias: bool = True
     mixer_rms_eps: float = 1e-6
     tie_word_embeddings: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         hidden = config["hidden_size"]
         config["num_attention_heads"] = 1
         config["intermediate_size"] = config.get("intermediate_size") or int(config.get("expand", 2) * hidden)
-        if config.get("time_step_rank", "auto") == "auto":
-            config["time_step_rank"] = -(-hidden // 16)
 
 
 class Mamba2Config(DecoderConfig, frozen=True, kw_only=True):
@@ -44,8 +42,8 @@ class Mamba2Config(DecoderConfig, frozen=True, kw_only=True):
     mamba_conv_bias: bool = True
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["num_attention_heads"], config["intermediate_size"] = 1, 1
         config["mamba_d_head"], config["mamba_proj_bias"] = config["head_dim"], config.get("use_bias", False)
         if config["num_heads"] * config["head_dim"] != config.get("expand", 2) * config["hidden_size"]:
@@ -59,12 +57,12 @@ def mamba(c: MambaConfig) -> Decoder:
 
 @arch("FalconMambaForCausalLM", config=MambaConfig, hf=HF, gguf=GGUF)
 def falcon_mamba(c: MambaConfig) -> Decoder:
-    sizes, eps = (c.time_step_rank, c.state_size), c.mixer_rms_eps
+    sizes, eps = (c.mamba_dt_rank, c.state_size), c.mixer_rms_eps
     return mamba_decoder(c, (RMSScale(sizes[0], eps), RMSScale(sizes[1], eps), RMSScale(sizes[1], eps)))
 
 
 def mamba_decoder(c: MambaConfig, norms: Any) -> Decoder:
-    sizes = (c.intermediate_size, c.state_size, c.time_step_rank, c.conv_kernel)
+    sizes = (c.intermediate_size, c.state_size, c.mamba_dt_rank, c.conv_kernel)
     return mixers(c, Mamba(c.hidden_size, *sizes, bias=c.use_bias, conv_bias=c.use_conv_bias, norms=norms))
 
 

@@ -36,8 +36,8 @@ class MiniMaxConfig(MoEConfig, frozen=True, kw_only=True):
     mlp_alpha_factor: Factor = 1.0
     mlp_beta_factor: Factor = 1.0
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         kinds = ["linear_attention" if i % 2 else "full_attention" for i in range(config["num_hidden_layers"])]
         config.setdefault("layer_types", kinds)
 
@@ -45,16 +45,14 @@ class MiniMaxConfig(MoEConfig, frozen=True, kw_only=True):
 class MiniMaxText01Config(MiniMaxConfig, frozen=True, kw_only=True):
     """As it was first published."""
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         if not config.get("postnorm"):
             raise ValueError("a stream without norms on it (postnorm) is not supported")
         config["layer_types"] = ["full_attention" if full else "linear_attention" for full in config["attn_type_list"]]
         for ours, theirs in (("full_attn", "full_attention"), ("linear_attn", "linear_attention"), ("mlp", "mlp")):
             for letter in ("alpha", "beta"):
                 config[f"{ours}_{letter}_factor"] = config.get(f"layernorm_{theirs}_{letter}", 1.0)
-        if not config.get("rope_parameters") and config.get("rotary_dim"):
-            config["partial_rotary_factor"] = config["rotary_dim"] / config["head_dim"]
 
 
 @arch("MiniMaxForCausalLM", config=MiniMaxConfig, hf=MINIMAX)
@@ -79,5 +77,5 @@ def minimax(c: MiniMaxConfig) -> Decoder:
             keep=(keep, c.mlp_alpha_factor),
         )
 
-    kinds = c.by_layer(c.layer_types, {kind: kind for kind in ("full_attention", "linear_attention")})
+    kinds = c.by_layer({kind: kind for kind in ("full_attention", "linear_attention")})
     return Decoder(c, [layer(number, kind) for number, kind in enumerate(kinds)], norm_out=norm)

@@ -8,8 +8,8 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP, ClampedGate
 from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer
 from cableway.workers.blocks.norm import LayerNorm, RMSNorm
-from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window, every
-from cableway.workers.models.frames import pre_norm
+from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window
+from cableway.workers.models.frames import near_and_far, pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER, GGUF_NEIGHBOURS, MID_NORM
 from cableway.workers.models.glm import halves
 from cableway.workers.models.hf_names import HF, LAYER, without_predictors
@@ -47,12 +47,10 @@ class MixtralConfig(MoEConfig, frozen=True, kw_only=True):
 
 class PhiMoEConfig(MixtralConfig, frozen=True, kw_only=True):
     router_jitter_noise: Factor = 0.01
-    attention_bias: bool = False
     lm_head_bias: bool = False
 
 
 class OlmoeConfig(MoEConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
     clip_qkv: Factor | None = None
 
 
@@ -63,17 +61,15 @@ class QwenMoEConfig(MoEConfig, frozen=True, kw_only=True):
     decoder_sparse_step: Size = 1
     mlp_only_layers: tuple[int, ...] = ()
     qkv_bias: bool = True
-    attention_bias: bool = False
     use_sliding_window: bool = False
     sliding_window: Count | None = None
     max_window_layers: int = 28
-    layer_types: list[str] | None = None
 
     def windows(self) -> list[int]:
         window = (self.use_sliding_window and self.sliding_window) or 0
         if self.layer_types is None:
             return [window if i < self.max_window_layers and i % 2 == 0 else 0 for i in range(self.num_hidden_layers)]
-        return self.by_layer(self.layer_types, {"full_attention": 0, "sliding_attention": window})
+        return self.by_layer({"full_attention": 0, "sliding_attention": window})
 
     def is_sparse(self, layer: int) -> bool:
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
@@ -81,7 +77,6 @@ class QwenMoEConfig(MoEConfig, frozen=True, kw_only=True):
 
 class DeepseekMoEConfig(MoEConfig, frozen=True, kw_only=True):
     moe_layer_freq: Size = 1
-    attention_bias: bool = False
     use_qk_norm: bool = False
     num_nextn_predict_layers: Count = 0
 
@@ -106,13 +101,12 @@ class Glm4MoEConfig(SolarOpenConfig, frozen=True, kw_only=True):
 class Dots1Config(DeepseekMoEConfig, frozen=True, kw_only=True):
     sliding_window: Window | None = None
     max_window_layers: Count = 62
-    layer_types: list[str] | None = None
 
     def windows(self) -> list[int]:
         window = self.sliding_window or 0
         if self.layer_types is None:
             return [window if i >= self.max_window_layers else 0 for i in range(self.num_hidden_layers)]
-        return self.by_layer(self.layer_types, {"full_attention": 0, "sliding_attention": window})
+        return self.by_layer({"full_attention": 0, "sliding_attention": window})
 
 
 class ErnieMoEConfig(MoEConfig, frozen=True, kw_only=True):
@@ -128,28 +122,19 @@ class ErnieMoEConfig(MoEConfig, frozen=True, kw_only=True):
 
 
 class HunyuanMoEConfig(MoEConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         for key in ("moe_topk", "num_shared_expert", "moe_intermediate_size", "num_experts_per_tok"):
             if isinstance(config.get(key), list):  # one a layer, and all alike in what is published
                 config[key] = config[key][0]
-
-
-class MiniMaxM2Config(MoEConfig, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        if not config.get("rope_parameters") and config.get("rotary_dim"):
-            config["partial_rotary_factor"] = config["rotary_dim"] / config["head_dim"]
 
 
 class DbrxConfig(MoEConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     clip_qkv: Factor | None = None
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         attention, ffn = config["attn_config"], config["ffn_config"]
         if ffn.get("moe_normalize_expert_weights") not in (1, None):
             raise ValueError("moe_normalize_expert_weights is neither 1 nor null")
@@ -168,14 +153,10 @@ class DbrxConfig(MoEConfig, frozen=True, kw_only=True):
 class GptOssConfig(MoEConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     sliding_window: Window = 128
-    layer_types: list[str] | None = None
+    global_period = 2
     attention_bias: bool = True
     swiglu_alpha: Factor = 1.702
     swiglu_limit: Factor = 7.0
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        config.setdefault("layer_types", every(2, config["num_hidden_layers"]))
 
 
 def mixture(c: MoEConfig, *, shared: Any = None, shared_gate: bool = False, **rule: Any) -> MoE:
@@ -284,8 +265,8 @@ def hunyuan_moe(c: HunyuanMoEConfig) -> Decoder:
     return pre_norm(c, mix, mixture(c, shared=MLP.of(c), renorm=0.0))
 
 
-@arch("MiniMaxM2ForCausalLM", config=MiniMaxM2Config, hf=HF, gguf=GGUF)
-def minimax_m2(c: MiniMaxM2Config) -> Decoder:
+@arch("MiniMaxM2ForCausalLM", config=MoEConfig, hf=HF, gguf=GGUF)
+def minimax_m2(c: MoEConfig) -> Decoder:
     mix = Attention.of(c, qk_norm=joint_norms(c))
     return pre_norm(c, mix, mixture(c, score="sigmoid", correction=True, renorm=0.0))
 
@@ -298,8 +279,5 @@ def dbrx(c: DbrxConfig) -> Decoder:
 
 @arch("GptOssForCausalLM", config=GptOssConfig, hf=GPT_OSS, gguf=GGUF | MID_NORM)
 def gpt_oss(c: GptOssConfig) -> Decoder:
-    windows = c.by_layer(c.layer_types, {"full_attention": 0, "sliding_attention": c.sliding_window})
     act, router = ClampedGate(c.swiglu_alpha, c.swiglu_limit), Router.of(c, renorm=0.0, bias=True)
-    return pre_norm(
-        c, [SinkAttention.of(c, window=window) for window in windows], MoE.of(c, router, act=act, bias=True)
-    )
+    return pre_norm(c, near_and_far(c, SinkAttention), MoE.of(c, router, act=act, bias=True))

@@ -33,8 +33,6 @@ DIFFLLAMA = HF | names(
 
 
 class DiffLlamaConfig(DecoderConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
-
     def __post_init__(self) -> None:
         DecoderConfig.__post_init__(self)
         if self.num_key_value_heads % 2:
@@ -55,8 +53,8 @@ class MotifConfig(DiffLlamaConfig, frozen=True, kw_only=True):
             heads = self.num_attention_heads, self.num_key_value_heads
             raise ValueError(f"{heads} heads are no groups with one of {noises} noise heads each")
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         if config.get("hidden_act") != "poly_norm":
             raise ValueError(f"hidden_act {config.get('hidden_act')!r} is not poly_norm")
         config["num_noise_heads"] = config.get("num_noise_heads") or config["num_attention_heads"] // 2

@@ -28,8 +28,6 @@ GRANITE_MOE = HF | names(
 
 
 class GraniteConfig(SomeMoEConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
-    mlp_bias: bool = False
     shared_intermediate_size: Count = 0
     embedding_multiplier: Factor = 1.0
     residual_multiplier: Factor = 1.0
@@ -38,8 +36,8 @@ class GraniteConfig(SomeMoEConfig, frozen=True, kw_only=True):
 
 
 class MiniCPMConfig(GraniteConfig, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         hidden, num_layers = config["hidden_size"], config["num_hidden_layers"]
         config["embedding_multiplier"] = config.get("scale_emb", 1)
         config["residual_multiplier"] = config.get("scale_depth", num_layers**0.5) / num_layers**0.5
@@ -47,10 +45,10 @@ class MiniCPMConfig(GraniteConfig, frozen=True, kw_only=True):
         config["logits_scaling"] = hidden / config.get("dim_model_base", hidden)
 
 
-class TeleFLMConfig(GraniteConfig, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        MiniCPMConfig.derive(config)
+class TeleFLMConfig(MiniCPMConfig, frozen=True, kw_only=True):
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
+        super().derive(config)
         if config.get("use_mup"):
             config["embedding_multiplier"] = config["input_mult"]
             config["logits_scaling"] = config["mup_scale_factor"] / config["output_mult"]

@@ -6,41 +6,30 @@ from typing import Any
 from cableway.workers.blocks.attention import Attention, ClippedAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.norm import JointNorm, PlainLayerNorm, RMSNorm
-from cableway.workers.models.config import DecoderConfig, Factor, Window, every
-from cableway.workers.models.frames import post_norm, pre_norm
+from cableway.workers.models.config import DecoderConfig, Factor, Window
+from cableway.workers.models.frames import near_and_far, post_norm, pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
 from cableway.workers.models.hf_names import HF, POST_NORM
 from cableway.workers.models.registry import arch
 
 
 class OlmoConfig(DecoderConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
     clip_qkv: Factor | None = None
 
 
-class Olmo2Config(DecoderConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
-
-
-class Olmo3Config(Olmo2Config, frozen=True, kw_only=True):
+class Olmo3Config(DecoderConfig, frozen=True, kw_only=True):
     sliding_window: Window = 4096
-    layer_types: list[str] | None = None
-
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        config.setdefault("layer_types", every(4, config["num_hidden_layers"]))
+    global_period = 4
 
 
 class Exaone4Config(DecoderConfig, frozen=True, kw_only=True):
     sliding_window: Window | None = 4096
-    layer_types: list[str] | None = None
+    global_period = 1
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        period = config.get("sliding_window_pattern") or 1
-        if isinstance(period, str):  # LLLG: local layers, then a global one
-            period = len(period)
-        config.setdefault("layer_types", every(period, config["num_hidden_layers"]))
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
+        if isinstance(config.get("sliding_window_pattern"), str):  # LLLG: local layers, then a global one
+            config["sliding_window_pattern"] = len(config["sliding_window_pattern"])
 
 
 @arch("OlmoForCausalLM", config=OlmoConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
@@ -54,18 +43,14 @@ def joint_norms(c: DecoderConfig) -> tuple[JointNorm, JointNorm]:
     return JointNorm(heads, c.norm_eps), JointNorm(kv_heads, c.norm_eps)
 
 
-@arch("Olmo2ForCausalLM", config=Olmo2Config, hf=HF | POST_NORM, gguf=GGUF)
-def olmo2(c: Olmo2Config) -> Decoder:
+@arch("Olmo2ForCausalLM", config=DecoderConfig, hf=HF | POST_NORM, gguf=GGUF)
+def olmo2(c: DecoderConfig) -> Decoder:
     return post_norm(c, Attention.of(c, qk_norm=joint_norms(c)))
 
 
 @arch("Olmo3ForCausalLM", config=Olmo3Config, hf=HF | POST_NORM, gguf=GGUF)
 def olmo3(c: Olmo3Config) -> Decoder:
-    kinds = {
-        kind: Attention.of(c, rope=c.rope(kind), window=window, qk_norm=joint_norms(c))
-        for kind, window in (("full_attention", 0), ("sliding_attention", c.sliding_window))
-    }
-    return post_norm(c, c.by_layer(c.layer_types, kinds))
+    return post_norm(c, near_and_far(c, qk_norm=joint_norms(c)))
 
 
 @arch("Exaone4ForCausalLM", config=Exaone4Config, hf=HF | POST_NORM, gguf=GGUF)
@@ -73,7 +58,7 @@ def exaone4(c: Exaone4Config) -> Decoder:
     norm, window = RMSNorm(c.head_dim, c.norm_eps), c.sliding_window
     near = Attention.of(c, window=window or 0, qk_norm=norm)
     far = Attention.of(c, qk_norm=norm, rope=None) if window else near
-    return post_norm(c, c.by_layer(c.layer_types, {"sliding_attention": near, "full_attention": far}))
+    return post_norm(c, c.by_layer({"sliding_attention": near, "full_attention": far}))
 
 
 @arch("ExaoneForCausalLM", config=DecoderConfig, hf=HF, gguf=GGUF, like="Llama")

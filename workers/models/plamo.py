@@ -8,8 +8,8 @@ from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mamba import Mamba
 from cableway.workers.blocks.norm import HeadRMSNorm, RMSNorm
-from cableway.workers.models.config import DecoderConfig, Size, Window, every
-from cableway.workers.models.frames import sandwich
+from cableway.workers.models.config import DecoderConfig, Size, Window
+from cableway.workers.models.frames import near_and_far, sandwich
 from cableway.workers.models.gguf_names import (
     FUSED_MLP,
     GGUF,
@@ -38,16 +38,15 @@ GGUF_PLAMO = larger_norms(GGUF | FUSED_MLP) | names(
 
 class Plamo3Config(DecoderConfig, frozen=True, kw_only=True):
     head_dim: Size = 128
-    window_size: Window
-    layer_types: list[str]
+    sliding_window: Window
+    global_period = 8
     tie_word_embeddings: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["hidden_act"] = "silu"  # said to be `swiglu`
-        if isinstance(config.get("sliding_window"), int):
-            config["window_size"] = config["sliding_window"]
-        config["layer_types"] = every(config.get("sliding_window_pattern", 8), config["num_hidden_layers"])
+        if not isinstance(config.get("sliding_window"), int):
+            config["sliding_window"] = config["window_size"]
         far = {"rope_theta": config.get("rope_theta", 1e6)}
         if config.get("rope_scaling_factor", 1) != 1:
             old = config["initial_context_length"]
@@ -68,10 +67,9 @@ class Plamo2Config(DecoderConfig, frozen=True, kw_only=True):
     mamba_d_conv: Size = 4
     tie_word_embeddings: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["hidden_act"] = "silu"
-        config["head_dim"] = config.get("hidden_size_per_head", 128)
         num_layers, step = config["num_hidden_layers"], config.get("mamba_step", 2)
         full, middle = config.get("full_attention_idx") or [], step // 2
         with_attention = range(middle, num_layers, step) if num_layers > middle else [num_layers - 1]
@@ -88,10 +86,7 @@ def lessened(c: DecoderConfig, mixes: list[Any]) -> Decoder:
 
 @arch("Plamo3ForCausalLM", config=Plamo3Config, hf=HF, gguf=GGUF_PLAMO, like="Gemma3")
 def plamo3(c: Plamo3Config) -> Decoder:
-    norm = RMSNorm(c.head_dim, c.norm_eps, 1.0)
-    windows = {"full_attention": 0, "sliding_attention": c.window_size}
-    kinds = {kind: Attention.of(c, rope=c.rope(kind), window=windows[kind], qk_norm=norm) for kind in windows}
-    return lessened(c, c.by_layer(c.layer_types, kinds))
+    return lessened(c, near_and_far(c, qk_norm=RMSNorm(c.head_dim, c.norm_eps, 1.0)))
 
 
 _BY_HEAD = in_order("z", "x", layout=by_group)
@@ -135,4 +130,4 @@ def plamo2(c: Plamo2Config) -> Decoder:
     sizes = (c.mamba_num_heads * c.head_dim, c.mamba_d_state, step_size, c.mamba_d_conv)
     mamba = Mamba(c.hidden_size, *sizes, bias=False, conv_bias=False, norms=norms, head_dim=c.head_dim)
     kinds = {"mamba": mamba, "sliding_attention": near, "full_attention": far}
-    return lessened(c, c.by_layer(c.layer_types, kinds))
+    return lessened(c, c.by_layer(kinds))

@@ -12,7 +12,6 @@ from cableway.workers.models.registry import arch
 
 class Qwen3Config(WindowedConfig, frozen=True, kw_only=True):
     head_dim: Size = 128
-    attention_bias: bool = False
 
 
 @arch("Qwen3ForCausalLM", config=Qwen3Config, hf=HF, gguf=GGUF)

@@ -23,7 +23,6 @@ from cableway.workers.models.registry import arch
 
 class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
     head_dim: Size = 256
-    attention_bias: bool = False
     layer_types: list[str]
     linear_num_value_heads: Size = 32
     linear_num_key_heads: Size = 16
@@ -37,8 +36,8 @@ class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
     num_nextn_predict_layers: Count = 0
     rotary_frac = 0.25
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         period = config.get("full_attention_interval") or 4
         kinds = [
             "linear_attention" if (i + 1) % period else "full_attention" for i in range(config["num_hidden_layers"])
@@ -93,11 +92,10 @@ def qwen3_next(c: Qwen3NextConfig) -> Decoder:
     if c.num_experts:
         shared = MLP.of(c, ffn_size=c.shared_expert_intermediate_size)
         mlps = some_sparse(c, mixture(c, shared=shared, shared_gate=True))
-    return pre_norm(c, c.by_layer(c.layer_types, kinds), mlps, RMSNorm(c.hidden_size, c.norm_eps, 1.0))
+    return pre_norm(c, c.by_layer(kinds), mlps, RMSNorm(c.hidden_size, c.norm_eps, 1.0))
 
 
 class OlmoHybridConfig(DecoderConfig, frozen=True, kw_only=True):
-    attention_bias: bool = False
     layer_types: list[str]
     has_rope: bool = True
     linear_num_value_heads: Size
@@ -107,8 +105,8 @@ class OlmoHybridConfig(DecoderConfig, frozen=True, kw_only=True):
     linear_conv_kernel_dim: Size = 4
     linear_allow_neg_eigval: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["has_rope"] = bool(config.get("rope_parameters") or config.get("rope_theta"))
 
 
@@ -131,4 +129,4 @@ def olmo_hybrid(c: OlmoHybridConfig) -> Decoder:
         "linear_attention": Layer(norm_in=norm, mix=linear, norm_mlp=norm, mlp=mlp),
         "full_attention": Layer(mix=attention, norm_mix_out=norm, mlp=mlp, norm_mlp_out=norm),
     }
-    return Decoder(c, c.by_layer(c.layer_types, kinds), norm_out=norm)
+    return Decoder(c, c.by_layer(kinds), norm_out=norm)

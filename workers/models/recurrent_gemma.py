@@ -35,7 +35,6 @@ RECURRENT_GEMMA = HF | names(
 class RecurrentGemmaConfig(DecoderConfig, frozen=True, kw_only=True):
     hidden_act: str = "gelu_pytorch_tanh"
     tie_word_embeddings: bool = True
-    attention_bias: bool = False
     lru_width: Size
     conv1d_width: Size = 4
     attention_window_size: Window = 2048
@@ -43,8 +42,8 @@ class RecurrentGemmaConfig(DecoderConfig, frozen=True, kw_only=True):
     logits_soft_cap: Factor = 30.0
     rotary_frac = 0.5
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["lru_width"] = config.get("lru_width") or config["hidden_size"]
         config["intermediate_size"] //= 2
 
@@ -60,7 +59,7 @@ def recurrent_gemma(c: RecurrentGemmaConfig) -> Decoder:
     sizes, act = (c.hidden_size, c.num_attention_heads, c.lru_width, c.conv1d_width), Activation(c.hidden_act)
     attention = Attention.of(c, window=c.attention_window_size, bias=c.attention_bias, out_bias=True)
     kinds = [c.block_types[i % len(c.block_types)] for i in range(c.num_hidden_layers)]
-    mixes = c.by_layer(kinds, {"recurrent": GatedLRU(*sizes, act=act), "attention": attention})
+    mixes = c.by_layer({"recurrent": GatedLRU(*sizes, act=act), "attention": attention}, kinds)
     embed, logits = Scale(_rounded(c.hidden_size**0.5)), SoftCap(c.logits_soft_cap)
     norm = RMSNorm(c.hidden_size, c.norm_eps, 1.0)
     return pre_norm(c, mixes, MLP.of(c, bias=True), norm, on_embed=embed, on_logits=logits)

@@ -30,16 +30,16 @@ GGUF_NORMED_HEAD = names({"output": Target("head", layout=normalised_rows)})
 class BaichuanConfig(DecoderConfig, frozen=True, kw_only=True):
     has_rope: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config.setdefault("has_rope", "max_position_embeddings" in config)  # 13B has `model_max_length`, and ALiBi
 
 
 class QwenConfig(DecoderConfig, frozen=True, kw_only=True):
     no_bias: bool = True
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["intermediate_size"] //= 2
 
 
@@ -50,8 +50,8 @@ class JaisConfig(DecoderConfig, frozen=True, kw_only=True):
     logit_factor: Factor = 1.0
     mup_scale_qk_dot_by_d: bool = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["hidden_act"] = "silu"  # said to be `swiglu`
         config["embedding_factor"] = config.get("mup_embeddings_scale", config.get("embeddings_scale", 1.0))
         by_width = config.get("mup_output_alpha", 1.0) * config.get("mup_width_scale", 1.0)

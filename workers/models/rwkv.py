@@ -40,8 +40,8 @@ class RwkvConfig(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     attention_hidden_size: Size
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config["num_attention_heads"] = 1
         config["attention_hidden_size"] = config.get("attention_hidden_size") or config["hidden_size"]
         config.setdefault("intermediate_size", 4 * config["hidden_size"])

@@ -5,12 +5,12 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import BridgedLayer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
+from cableway.workers.models.config import DecoderConfig
 from cableway.workers.models.hf_names import HF
-from cableway.workers.models.llama import LlamaConfig
 from cableway.workers.models.registry import arch
 
 
-class SolarConfig(LlamaConfig, frozen=True, kw_only=True):
+class SolarConfig(DecoderConfig, frozen=True, kw_only=True):
     """Layers before which streams 1 and 2 are kept (bskcn_1, 2) and taken (3, 4); parts of a blend in training, now."""
 
     bskcn_1: tuple[int, ...]
@@ -20,7 +20,7 @@ class SolarConfig(LlamaConfig, frozen=True, kw_only=True):
     bskcn_tv: tuple[float, float]
 
     def __post_init__(self) -> None:
-        LlamaConfig.__post_init__(self)
+        DecoderConfig.__post_init__(self)
         for kept, taken in ((self.bskcn_1, self.bskcn_3), (self.bskcn_2, self.bskcn_4)):
             if taken and min(taken) < min(kept, default=self.num_hidden_layers):
                 raise ValueError(f"a stream is taken before layer {min(taken)}, but not kept before")

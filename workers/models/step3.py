@@ -31,10 +31,9 @@ class Step3Config(MoEConfig, frozen=True, kw_only=True):
     share_expert_dim: Size
     moe_layers: tuple[int, ...]
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
-        config["num_key_value_heads"] = config.get("num_attention_groups", 1)
-        config["norm_topk_prob"] = config.get("norm_expert_weight", False)
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
+        config.setdefault("num_key_value_heads", 1)
         layers = config.get("moe_layers_enum") or range(1, config["num_hidden_layers"])
         config["moe_layers"] = [int(i) for i in (layers.split(",") if isinstance(layers, str) else layers)]
 

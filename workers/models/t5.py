@@ -49,14 +49,12 @@ class T5Config(DecoderConfig, frozen=True, kw_only=True):
     is_gated: bool
     scale_decoder_outputs: bool
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         kind, _, act = config.get("feed_forward_proj", "relu").rpartition("-")
         tied = config.get("tie_word_embeddings", True)
         config |= {
             "num_attention_heads": config["num_heads"],
-            "head_dim": config["d_kv"],
-            "intermediate_size": config["d_ff"],
             "encoder_layers": config["num_layers"],
             "num_hidden_layers": config.get("num_decoder_layers") or config["num_layers"],
             "is_gated": kind == "gated",
@@ -67,17 +65,17 @@ class T5Config(DecoderConfig, frozen=True, kw_only=True):
 
 
 class MT5Config(T5Config, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config |= {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False} | config
-        T5Config.derive(config)
+        super().derive(config)
 
 
 class UMT5Config(T5Config, frozen=True, kw_only=True):
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         config |= {"feed_forward_proj": "gated-gelu"} | config
-        T5Config.derive(config)
+        super().derive(config)
 
 
 def _names(c: T5Config) -> Names:

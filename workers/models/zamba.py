@@ -92,11 +92,9 @@ class ZambaConfig(SharingConfig, frozen=True, kw_only=True):
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         _derive_head_dim(config)
-        if config.get("mamba_dt_rank", "auto") == "auto":
-            config["mamba_dt_rank"] = -(-config["hidden_size"] // 16)
         period, offset = config.get("attn_layer_period", 6), config.get("attn_layer_offset", 4)
         later = ["hybrid" if i % period == offset else "mamba" for i in range(config["num_hidden_layers"] - 3)]
         config["layers_block_type"] = config.get("layers_block_type") or ["mamba", "mamba", "hybrid", *later]
@@ -113,8 +111,8 @@ class Zamba2Config(SharingConfig, frozen=True, kw_only=True):
     add_bias_linear: bool = False
     time_step_min: float = 0.001
 
-    @staticmethod
-    def derive(config: dict[str, Any]) -> None:
+    @classmethod
+    def derive(cls, config: dict[str, Any]) -> None:
         _derive_head_dim(config)
         config.setdefault("intermediate_size", 4 * config["hidden_size"])
 
@@ -171,6 +169,6 @@ def sharing(c: SharingConfig, mix: Mixer, blocks: list[tuple[WideAttention, MLP]
     kinds = {"mamba": "mamba", "linear_attention": "mamba", "hybrid": "hybrid"}
     layers = [
         next(turns) if kind == "hybrid" else MixerLayer(norm_in=norm, mix=mix)
-        for kind in c.by_layer(c.layers_block_type, kinds)
+        for kind in c.by_layer(kinds, c.layers_block_type)
     ]
     return Decoder(c, layers, norm_out=norm)
