@@ -14,18 +14,15 @@ from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.models.config import DecoderConfig, NumLayers, Size
 from cableway.workers.models.layouts import flat, scaled
-from cableway.workers.models.names import Names, Target, names
+from cableway.workers.models.names import Names, Target, names, of_parts
 from cableway.workers.models.registry import arch
 
 _LAYER = {
-    "self_attn.q_proj": "mix.qkv.q",
-    "self_attn.k_proj": "mix.qkv.k",
-    "self_attn.v_proj": "mix.qkv.v",
+    **of_parts("self_attn.*_proj", "mix.qkv"),
     "self_attn.out_proj": "mix.out",
     "self_attn_layer_norm": "norm_in",
     "encoder_attn.q_proj": "cross.q",
-    "encoder_attn.k_proj": "cross.kv.k",
-    "encoder_attn.v_proj": "cross.kv.v",
+    **of_parts("encoder_attn.*_proj", "cross.kv", "kv"),
     "encoder_attn.out_proj": "cross.out",
     "encoder_attn_layer_norm": "norm_cross",
     "fc1": "mlp.up",

@@ -17,7 +17,7 @@ from cableway.workers.blocks.sparse import Index, SparseLatentAttention
 from cableway.workers.models.config import Count, Never, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_MIX
-from cableway.workers.models.hf_names import HF, LAYER, without_predictors
+from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.layouts import by_group
 from cableway.workers.models.moe import (
     DeepseekMoEConfig,
@@ -58,15 +58,14 @@ def latent_names(prefix: str, to: str, rope_dim: int) -> Names:
 
 def _names(c: Any) -> Names:
     rope_dim = c.qk_rope_head_dim if c.rope_interleave else 0
-    scheme = HF | without_predictors(c) if isinstance(c, DeepseekV3Config) else HF
-    return scheme | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", rope_dim)
+    return HF | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", rope_dim)
 
 
 def _gguf(c: Any) -> Names:
     turned = partial(last_neighbours, rope_dim=c.qk_rope_head_dim)
     q, kv = Target("q", turned), Target("kv_down", turned)
     mix = names({"attn_q": q, "attn_q_b": q, "attn_kv_a_mqa": kv}, **GGUF_MIX)
-    return GGUF | mix | without_predictors(c, "blk.")
+    return GGUF | mix
 
 
 LONGCAT = HF | names(

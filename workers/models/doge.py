@@ -11,19 +11,19 @@ from cableway.workers.blocks.mlp import MLP, RetrievingMLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Size, Window
 from cableway.workers.models.hf_names import HF, LAYER
-from cableway.workers.models.names import Target, names
+from cableway.workers.models.names import names
 from cableway.workers.models.registry import arch
 
 DOGE = HF | names(
     {
-        "self_attn.A": Target("mix.growth", leaf="weight"),
+        "self_attn.A": "mix.growth",
         "self_attn.dt_proj": "mix.step",
-        "self_attn.dt_proj.bias": Target("mix.step_bias", leaf="weight"),
+        "self_attn.dt_proj.bias": "mix.step_bias",
         "mlp.router_gate": "mlp.score",
         "mlp.down_embed": "mlp.units_in",
         "mlp.up_embed": "mlp.units_out",
-        "input_residual": Target("keep_mix", leaf="weight"),
-        "post_attention_residual": Target("keep_mlp", leaf="weight"),
+        "input_residual": "keep_mix",
+        "post_attention_residual": "keep_mlp",
     },
     **LAYER,
 )

@@ -12,42 +12,35 @@ from cableway.workers.blocks.norm import RMSNorm, Scale, SoftCap
 from cableway.workers.models.config import Count, Factor, Size, Window
 from cableway.workers.models.gemma import Gemma3Config
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
-from cableway.workers.models.hf_names import HF, LAYER, POST_NORM, of_text
+from cableway.workers.models.hf_names import HF, LAYER, POST_NORM, known_as, of_text
 from cableway.workers.models.layouts import stacked
 from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.registry import arch
 
-GEMMA3N = (
-    HF
-    | POST_NORM
-    | names(
-        {
-            "self_attn.q_proj": "mix.qkv.q",
-            "altup.router_norm": "altup.norm",
-            "altup.modality_router": "altup.router",
-            "altup.prediction_coefs": "altup.guess",
-            "altup.correction_coefs": "altup.mend",
-            "altup.correct_output_scale": Target("scale", leaf="weight"),
-            "laurel.linear_left": "laurel.left",
-            "laurel.linear_right": "laurel.right",
-            "laurel.post_laurel_norm": "laurel.norm",
-            "per_layer_input_gate": "layer_input.gate",
-            "per_layer_projection": "layer_input.up",
-            "post_per_layer_input_norm": "layer_input.norm",
-        },
-        **LAYER,
-    )
-    | names(
-        {
-            "embed_tokens_per_layer": "inputs.table",
-            "per_layer_model_projection": "inputs.project",
-            "per_layer_projection_norm": "inputs.norm",
-            "altup_projections.{}": "spread.{}",
-            "altup_unembed_projections.{}": "join.{}",
-        },
-        prefix="model.",
-    )
-)
+_AROUND = {
+    "inputs.table": ("model.embed_tokens_per_layer", "per_layer_token_embd"),
+    "inputs.project": ("model.per_layer_model_projection", "per_layer_model_proj"),
+    "inputs.norm": ("model.per_layer_projection_norm", "per_layer_proj_norm"),
+    "spread.{}": ("model.altup_projections.{}",),
+    "join.{}": ("model.altup_unembed_projections.{}",),
+}
+_IN_LAYERS = {
+    "altup.norm": ("altup.router_norm", "altup_router_norm"),
+    "altup.router": ("altup.modality_router", "altup_router"),
+    "altup.guess": ("altup.prediction_coefs", "altup_predict_coef"),
+    "altup.mend": ("altup.correction_coefs", "altup_correct_coef"),
+    "scale": ("altup.correct_output_scale", "altup_correct_scale"),
+    "laurel.left": ("laurel.linear_left", "laurel_l"),
+    "laurel.right": ("laurel.linear_right", "laurel_r"),
+    "laurel.norm": ("laurel.post_laurel_norm", "laurel_post_norm"),
+    "layer_input.gate": ("per_layer_input_gate", "inp_gate"),
+    "layer_input.up": ("per_layer_projection", "proj"),
+    "layer_input.norm": ("post_per_layer_input_norm", "post_norm"),
+}
+"""The names in folders, and in GGUF files."""
+GEMMA3N = HF | POST_NORM | names(known_as(_IN_LAYERS), **LAYER) | names(known_as(_AROUND))
+GGUF_STREAMS = {"altup_proj": Target("spread", layout=stacked), "altup_unembd_proj": Target("join", layout=stacked)}
+GGUF_GEMMA3N = GGUF | names(known_as(_IN_LAYERS), **GGUF_LAYER) | names(known_as(_AROUND) | GGUF_STREAMS)
 
 
 class Gemma3nConfig(Gemma3Config, frozen=True, kw_only=True):
@@ -92,36 +85,6 @@ class Gemma3nConfig(Gemma3Config, frozen=True, kw_only=True):
         if kind not in own:
             raise ModelError(f"config: no layer of {kind} keeps the keys and values that later ones borrow")
         return self.num_own - 1 - own[::-1].index(kind)
-
-
-GGUF_GEMMA3N = (
-    GGUF
-    | names(
-        {
-            "altup_router_norm": "altup.norm",
-            "altup_router": "altup.router",
-            "altup_predict_coef": "altup.guess",
-            "altup_correct_coef": "altup.mend",
-            "altup_correct_scale": "scale",
-            "laurel_l": "laurel.left",
-            "laurel_r": "laurel.right",
-            "laurel_post_norm": "laurel.norm",
-            "inp_gate": "layer_input.gate",
-            "proj": "layer_input.up",
-            "post_norm": "layer_input.norm",
-        },
-        **GGUF_LAYER,
-    )
-    | names(
-        {
-            "per_layer_token_embd": "inputs.table",
-            "per_layer_model_proj": "inputs.project",
-            "per_layer_proj_norm": "inputs.norm",
-            "altup_proj": Target("spread", layout=stacked),
-            "altup_unembd_proj": Target("join", layout=stacked),
-        }
-    )
-)
 
 
 def _borrowing(scheme: Names, c: Gemma3nConfig, layers: str, queries: str, *unused: str) -> Names:

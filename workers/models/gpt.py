@@ -11,24 +11,13 @@ from cableway.workers.models.config import DecoderConfig, Size, Window
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
 from cableway.workers.models.hf_names import GPT_LAYER, HF
-from cableway.workers.models.layouts import by_group, concatenated
-from cableway.workers.models.layouts import transposed as across
-from cableway.workers.models.names import Names, Target, interleaved, names
+from cableway.workers.models.layouts import by_group, transposed
+from cableway.workers.models.names import Target, interleaved, names
 from cableway.workers.models.registry import arch
 
-
-def _gpt2(qkv: Any, layout: Any) -> Names:
-    table = {
-        "attn.c_attn": Target("mix.qkv", layout=qkv),
-        "attn.c_proj": Target("mix.out", layout=layout),
-        "mlp.c_fc": Target("mlp.up", layout=layout),
-        "mlp.c_proj": Target("mlp.down", layout=layout),
-    }
-    return HF | names(table, **GPT_LAYER)
-
-
-GPT2 = _gpt2(across, across)
-BIGCODE = _gpt2(by_group, concatenated)
+_GPT2 = {"attn.c_attn": "mix.qkv", "attn.c_proj": "mix.out", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
+GPT2 = HF | names({name: Target(slot, layout=transposed) for name, slot in _GPT2.items()}, **GPT_LAYER)
+BIGCODE = HF | names({"attn.c_attn": Target("mix.qkv", layout=by_group)}, **GPT_LAYER)
 
 
 class GPTConfig(DecoderConfig, frozen=True, kw_only=True):

@@ -6,22 +6,11 @@ from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import Factor, MoEConfig
 from cableway.workers.models.frames import sandwich
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
-from cableway.workers.models.hf_names import HF, LAYER
+from cableway.workers.models.hf_names import HF
 from cableway.workers.models.moe import mixture
-from cableway.workers.models.names import Target, names
+from cableway.workers.models.names import names
 from cableway.workers.models.registry import arch
 
-_NORMS = {
-    "pre_attn_norm": "norm_in",
-    "post_attn_norm": "norm_mix_out",
-    "pre_moe_norm": "norm_mlp",
-    "post_moe_norm": "norm_mlp_out",
-}
-GROK = (
-    HF
-    | names({"model.norm.scale": Target("norm_out", leaf="weight")})
-    | names({f"{name}.scale": Target(slot, leaf="weight") for name, slot in _NORMS.items()}, **LAYER)
-)
 GGUF_GROK = GGUF | names({"attn_output_norm": "norm_mix_out", "layer_output_norm": "norm_mlp_out"}, **GGUF_LAYER)
 
 
@@ -35,7 +24,7 @@ class GrokConfig(MoEConfig, frozen=True, kw_only=True):
     tie_word_embeddings: bool = True
 
 
-@arch("Grok1ModelForCausalLM", config=GrokConfig, hf=GROK, gguf=GGUF_GROK, like="Gemma2")
+@arch("Grok1ModelForCausalLM", config=GrokConfig, hf=HF, gguf=GGUF_GROK, like="Gemma2")
 def grok(c: GrokConfig) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Attention.of(c, scale=c.attn_output_multiplier, soft_cap=c.max_attn_value)

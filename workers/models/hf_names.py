@@ -37,12 +37,6 @@ def of_text(scheme: Any) -> Any:
     return within
 
 
-def without_predictors(c: Any, layers: str = "model.layers.") -> Names:
-    """Layers past the last, which predict further tokens (MTP): not used."""
-    last = c.num_hidden_layers
-    return Names(beyond=tuple(f"{layers}{last + i}." for i in range(c.num_nextn_predict_layers)))
-
-
 def known_as(slots: Mapping[str, tuple[str, ...]], *modules: str, to: str = "", **how: Any) -> dict[str, Target]:
     """A table of the names that slots `to…` go by within any of these modules, and how parts lie there."""
     found = [(name, Target(to + slot, **how)) for slot, known in slots.items() for name in known]
@@ -74,6 +68,7 @@ _AROUND = {
         *("model.norm", "model.final_layernorm", "model.final_norm", "model.embedding_norm"),
         *("model.decoder.final_layer_norm", "transformer.ln_f", "transformer.norm_f"),
         *("transformer.encoder.final_layernorm", "gpt_neox.final_layer_norm", "backbone.norm_f"),
+        "model.norm.scale",
     ),
     "head": ("lm_head", "output", "embed_out", "transformer.output_layer"),
 }
@@ -85,30 +80,34 @@ _NORMS = {
     "norm_in": (
         *("input_layernorm", "attention_layernorm", "attention_layer_norm", "self_attn_layer_norm", "ln_attn"),
         *("attention_norm", "operator_norm", "temporal_pre_norm", "pre_mixer_norm", "norm_attn_norm.norm_1"),
-        *("norm_1", "ln_1", "ln1", "norm"),
+        *("pre_attn_norm.scale", "norm_1", "ln_1", "ln1", "norm"),
     ),
-    "norm_mix_out": ("post_self_attn_layernorm", "post_mixer_norm"),
+    "norm_mix_out": ("post_self_attn_layernorm", "post_mixer_norm", "post_attn_norm.scale"),
     "norm_mlp": (
         *("post_attention_layernorm", "feedforward_layernorm", "feedforward_layer_norm", "final_layer_norm"),
         *("pre_feedforward_layernorm", "pre_ff_layernorm", "pre_mlp_norm", "channel_pre_norm", "ln_mlp"),
-        *("ffn_norm", "norm_attn_norm.norm_2", "norm_2", "ln_2", "ln2"),
+        *("pre_moe_norm.scale", "ffn_norm", "norm_attn_norm.norm_2", "norm_2", "ln_2", "ln2"),
     ),
-    "norm_mlp_out": ("post_feedforward_layernorm", "post_mlp_layernorm", "post_mlp_norm"),
+    "norm_mlp_out": ("post_feedforward_layernorm", "post_mlp_layernorm", "post_mlp_norm", "post_moe_norm.scale"),
 }
 _ATTENTIONS = (
     *("self_attn.", "self_attention.", "attention.", "attn.", "attn.attention.", "norm_attn_norm.attn."),
     *("mixer.", "temporal_block."),
 )
 _ATTENTION = {
-    "qkv": ("qkv_proj", "W_pack", "Wqkv"),
+    "qkv": ("qkv_proj", "W_pack", "Wqkv", "c_attn"),
     "qkv.q": ("q_proj", "query"),
     "qkv.k": ("k_proj",),
     "qkv.v": ("v_proj",),
     "q_norm.{}": ("q_layernorm.norms.{}",),
     "k_norm.{}": ("k_layernorm.norms.{}",),
     "sinks": ("sinks",),
+    "q1": ("lambda_q1",),
+    "k1": ("lambda_k1",),
+    "q2": ("lambda_q2",),
+    "k2": ("lambda_k2",),
     "norm_y": ("attn_sub_norm", "subln"),
-    "out": ("o_proj", "out_proj", "dense", "wo"),
+    "out": ("o_proj", "out_proj", "c_proj", "dense", "wo"),
 }
 _ATTENTION_BY_GROUP = {"qkv": ("query_key_value", "wqkv")}
 _HEAD_NORMS = {
@@ -181,7 +180,7 @@ HF = names(known_as(_AROUND), ignored=_UNUSED_AROUND) | in_layers(
         **known_as(_ATTENTION, *_ATTENTIONS, to="mix."),
         **known_as(_ATTENTION_BY_GROUP, *_ATTENTIONS, to="mix.", layout=by_group),
         **known_as(_HEAD_NORMS, *_ATTENTIONS, to="mix.", layout=flat),
-        **known_as(_KV_SCALES, *_ATTENTIONS, to="mix.", layout=one_for_all, leaf="weight"),
+        **known_as(_KV_SCALES, *_ATTENTIONS, to="mix.", layout=one_for_all),
         **known_as(RECURRENT, "mixer.", "mamba.", "linear_attn.", "conv.", to="mix."),
         **of_parts("linear_attn.*_proj", "mix.project"),
         **known_as(_MLP, *_MLPS, to="mlp."),

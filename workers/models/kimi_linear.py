@@ -8,25 +8,21 @@ from cableway.workers.blocks.delta import KeyedDeltaNet
 from cableway.workers.models.config import Size
 from cableway.workers.models.deepseek import DeepseekV3Config, latent_attention, latent_names
 from cableway.workers.models.frames import pre_norm
-from cableway.workers.models.hf_names import HF
+from cableway.workers.models.hf_names import HF, RECURRENT, known_as
 from cableway.workers.models.layouts import flat
 from cableway.workers.models.moe import sigmoid_mixture, some_sparse
 from cableway.workers.models.names import Target, names, of_parts
 from cableway.workers.models.registry import arch
 
 KIMI_LINEAR = HF | latent_names("model.layers.{}.self_attn.", "layers.{}.mix.", 0)
-_DELTA = {
+_DELTA = known_as(RECURRENT) | {
     **of_parts("*_proj", "project"),
-    **of_parts("*_conv1d", "conv"),
     "A_log": Target("a_log", layout=flat),
-    "dt_bias": "dt_bias",
     "b_proj": "beta",
     "f_a_proj": "decay.down",
     "f_b_proj": "decay.up",
     "g_a_proj": "gate.down",
     "g_b_proj": "gate.up",
-    "o_norm": "norm",
-    "o_proj": "out",
 }
 
 

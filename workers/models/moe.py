@@ -12,9 +12,9 @@ from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Windo
 from cableway.workers.models.frames import near_and_far, pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER, GGUF_NEIGHBOURS, MID_NORM
 from cableway.workers.models.glm import halves
-from cableway.workers.models.hf_names import HF, LAYER, without_predictors
+from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.layouts import stacked, stacked_in_turns, stacked_transposed
-from cableway.workers.models.names import Names, Target, names
+from cableway.workers.models.names import Target, names
 from cableway.workers.models.olmo import joint_norms
 from cableway.workers.models.registry import arch
 
@@ -230,16 +230,8 @@ def bailing(c: BailingConfig) -> Decoder:
     return pre_norm(c, mix, some_sparse(c, mixture(c, shared=shared_experts(c))))
 
 
-def _with_predictors(c: DeepseekMoEConfig) -> Names:
-    return HF | without_predictors(c)
-
-
-def _gguf_with_predictors(c: DeepseekMoEConfig) -> Names:
-    return GGUF | MID_NORM | without_predictors(c, "blk.")
-
-
-@arch("Glm4MoeForCausalLM", config=Glm4MoEConfig, hf=_with_predictors, gguf=_gguf_with_predictors)
-@arch("SolarOpenForCausalLM", config=SolarOpenConfig, hf=_with_predictors)
+@arch("Glm4MoeForCausalLM", config=Glm4MoEConfig, hf=HF, gguf=GGUF | MID_NORM)
+@arch("SolarOpenForCausalLM", config=SolarOpenConfig, hf=HF)
 def glm4_moe(c: SolarOpenConfig) -> Decoder:
     head_norm = RMSNorm(c.head_dim, c.norm_eps) if c.use_qk_norm else None
     return pre_norm(c, Attention.of(c, out_bias=False, qk_norm=head_norm), some_sparse(c, sigmoid_mixture(c)))

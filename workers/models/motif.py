@@ -10,26 +10,13 @@ from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP, PolyNorm
 from cableway.workers.blocks.norm import RMSNorm, RMSScale
 from cableway.workers.models.config import DecoderConfig, Never, Size
-from cableway.workers.models.hf_names import HF, LAYER
+from cableway.workers.models.hf_names import HF, LAYER, MIX
 from cableway.workers.models.layouts import in_halves
 from cableway.workers.models.names import Target, names
 from cableway.workers.models.registry import arch
 
-_LAMBDAS = {f"self_attn.lambda_{name}": Target(f"mix.{name}", leaf="weight") for name in ("q1", "k1", "q2", "k2")}
-MOTIF = HF | names(
-    {
-        **_LAMBDAS,
-        "mlp.act_fn.weight": Target("mlp.act.factors", leaf="weight"),
-        "mlp.act_fn.bias": Target("mlp.act.offset", leaf="weight"),
-    },
-    **LAYER,
-)
-
-
-DIFFLLAMA = HF | names(
-    {**_LAMBDAS, **{f"self_attn.{part}_proj": Target(f"mix.qkv.{part}", layout=in_halves) for part in ("q", "k", "v")}},
-    **LAYER,
-)
+MOTIF = HF | names({"mlp.act_fn.weight": "mlp.act.factors", "mlp.act_fn.bias": "mlp.act.offset"}, **LAYER)
+DIFFLLAMA = HF | names({f"{part}_proj": Target(f"qkv.{part}", layout=in_halves) for part in "qkv"}, **MIX)
 
 
 class DiffLlamaConfig(DecoderConfig, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 A table maps names, with `{}` for each number, to paths in the tree of blocks, followed by the part where the slot has
 several. Most entries are stems: `model.layers.{}.self_attn.q_proj` for the leaves `weight` and `bias` alike. A tensor
-without a leaf in its name has an entry of its own, which names the leaf.
+without a leaf in its name has an entry of its own: it is a `weight`, unless the entry names another leaf.
 """
 
 import re
@@ -26,7 +26,7 @@ class Target(NamedTuple):
     Attributes:
         row_order: how the rows of a part lie within a unit of its axis (a head), None = as ours do.
         layout: how the slot's parts lie in it, where it has several.
-        leaf: which leaf of the slot it is, where its name does not end in one.
+        leaf: which leaf of the slot it is, where its name does not end in one and it is no weight.
         parts: which parts it holds, where not all of the slot's.
     """
 

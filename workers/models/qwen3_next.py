@@ -13,7 +13,7 @@ from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import Count, DecoderConfig, Size, SomeMoEConfig
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_MIX, MID_NORM, larger_norms, value_heads_in_turns
-from cableway.workers.models.hf_names import HF, LAYER, of_text, without_predictors
+from cableway.workers.models.hf_names import HF, LAYER, of_text
 from cableway.workers.models.layouts import by_group
 from cableway.workers.models.moe import mixture, some_sparse
 from cableway.workers.models.names import Names, Target, names
@@ -72,7 +72,7 @@ def _gguf(c: Qwen3NextConfig) -> Names:
         "ssm_dt.bias": "dt_bias",
         "ssm_norm.weight": "norm",
     }
-    return larger_norms(GGUF | MID_NORM) | names(mixers, **GGUF_MIX) | without_predictors(c, "blk.")
+    return larger_norms(GGUF | MID_NORM) | names(mixers, **GGUF_MIX)
 
 
 def _gguf_in_turns(c: Qwen3NextConfig) -> Names:

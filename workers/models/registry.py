@@ -17,6 +17,8 @@ Scheme = Names | Callable[[Any], Names]
 
 TRANSFORMERS = "logits of transformers' own class"
 UNVERIFIED = "unverified"
+_LAYERS = {"folder": "model.layers.", "gguf": "blk."}
+"""Where layers are. Those past the last, which predict further tokens (MTP), are not used."""
 
 
 def relative(name: str) -> str:
@@ -50,8 +52,10 @@ class Architecture:
 
     def names(self, kind: str, config: Mapping[str, Any]) -> Names:
         """The naming scheme of a checkpoint of this kind."""
-        scheme = self.schemes[kind]
-        return scheme if isinstance(scheme, Names) else scheme(read(config, self.config))
+        c, scheme = read(config, self.config), self.schemes[kind]
+        last, num_further = c.num_hidden_layers, getattr(c, "num_nextn_predict_layers", 0)
+        beyond = Names(beyond=tuple(f"{_LAYERS[kind]}{last + i}." for i in range(num_further)))
+        return (scheme if isinstance(scheme, Names) else scheme(c)) | beyond
 
 
 _architectures: dict[str, Architecture] = {}

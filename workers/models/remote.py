@@ -19,8 +19,7 @@ _NORMED_HEAD_VOCAB_SIZE = 125_696
 """Of Baichuan 2, whose rows of the head are normalised before they are used."""
 
 NORMED_HEAD = names({"lm_head": Target("head", layout=normalised_rows)})
-_QWEN = {"attn.c_attn": "mix.qkv", "attn.c_proj": "mix.out", **of_mlp("mlp.*", gate="w2", up="w1", down="c_proj")}
-QWEN = HF | names(_QWEN, **GPT_LAYER)
+QWEN = HF | names({"w2": "gate_up.gate", "w1": "gate_up.up"}, prefix="transformer.h.{}.mlp.", to="layers.{}.mlp.")
 TELECHAT2 = HF | names({"self_attention.key_value": Target("mix.qkv", layout=by_group, parts=("k", "v"))}, **GPT_LAYER)
 _JAIS = {"attn.c_attn": "mix.qkv", "attn.c_proj": "mix.out", **of_mlp("mlp.*", gate="c_fc2", up="c_fc", down="c_proj")}
 JAIS = HF | names({name: Target(slot, layout=transposed) for name, slot in _JAIS.items()}, **GPT_LAYER)

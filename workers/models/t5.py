@@ -10,36 +10,32 @@ from cableway.workers.blocks.layers import CrossLayer, Layer
 from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.norm import RMSNorm, Scale
 from cableway.workers.models.config import DecoderConfig, NumLayers, Size
+from cableway.workers.models.hf_names import known_as
 from cableway.workers.models.layouts import transposed
-from cableway.workers.models.names import Names, Target, names, of_parts
+from cableway.workers.models.names import Names, names
 from cableway.workers.models.registry import arch
 
 _NORMS = {"encoder": ("norm_in", "norm_mlp"), "decoder": ("norm_in", "norm_cross", "norm_mlp")}
 _STACK = {
-    **of_parts("SelfAttention.*", "mix.qkv"),
-    "SelfAttention.o": "mix.out",
-    "SelfAttention.relative_attention_bias": Target("mix.relative.table", layout=transposed),
-    "EncDecAttention.q": "cross.q",
-    **of_parts("EncDecAttention.*", "cross.kv", "kv"),
-    "EncDecAttention.o": "cross.out",
-    "DenseReluDense.wi": "mlp.up",
-    "DenseReluDense.wi_0": "mlp.gate_up.gate",
-    "DenseReluDense.wi_1": "mlp.gate_up.up",
-    "DenseReluDense.wo": "mlp.down",
+    "norm_in": ("attn_norm",),
+    "mix.qkv.q": ("SelfAttention.q", "attn_q"),
+    "mix.qkv.k": ("SelfAttention.k", "attn_k"),
+    "mix.qkv.v": ("SelfAttention.v", "attn_v"),
+    "mix.out": ("SelfAttention.o", "attn_o"),
+    "norm_cross": ("cross_attn_norm",),
+    "cross.q": ("EncDecAttention.q", "cross_attn_q"),
+    "cross.kv.k": ("EncDecAttention.k", "cross_attn_k"),
+    "cross.kv.v": ("EncDecAttention.v", "cross_attn_v"),
+    "cross.out": ("EncDecAttention.o", "cross_attn_o"),
+    "norm_mlp": ("ffn_norm",),
+    "mlp.up": ("DenseReluDense.wi",),
+    "mlp.gate_up.gate": ("DenseReluDense.wi_0", "ffn_gate"),
+    "mlp.gate_up.up": ("DenseReluDense.wi_1",),
+    "mlp.down": ("DenseReluDense.wo", "ffn_down"),
 }
-_GGUF_STACK = {
-    "attn_norm": "norm_in",
-    **of_parts("attn_*", "mix.qkv"),
-    "attn_o": "mix.out",
-    "attn_rel_b": Target("mix.relative.table", layout=transposed),
-    "cross_attn_norm": "norm_cross",
-    "cross_attn_q": "cross.q",
-    **of_parts("cross_attn_*", "cross.kv", "kv"),
-    "cross_attn_o": "cross.out",
-    "ffn_norm": "norm_mlp",
-    "ffn_gate": "mlp.gate_up.gate",
-    "ffn_down": "mlp.down",
-}
+"""The names in folders, and in GGUF files."""
+_DISTANCES = {"mix.relative.table": ("SelfAttention.relative_attention_bias", "attn_rel_b")}
+_IN_STACKS = known_as(_STACK) | known_as(_DISTANCES, layout=transposed)
 
 
 class T5Config(DecoderConfig, frozen=True, kw_only=True):
@@ -94,7 +90,7 @@ def _names(c: T5Config) -> Names:
             for n, norm in enumerate(_NORMS[stack])
         }
         of_layer = {"prefix": f"{stack}.block.{{}}.layer.{{}}.", "to": f"{to}layers.{{}}."}
-        scheme |= names(_STACK, ignored=unused, **of_layer) | names(norms)
+        scheme |= names(_IN_STACKS, ignored=unused, **of_layer) | names(norms)
     return scheme
 
 
@@ -105,7 +101,7 @@ def _gguf(c: T5Config) -> Names:
         "dec.output_norm": "norm_out",
         "output": "head",
     }
-    stack = _GGUF_STACK | {"ffn_up": "mlp.gate_up.up" if c.is_gated else "mlp.up"}
+    stack = _IN_STACKS | {"ffn_up": "mlp.gate_up.up" if c.is_gated else "mlp.up"}
     encoder = names(stack, prefix="enc.blk.{}.", to="encoder.layers.{}.")
     decoder = names(stack, ignored=("cross_attn_rel_b",), prefix="dec.blk.{}.", to="layers.{}.")
     return names(around) | encoder | decoder
