@@ -73,6 +73,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    sliding_window: Count | None = None
     layer_types: list[str] | None = None
 
     rotary_frac: ClassVar[float] = 1.0
@@ -112,7 +113,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         return [values[kind] for kind in kinds]
 
     def windows(self) -> list[int]:
-        """Window of each layer, 0 = none, by its type, for families that have a `sliding_window`."""
+        """Window of each layer, 0 = none, by its type."""
         return self.by_layer({"full_attention": 0, "sliding_attention": self.sliding_window or 0})
 
 

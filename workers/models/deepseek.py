@@ -156,13 +156,7 @@ def latent_attention(
     )
 
 
-@arch(
-    "DeepseekV3ForCausalLM",
-    "Glm4MoeLiteForCausalLM",
-    config=DeepseekV3Config,
-    hf=_names,
-    gguf=_gguf,
-)
+@arch("DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM", config=DeepseekV3Config, hf=_names, gguf=_gguf)
 def deepseek_v3(c: DeepseekV3Config) -> Decoder:
     return pre_norm(c, latent_attention(c), some_sparse(c, sigmoid_mixture(c)))
 

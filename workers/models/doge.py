@@ -3,13 +3,15 @@ are any, are single units, which each token chooses for itself. So transformers 
 it mixes up the scores, so that a prompt in one go comes out otherwise there."""
 
 import math
+from functools import partial
 
 from cableway.workers.blocks.attention import KeyBiasAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import WeightedStreamLayer
 from cableway.workers.blocks.mlp import MLP, RetrievingMLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import DecoderConfig, Size, Window
+from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.names import names
 from cableway.workers.models.registry import arch
@@ -33,7 +35,6 @@ class DogeConfig(DecoderConfig, frozen=True, kw_only=True):
     is_moe: bool = False
     num_experts: Size = 16_384
     num_experts_per_tok: Size = 64
-    sliding_window: Window | None = None
     keep_window_size: Size = 2048
 
     def __post_init__(self) -> None:
@@ -44,10 +45,9 @@ class DogeConfig(DecoderConfig, frozen=True, kw_only=True):
 
 @arch("DogeForCausalLM", config=DogeConfig, hf=DOGE)
 def doge(c: DogeConfig) -> Decoder:
-    norm, head_norm = RMSNorm(c.hidden_size, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+    head_norm = RMSNorm(c.head_dim, c.norm_eps)
     mix = KeyBiasAttention.of(c, window=c.sliding_window or 0, qk_norm=head_norm, most_tokens=c.keep_window_size)
     mlp = MLP.of(c)
     if c.is_moe:
         mlp = RetrievingMLP.of(c, num_units=c.num_experts, top_k=c.num_experts_per_tok)
-    layer = WeightedStreamLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp, hidden_size=c.hidden_size)
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+    return pre_norm(c, mix, mlp, layer=partial(WeightedStreamLayer, hidden_size=c.hidden_size))

@@ -9,7 +9,7 @@ from cableway.workers.blocks.layers import Layer, ParallelLayer, PostNormLayer
 from cableway.workers.blocks.mlp import Activation, PlainMLP
 from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm
 from cableway.workers.models.config import DecoderConfig, Factor, Never, Size
-from cableway.workers.models.frames import pre_norm
+from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
 from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
 from cableway.workers.models.hf_names import HF, PLAIN_MLP
@@ -88,12 +88,8 @@ def falcon(c: FalconConfig) -> Decoder:
     position = {"rope": ALiBi(c.num_attention_heads, scale=c.head_dim**-0.5)} if c.alibi else {}
     mix, mlp = Attention.of(c, bias=bias, out_bias=bias, **position), PlainMLP.of(c, bias=bias)
     if c.new_decoder_architecture and has_two in (None, 2):
-        layer = ParallelLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)
-    elif c.parallel_attn:
-        layer = ParallelLayer(norm_in=norm, mix=mix, mlp=mlp)
-    else:
-        layer = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+        return pre_norm(c, mix, mlp, norm, layer=ParallelLayer)
+    return (side_by_side if c.parallel_attn else pre_norm)(c, mix, mlp, norm)
 
 
 @arch("BloomForCausalLM", config=BloomConfig, hf=HF, gguf=GGUF | GGUF_PLAIN_MLP)
@@ -117,11 +113,8 @@ def opt(c: OPTConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, 1e-5) if c.layer_norm_elementwise_affine else PlainLayerNorm(c.hidden_size, 1e-5)
     bias = c.enable_bias
     mix, mlp = Attention.of(c, rope=None, bias=bias, out_bias=bias), PlainMLP.of(c, bias=bias)
-    shape = Layer if c.do_layer_norm_before else PostNormLayer
-    return Decoder(
-        c,
-        [shape(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp)] * c.num_hidden_layers,
-        norm_out=norm if c.do_layer_norm_before and not c.remove_final_layer_norm else None,
-        positions=Positions(c.max_position_embeddings, c.hidden_size, offset=2),
-        embed_size=c.word_embed_proj_dim or 0,
-    )
+    around: dict[str, Any] = {"positions": Positions(c.max_position_embeddings, c.hidden_size, offset=2)}
+    if c.remove_final_layer_norm or not c.do_layer_norm_before:
+        around["norm_out"] = None
+    layer = Layer if c.do_layer_norm_before else PostNormLayer
+    return pre_norm(c, mix, mlp, norm, layer=layer, embed_size=c.word_embed_proj_dim or 0, **around)

@@ -1,5 +1,6 @@
 """How most families put layers together. A mixer or an MLP is that of every layer, or a list has one for each."""
 
+from functools import partial
 from typing import Any
 
 from cableway.workers.blocks.attention import Attention
@@ -10,21 +11,26 @@ from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig
 
 
-def pre_norm(c: DecoderConfig, mix: Any, mlp: Any = None, norm: Norm | None = None, **out: Any) -> Decoder:
-    """A norm before each mixer and each MLP (RMS and gated unless they are given), and one at the end."""
-    return sandwich(c, mix, mlp, norm, mix_out=None, mlp_out=None, **out)
+def pre_norm(
+    c: DecoderConfig, mix: Any, mlp: Any = None, norm: Norm | None = None, *, layer: Any = Layer, **out: Any
+) -> Decoder:
+    """A norm before each mixer and each MLP (RMS and gated unless they are given), and one at the end.
+
+    Args:
+        layer: what makes a layer of these: of other than one after another.
+    """
+    norm, mlp = norm or RMSNorm(c.hidden_size, c.norm_eps), mlp or MLP.of(c)
+    blocks = zip(_each(c, mix), _each(c, mlp), strict=True)
+    layers = [layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=mlp) for mix, mlp in blocks]
+    return Decoder(c, layers, **{"norm_out": norm, **out})
 
 
 def sandwich(
     c: DecoderConfig, mix: Any, mlp: Any = None, norm: Norm | None = None, *, mix_out: Any, mlp_out: Any, **out: Any
 ) -> Decoder:
     """Norms, or multipliers, after each mixer and each MLP too."""
-    norm, mlp = norm or RMSNorm(c.hidden_size, c.norm_eps), mlp or MLP.of(c)
-    layers = [
-        Layer(norm_in=norm, mix=mix, norm_mix_out=mix_out, norm_mlp=norm, mlp=mlp, norm_mlp_out=mlp_out)
-        for mix, mlp in zip(_each(c, mix), _each(c, mlp), strict=True)
-    ]
-    return Decoder(c, layers, norm_out=norm, **out)
+    layer = partial(Layer, norm_mix_out=mix_out, norm_mlp_out=mlp_out)
+    return pre_norm(c, mix, mlp, norm, layer=layer, **out)
 
 
 def post_norm(c: DecoderConfig, mix: Any) -> Decoder:

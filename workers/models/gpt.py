@@ -7,7 +7,7 @@ from cableway.workers.blocks.decoder import Decoder, Positions
 from cableway.workers.blocks.layers import Layer, ParallelLayer
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
-from cableway.workers.models.config import DecoderConfig, Size, Window
+from cableway.workers.models.config import DecoderConfig, Size
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
 from cableway.workers.models.hf_names import GPT_LAYER, HF
@@ -59,7 +59,6 @@ class NeoXConfig(GPTConfig, frozen=True, kw_only=True):
 
 class StarCoder2Config(GPTConfig, frozen=True, kw_only=True):
     hidden_act: str = "gelu_pytorch_tanh"
-    sliding_window: Window | None = None
     use_bias: bool = True
     tie_word_embeddings: bool = True
 
@@ -83,10 +82,8 @@ def gptj(c: GPTJConfig) -> Decoder:
 
 @arch("GPTNeoXForCausalLM", config=NeoXConfig, hf=HF, gguf=GGUF | PLAIN_MLP)
 def neox(c: NeoXConfig) -> Decoder:
-    norm = LayerNorm(c.hidden_size, c.norm_eps)
-    shape = ParallelLayer if c.use_parallel_residual else Layer
-    layer = shape(norm_in=norm, mix=Attention.of(c), norm_mlp=norm, mlp=PlainMLP.of(c, bias=True))
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm)
+    mlp, norm = PlainMLP.of(c, bias=True), LayerNorm(c.hidden_size, c.norm_eps)
+    return pre_norm(c, Attention.of(c), mlp, norm, layer=ParallelLayer if c.use_parallel_residual else Layer)
 
 
 @arch("Starcoder2ForCausalLM", config=StarCoder2Config, hf=HF, gguf=GGUF | PLAIN_MLP)

@@ -94,23 +94,9 @@ def normalised_rows(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stor
     return concatenated(stored.computed(stored.shape, F.normalize), parts)
 
 
-def stacked(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
-    """Expert after expert [X, out, in], or [X * out, in], each with its parts one after another."""
-    return _stacked(stored, parts, concatenated)
-
-
-def stacked_transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
-    """[X, in, out], expert after expert, each with its parts side by side."""
-    return _stacked(stored, parts, transposed)
-
-
-def stacked_in_turns(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
-    """[X, in, out], a column of each part in turn."""
-
-    def across(one: Stored, of_one: Mapping[str, Axis]) -> dict[str, Stored]:
-        return in_turns(one.computed(one.shape[::-1], Tensor.t) if len(one.shape) == 2 else one, of_one)
-
-    return _stacked(stored, parts, across)
+def in_turns_transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
+    """A column of each part in turn, of a matrix [in, out]."""
+    return in_turns(stored.computed(stored.shape[::-1], Tensor.t) if len(stored.shape) == 2 else stored, parts)
 
 
 def _stacked(stored: Stored, parts: Mapping[str, Axis], layout: Layout) -> dict[str, Stored]:
@@ -127,6 +113,14 @@ def _stacked(stored: Stored, parts: Mapping[str, Axis], layout: Layout) -> dict[
     for number, of_one in enumerate(experts.values()):
         cut |= layout(stored.changed(stored.shape[1:], lambda t, i=number: t[i]), of_one)
     return cut
+
+
+stacked = partial(_stacked, layout=concatenated)
+"""Expert after expert [X, out, in], or [X * out, in], each with its parts one after another."""
+stacked_transposed = partial(_stacked, layout=transposed)
+"""[X, in, out], expert after expert, each with its parts side by side."""
+stacked_in_turns = partial(_stacked, layout=in_turns_transposed)
+"""[X, in, out], a column of each part in turn."""
 
 
 def by_head(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:

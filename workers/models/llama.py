@@ -67,12 +67,7 @@ def ministral(c: MinistralConfig) -> Decoder:
 
 @arch("Qwen2ForCausalLM", config=WindowedConfig, hf=HF, gguf=GGUF)
 @arch("MiMoForCausalLM", config=WindowedConfig, hf=HF, like="Qwen2")
-@arch(
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    config=WindowedConfig,
-    hf=of_text(HF),
-    like="Qwen2",
-)
+@arch("Qwen2VLForConditionalGeneration", config=WindowedConfig, hf=of_text(HF), like="Qwen2")
+@arch("Qwen2_5_VLForConditionalGeneration", config=WindowedConfig, hf=of_text(HF), like="Qwen2")
 def qwen2(c: WindowedConfig) -> Decoder:
     return pre_norm(c, [Attention.of(c, window=window, bias=True) for window in c.windows()])

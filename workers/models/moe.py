@@ -41,11 +41,7 @@ GGUF_DBRX = names({"attn_output_norm": "norm_mlp"}, **GGUF_LAYER)
 BAILING = HF | names({"attention.query_key_value": "mix.qkv"}, **LAYER)
 
 
-class MixtralConfig(MoEConfig, frozen=True, kw_only=True):
-    sliding_window: Window | None = None
-
-
-class PhiMoEConfig(MixtralConfig, frozen=True, kw_only=True):
+class PhiMoEConfig(MoEConfig, frozen=True, kw_only=True):
     router_jitter_noise: Factor = 0.01
     lm_head_bias: bool = False
 
@@ -62,7 +58,6 @@ class QwenMoEConfig(MoEConfig, frozen=True, kw_only=True):
     mlp_only_layers: tuple[int, ...] = ()
     qkv_bias: bool = True
     use_sliding_window: bool = False
-    sliding_window: Count | None = None
     max_window_layers: int = 28
 
     def windows(self) -> list[int]:
@@ -99,14 +94,12 @@ class Glm4MoEConfig(SolarOpenConfig, frozen=True, kw_only=True):
 
 
 class Dots1Config(DeepseekMoEConfig, frozen=True, kw_only=True):
-    sliding_window: Window | None = None
     max_window_layers: Count = 62
 
     def windows(self) -> list[int]:
-        window = self.sliding_window or 0
-        if self.layer_types is None:
-            return [window if i >= self.max_window_layers else 0 for i in range(self.num_hidden_layers)]
-        return self.by_layer({"full_attention": 0, "sliding_attention": window})
+        if self.layer_types is not None:
+            return super().windows()
+        return [(i >= self.max_window_layers and self.sliding_window) or 0 for i in range(self.num_hidden_layers)]
 
 
 class ErnieMoEConfig(MoEConfig, frozen=True, kw_only=True):
@@ -187,8 +180,8 @@ def some_sparse(c: Any, moe: MoE, dense: MLP | None = None) -> list[Any]:
     return [moe if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)]
 
 
-@arch("MixtralForCausalLM", config=MixtralConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
-def mixtral(c: MixtralConfig) -> Decoder:
+@arch("MixtralForCausalLM", config=MoEConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
+def mixtral(c: MoEConfig) -> Decoder:
     return pre_norm(c, Attention.of(c, window=c.sliding_window or 0), mixture(c, renorm=0.0))
 
 

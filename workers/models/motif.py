@@ -6,10 +6,10 @@ from typing import Any
 from cableway.kernels.attention_plan import Scores
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.differential import DifferentialAttention
-from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP, PolyNorm
 from cableway.workers.blocks.norm import RMSNorm, RMSScale
 from cableway.workers.models.config import DecoderConfig, Never, Size
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.hf_names import HF, LAYER, MIX
 from cableway.workers.models.layouts import in_halves
 from cableway.workers.models.names import Target, names
@@ -49,9 +49,8 @@ class MotifConfig(DiffLlamaConfig, frozen=True, kw_only=True):
 
 @arch("DiffLlamaForCausalLM", config=DiffLlamaConfig, hf=DIFFLLAMA)
 def diffllama(c: DiffLlamaConfig) -> Decoder:
-    return differential(
-        c, c.num_attention_heads // 2, 0, RMSScale(2 * c.head_dim, c.norm_eps), c.attention_bias, MLP.of(c)
-    )
+    norm = RMSScale(2 * c.head_dim, c.norm_eps)
+    return differential(c, c.num_attention_heads // 2, 0, norm, c.attention_bias, MLP.of(c))
 
 
 @arch("MotifForCausalLM", config=MotifConfig, hf=MOTIF, like="DiffLlama")
@@ -78,6 +77,4 @@ def differential(
             out_bias=bias,
         )
 
-    norm = RMSNorm(c.hidden_size, c.norm_eps)
-    layers = [Layer(norm_in=norm, mix=mix(i), norm_mlp=norm, mlp=mlp) for i in range(c.num_hidden_layers)]
-    return Decoder(c, layers, norm_out=norm)
+    return pre_norm(c, [mix(number) for number in range(c.num_hidden_layers)], mlp)

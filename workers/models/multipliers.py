@@ -57,9 +57,8 @@ class TeleFLMConfig(MiniCPMConfig, frozen=True, kw_only=True):
 @arch("GraniteForCausalLM", config=GraniteConfig, hf=HF, gguf=GGUF_NEIGHBOURS)
 @arch("MiniCPMForCausalLM", config=MiniCPMConfig, hf=HF, gguf=GGUF_NEIGHBOURS, like="Granite")
 @arch("TeleFLMForCausalLM", "TeleFLM", config=TeleFLMConfig, hf=HF, like="Granite")
-@arch(
-    "GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM", config=GraniteConfig, hf=GRANITE_MOE, gguf=GGUF_NEIGHBOURS
-)
+@arch("GraniteMoeForCausalLM", config=GraniteConfig, hf=GRANITE_MOE, gguf=GGUF_NEIGHBOURS)
+@arch("GraniteMoeSharedForCausalLM", config=GraniteConfig, hf=GRANITE_MOE, gguf=GGUF_NEIGHBOURS)
 def granite(c: GraniteConfig) -> Decoder:
     mlp, shared = MLP.of(c), None
     if c.num_experts:

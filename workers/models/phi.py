@@ -4,7 +4,7 @@ from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
-from cableway.workers.models.config import DecoderConfig, Window
+from cableway.workers.models.config import DecoderConfig
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, PLAIN_MLP
 from cableway.workers.models.hf_names import HF
@@ -20,7 +20,6 @@ class PhiConfig(DecoderConfig, frozen=True, kw_only=True):
 
 class Phi3Config(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
-    sliding_window: Window | None = None
 
 
 @arch("PhiForCausalLM", config=PhiConfig, hf=HF, gguf=GGUF | PLAIN_MLP)

@@ -57,23 +57,15 @@ class JaisConfig(DecoderConfig, frozen=True, kw_only=True):
         config["logit_factor"] = config.get("width_scale", by_width)
 
 
-def _baichuan_names(c: BaichuanConfig) -> Names:
-    return HF | NORMED_HEAD if c.vocab_size == _NORMED_HEAD_VOCAB_SIZE else HF
+def _with_head(plain: Names, normed_head: Names) -> Any:
+    """The scheme for a config, whose head may be that of Baichuan 2."""
+    return lambda c: plain | normed_head if c.vocab_size == _NORMED_HEAD_VOCAB_SIZE else plain
 
 
-def _baichuan_gguf(c: BaichuanConfig) -> Names:
-    normed = c.vocab_size == _NORMED_HEAD_VOCAB_SIZE
-    return GGUF_NEIGHBOURS | GGUF_NORMED_HEAD if normed else GGUF_NEIGHBOURS
+_BAICHUAN = {"hf": _with_head(HF, NORMED_HEAD), "gguf": _with_head(GGUF_NEIGHBOURS, GGUF_NORMED_HEAD)}
 
 
-@arch(
-    "BaiChuanForCausalLM",
-    "BaichuanForCausalLM",
-    config=BaichuanConfig,
-    hf=_baichuan_names,
-    gguf=_baichuan_gguf,
-    like="Llama",
-)
+@arch("BaiChuanForCausalLM", "BaichuanForCausalLM", config=BaichuanConfig, **_BAICHUAN, like="Llama")
 def baichuan(c: BaichuanConfig) -> Decoder:
     return pre_norm(c, Attention.of(c, rope=c.rope() if c.has_rope else ALiBi(c.num_attention_heads)))
 
