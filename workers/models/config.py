@@ -170,9 +170,9 @@ class SomeMoEConfig(MoEConfig, frozen=True, kw_only=True):
             DecoderConfig.__post_init__(self)
 
 
-def every(period: int, num_layers: int) -> list[str]:
-    """Layer types where each `period`-th layer sees everything, the others a window."""
-    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers)]
+def every(period: int, num_layers: int, other: str = "sliding_attention") -> list[str]:
+    """Layer types where each `period`-th layer sees everything, the others a window, or what else they do."""
+    return [other if (i + 1) % period else "full_attention" for i in range(num_layers)]
 
 
 Config = TypeVar("Config", bound=DecoderConfig)

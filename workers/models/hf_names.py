@@ -191,7 +191,8 @@ HF = names(known_as(_AROUND), ignored=_UNUSED_AROUND) | in_layers(
     },
     ignored=_UNUSED,
 )
-"""Names of every family, of which each has some."""
+HF |= Names(beyond=("mtp.",))
+"""Names of every family, of which each has some; `mtp` predicts further tokens, and is not used."""
 
 LAYER = {"prefix": "model.layers.{}.", "to": "layers.{}."}
 MIX = {"prefix": "model.layers.{}.self_attn.", "to": "layers.{}.mix."}

@@ -40,7 +40,6 @@ NEMOTRON_H = HF | names(
     prefix="backbone.layers.{}.mixer.",
     to="layers.{}.",
 )
-NEMOTRON_H |= Names(beyond=("mtp.",))
 
 
 class JambaConfig(MoEConfig, frozen=True, kw_only=True):
@@ -85,14 +84,11 @@ class HybridConfig(GraniteConfig, frozen=True, kw_only=True):
         if config["mamba_n_heads"] * head_dim != config.get("mamba_expand", 2) * config["hidden_size"]:
             raise ValueError("mamba_n_heads are not `mamba_expand` times as wide as hidden_size")
 
-    def mixes(self, attention: Attention) -> list[Any]:
-        """The mixer of each layer."""
-        mamba = Mamba2.of(self, norm_eps=self.norm_eps)
-        kinds = {
-            **dict.fromkeys(("attention", "full_attention"), attention),
-            **dict.fromkeys(("mamba", "linear_attention"), mamba),
-        }
-        return self.by_layer(kinds)
+    def of_two(self, attention: Any, mamba: Any, **others: Any) -> list[Any]:
+        """The one or the other by each layer's type, which has two names."""
+        return self.by_layer(
+            {"attention": attention, "full_attention": attention, "mamba": mamba, "linear_attention": mamba, **others}
+        )
 
 
 class BambaConfig(HybridConfig, frozen=True, kw_only=True):
@@ -181,7 +177,7 @@ def jamba(c: JambaConfig) -> Decoder:
 
 @arch("BambaForCausalLM", config=BambaConfig, hf=HF)
 def bamba(c: BambaConfig) -> Decoder:
-    return pre_norm(c, c.mixes(Attention.of(c)))
+    return pre_norm(c, c.of_two(Attention.of(c), Mamba2.of(c, norm_eps=c.norm_eps)))
 
 
 def _granite_names(c: HybridConfig) -> Any:
@@ -193,7 +189,8 @@ def granite_hybrid(c: HybridConfig) -> Decoder:
     rope = c.rope() if c.position_embedding_type == "rope" else None
     shared = MLP.of(c, ffn_size=c.shared_intermediate_size, bias=False)
     mlp = mixture(c, shared=shared, renorm=0.0) if c.num_experts else shared
-    return multiplied(c, c.mixes(Attention.of(c, rope=rope, scale=c.attention_multiplier)), mlp)
+    attention = Attention.of(c, rope=rope, scale=c.attention_multiplier)
+    return multiplied(c, c.of_two(attention, Mamba2.of(c, norm_eps=c.norm_eps)), mlp)
 
 
 def _nemotron_experts(c: NemotronHConfig) -> PlainMoE:
@@ -206,11 +203,7 @@ def nemotron_h(c: NemotronHConfig) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
     mamba = MixerLayer(norm_in=norm, mix=Mamba2.of(c, norm_eps=c.norm_eps))
     attention = MixerLayer(norm_in=norm, mix=Attention.of(c, rope=None))
-    kinds = {
-        **dict.fromkeys(("mamba", "linear_attention"), mamba),
-        **dict.fromkeys(("attention", "full_attention"), attention),
-        "mlp": MLPLayer(norm_in=norm, mlp=PlainMLP.of(c)),
-    }
+    others = {"mlp": MLPLayer(norm_in=norm, mlp=PlainMLP.of(c))}
     if c.num_experts:
-        kinds["moe"] = MLPLayer(norm_in=norm, mlp=_nemotron_experts(c))
-    return Decoder(c, c.by_layer(kinds), norm_out=norm)
+        others["moe"] = MLPLayer(norm_in=norm, mlp=_nemotron_experts(c))
+    return Decoder(c, c.of_two(attention, mamba, **others), norm_out=norm)

@@ -10,7 +10,7 @@ from cableway.workers.blocks.delta import GatedDeltaNet
 from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import Count, DecoderConfig, Size, SomeMoEConfig
+from cableway.workers.models.config import Count, DecoderConfig, Size, SomeMoEConfig, every
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_MIX, MID_NORM, larger_norms, value_heads_in_turns
 from cableway.workers.models.hf_names import HF, LAYER, of_text
@@ -39,10 +39,7 @@ class Qwen3NextConfig(SomeMoEConfig, frozen=True, kw_only=True):
     @classmethod
     def derive(cls, config: dict[str, Any]) -> None:
         period = config.get("full_attention_interval") or 4
-        kinds = [
-            "linear_attention" if (i + 1) % period else "full_attention" for i in range(config["num_hidden_layers"])
-        ]
-        config.setdefault("layer_types", kinds)
+        config.setdefault("layer_types", every(period, config["num_hidden_layers"], "linear_attention"))
 
     def is_sparse(self, layer: int) -> bool:
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
@@ -56,7 +53,7 @@ def _names(c: Qwen3NextConfig) -> Names:
         "linear_attn.in_proj_ba": Target("mix.steps", layout=by_key_head),
         "linear_attn.in_proj_qkv": Target("mix.project", parts=("q", "k", "v")),
     }
-    return HF | names(mixers, **LAYER) | Names(beyond=("mtp.",))
+    return HF | names(mixers, **LAYER)
 
 
 def _gguf(c: Qwen3NextConfig) -> Names:
