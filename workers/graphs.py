@@ -9,7 +9,7 @@ that is carried out without.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,27 @@ def token_sizes(most: int) -> list[int]:
     return [*sizes, most]
 
 
+class Memory:
+    """What graphs share: one takes what another is done with, if they were captured on the same stream."""
+
+    @cached_property
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+
 class Captured:
     """Room for numbers on the device, and the graph of one function of them.
 
     It does not keep the function: whoever has that has this, and a circle would keep the memory of both.
     """
 
-    def __init__(self, inputs: Tensor, pool: Any) -> None:
+    def __init__(self, inputs: Tensor, memory: Memory) -> None:
         self.inputs = inputs
-        self._pool = pool
+        self._memory = memory
         self._graph: Any = None
 
     @property
@@ -58,7 +70,7 @@ class Captured:
             self._graph.replay()
             return
         function(self.inputs)  # what is compiled or set up at its first use cannot be while capturing
-        self._graph = _capture(function, self.inputs, self._pool)
+        self._graph = _capture(function, self.inputs, self._memory)
 
 
 class StepGraphs:
@@ -79,12 +91,12 @@ class StepGraphs:
         self._logits = torch.empty(max_num_seqs, decoder.vocab_size, device=self._device)
         self._token_ids = torch.empty(max_num_seqs, dtype=torch.int32, device=self._device)
         self._hidden: Tensor | None = None  # [max_num_seqs + 1, E], once it is known what a hidden state is
-        self._pool = torch.cuda.graph_pool_handle()
+        self._memory = Memory()
         self._row_sizes, self._token_sizes = row_sizes(max_num_seqs), token_sizes(max_num_tokens)
         drawing = {size: self._nobodies(size) for size in self._row_sizes}
         few = {size: drawing[size] for size in drawing if 0 < longest_of_few(size) < rows.tokens.shape[1]}
         self._shorts, self._singles, self._heads, self._draws = (
-            {size: Captured(inputs, self._pool) for size, inputs in each.items()}
+            {size: Captured(inputs, self._memory) for size, inputs in each.items()}
             for each in (few, drawing, drawing, drawing)
         )
         self._bodies: dict[int, Captured] = {}
@@ -167,10 +179,12 @@ class StepGraphs:
     def _run_body(self, chunks: Chunks, num_tokens: int) -> None:
         """Hidden states of a step of so many tokens; all are nobody's where there are no chunks."""
         size = self._token_sizes[bisect_left(self._token_sizes, num_tokens)]
+        if not self._bodies and size < self._token_sizes[-1]:
+            self._run_body(NO_CHUNKS, self._token_sizes[-1])  # the others fit into its memory, but it not into theirs
         packed = self._rows.padded(chunks, min(self._max_num_seqs, size) + 1, size)
         if size not in self._bodies:
             inputs = torch.empty(packed.shape, dtype=torch.int32, device=self._device)
-            self._bodies[size] = Captured(inputs, self._pool)
+            self._bodies[size] = Captured(inputs, self._memory)
         upload_into(self._bodies[size].inputs, packed)
         self._bodies[size].run(partial(self._body, size))
 
@@ -203,12 +217,12 @@ class StepGraphs:
         self._sampler.draw_plain(logits, rows, positions, self._rows.tokens, out)
 
 
-def _capture(function: Callable[[Tensor], None], inputs: Tensor, pool: Any) -> torch.cuda.CUDAGraph:
+def _capture(function: Callable[[Tensor], None], inputs: Tensor, memory: Memory) -> torch.cuda.CUDAGraph:
     """A graph of what `function` does, which it does not do now."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(inputs.device)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    graph = torch.cuda.CUDAGraph()
+    memory.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(memory.stream):
+        graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
         function(inputs)
         graph.capture_end()
     return graph

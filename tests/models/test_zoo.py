@@ -210,7 +210,6 @@ def test_an_outline_goes_through_every_kind_of_step(folders: Any, name: str, mon
     launched = set()
     monkeypatch.setattr(triton.runtime.JITFunction, "run", lambda function, *_, **__: launched.add(function.__name__))
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     config = worker_config(folders(name, 0)[0], max_model_len=64, max_num_seqs=3, max_num_batched_tokens=64)
     with torch.inference_mode(), compilation.ahead():
         rehearse(config)

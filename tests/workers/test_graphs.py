@@ -77,9 +77,9 @@ def test_tokens_are_the_same(
     for sizes in ("row_sizes", "token_sizes"):
         monkeypatch.setattr(graphs, sizes, lambda most: list(range(1, most + 1)))  # a CPU writes no rows of nobody
     monkeypatch.setattr(graphs, "longest_of_few", lambda num_seqs: 16 if num_seqs < 3 else 0)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     runner, most = Runner(decoder, config), {"max_num_seqs": config.max_num_seqs, "max_num_tokens": 512}
     made = graphs.StepGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, **most)
+    made._bodies[512] = None  # the largest, which comes first and is nobody's
     runner._graphs, drawn, computed = made, [], []
     monkeypatch.setattr(made, "draw", lambda num: drawn.append(num) or graphs.StepGraphs.draw(made, num))
     monkeypatch.setattr(
@@ -96,7 +96,6 @@ def test_graphs_are_captured_one_at_a_time_the_largest_first(
     runner, most = Runner(decoder, config), {"max_num_seqs": 3, "max_num_tokens": 50}
     monkeypatch.setattr(graphs, "longest_of_few", {3: 0, 2: 10, 1: 1 << 20}.get)  # 1: as long as all may be
     monkeypatch.setattr(graphs, "_capture", PlayedGraph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     made = graphs.StepGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, **most)
     captured: list[tuple[str, int]] = []
     monkeypatch.setattr(made, "_body", lambda num_tokens, packed: captured.append(("body", num_tokens)))
@@ -109,6 +108,18 @@ def test_graphs_are_captured_one_at_a_time_the_largest_first(
     rows = [(name, size) for size in (3, 2, 1) for name in ("_single", "_head", "_draw")]
     rows.insert(3, ("_short", 2))
     assert captured == [("body", 50), *rows, *(("body", size) for size in graphs.token_sizes(50)[-2::-1])]
+
+
+def test_the_largest_graph_comes_before_one_that_is_needed(
+    decoder: Decoder, config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+):
+    runner, most = Runner(decoder, config), {"max_num_seqs": 3, "max_num_tokens": 50}
+    monkeypatch.setattr(graphs, "_capture", PlayedGraph)
+    made = graphs.StepGraphs(decoder, runner._rows, runner._sampler, runner._cache.layers, **most)
+    computed: list[tuple[int, int]] = []  # tokens, of how long a sequence
+    monkeypatch.setattr(made, "_body", lambda size, packed: computed.append((size, int(packed[len(packed) // 3]))))
+    made._run_body(Chunks(*(np.array(x, np.int32) for x in ([0], [0], [9], [1], [0, 9]))), 9)
+    assert computed == [(50, 0), (16, 9)]
 
 
 def test_long_sequences_run_without_graphs(decoder: Decoder, config: WorkerConfig):
@@ -149,6 +160,19 @@ def test_captured_graphs_give_the_tokens_of_eager_steps(config: WorkerConfig):
         on_gpu = msgspec.structs.replace(config, device="cuda", enforce_eager=enforce_eager, num_kv_blocks=512)
         made[enforce_eager] = outputs(Driver(build(on_gpu), on_gpu.block_size, on_gpu.max_num_seqs), SAMPLINGS)
     assert made[True] == made[False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_all_graphs_fit_into_the_memory_of_the_largest(config: WorkerConfig):
+    on_gpu = msgspec.structs.replace(config, device="cuda", num_kv_blocks=512, max_num_batched_tokens=8192)
+    runner = build(on_gpu)
+    reserved = [torch.cuda.memory_reserved()]
+    while runner.capture_next():
+        reserved.append(torch.cuda.memory_reserved())
+    of_largest, of_all = reserved[1] - reserved[0], reserved[-1] - reserved[0]
+    assert len(reserved) > 50
+    assert of_largest > 4 << 20  # more than what is taken at once for what is small
+    assert of_all < 1.5 * of_largest
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -41,7 +41,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> set[Kernel]:
         kernels.add(Kernel(kernel.name, constants))
 
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     for function in gc.get_objects():
         if issubclass(type(function), triton.runtime.JITFunction):  # as in a new process
             monkeypatch.setattr(function, "device_caches", defaultdict(function.create_binder))

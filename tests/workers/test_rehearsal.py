@@ -56,7 +56,6 @@ class AbsentGpu:
 def absent_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.runtime.driver, "_active", AbsentGpu())
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
