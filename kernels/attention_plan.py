@@ -254,7 +254,7 @@ def make(
     for row, length in zip(table.long(), seq_lens, strict=True):
         used = -(-length // block_size)
         by_slot[:, row[used:]] = float("nan")
-        by_slot[:, row[used - 1], length - (used - 1) * block_size :] = float("nan")
+        by_slot[:, row[used - 1 : used], length - (used - 1) * block_size :] = float("nan")
     plan = AttentionPlan(
         query_start=torch.tensor((0, *query_lens), device=device).cumsum(0).int(),
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),

@@ -235,7 +235,7 @@ def make(
 ):  # fmt: skip
     """`sizes`: rows of each group. `share`: rows that a row of x is for."""
     groups = torch.arange(len(sizes), device=device, dtype=torch.int32).repeat_interleave(
-        torch.tensor(sizes, device=device)
+        torch.tensor(sizes, device=device), output_size=sum(sizes)
     )
     groups = groups[torch.randperm(len(groups), device=device)]
     rows, tiles = order_by_expert(groups[:, None], num_experts=len(sizes), tile_rows=tile_rows)

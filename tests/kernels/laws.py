@@ -108,7 +108,8 @@ def assert_rows_are_independent(kernel: Kernel, made: Call, num_rows: int) -> No
     """A row is the same, to the bit, alone, in any part of the batch and in all of it."""
     together = kernel.run(form(kernel), made.clone())
     for start, stop in ((0, 1), (num_rows - 1, num_rows), (3, 5), (0, 4), (2, 18), (5, num_rows)):
-        part = _take(made.clone(), slice(start, stop), num_rows)
+        rows = slice(start, stop)
+        part = mapped(lambda x, rows=rows: x[rows] if x.shape[:1] == (num_rows,) else x, made.clone())
         for some, all_rows in zip(kernel.run(form(kernel), part), together, strict=True):
             assert torch.equal(some, all_rows[start:stop]), f"rows {start}:{stop}"
 
@@ -148,18 +149,19 @@ def _replaced(made: Call, index: int, argument: Tensor) -> Call:
     return Call((*made.args[:index], argument, *made.args[index + 1 :]), made.kwargs).clone()
 
 
-def _take(value: Any, rows: slice, num_rows: int) -> Any:
-    """`value` with those rows alone of every tensor in it that has `num_rows`."""
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with every tensor in it changed."""
     match value:
         case Tensor():
-            return value[rows] if value.shape[:1] == (num_rows,) else value
+            return change(value)
         case tuple():
-            return tuple(_take(item, rows, num_rows) for item in value)
+            items = [mapped(change, item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         case dict():
-            return {name: _take(item, rows, num_rows) for name, item in value.items()}
+            return {name: mapped(change, item) for name, item in value.items()}
         case _ if dataclasses.is_dataclass(value):
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            return dataclasses.replace(value, **_take(fields, rows, num_rows))
+            return dataclasses.replace(value, **mapped(change, fields))
         case _:
             return value
 
