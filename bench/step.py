@@ -33,6 +33,7 @@ from cableway.workers.runner import Runner
 
 _SHAPE = re.compile(r"decode:(\d+)@(\d+)|prefill:(\d+)")
 _VOCAB = 10_000  # token ids that every large model has
+_MORE_STEPS = 64  # than the timed ones, at most: to warm up, and for the profiler
 
 
 class Timing(msgspec.Struct, kw_only=True):
@@ -77,7 +78,7 @@ class TimedDecoder:
 @click.option("--kv-cache-dtype", default="auto", type=click.Choice(["auto", "fp8", "fp8_e5m2", "int8"]))
 @click.option("--state-dtype", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]))
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--max-model-len", default=4096, show_default=True, type=click.IntRange(16))
+@click.option("--max-model-len", default=0, type=click.IntRange(0), help="0: what shapes need.")
 @click.option("--num-threads", default=0, type=click.IntRange(0), help="0: automatic.")
 @click.option("--batch-invariant", is_flag=True)
 @click.option(
@@ -92,12 +93,14 @@ class TimedDecoder:
 @click.option("--profile", type=click.Path(dir_okay=False, path_type=Path), help="Write a torch-profiler trace here.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line a shape.")
 def command(
-    model: str, shapes: str, steps: int, temperature: float, profile: Path | None, as_json: bool, **options: Any
-) -> None:
+    model: str, shapes: str, steps: int, temperature: float, profile: Path | None, as_json: bool, max_model_len: int,
+    **options: Any,
+) -> None:  # fmt: skip
     """Show where the time of a worker's step goes."""
-    config = resolve(Options(model=model, max_num_seqs=256, **options)).worker
-    sampling = Sampling(temperature=temperature, max_tokens=1 << 20, seed=1)
     chosen = {shape: _parsed(shape) for shape in shapes.split(",")}
+    longest = max_model_len or max(length + steps + _MORE_STEPS for _, length in chosen.values())
+    config = resolve(Options(model=model, max_num_seqs=256, max_model_len=longest, **options)).worker
+    sampling = Sampling(temperature=temperature, max_tokens=1 << 20, seed=1)
     if profile and len(chosen) > 1:
         raise click.BadParameter("a trace is of one shape", param_hint="--profile")
     on_device = _on_gpu if config.device == "cuda" else _on_cpu
