@@ -59,7 +59,6 @@ class GatedDeltaNet(Recurrent):
         keys, values = place.mesh.span(self.keys).size, place.mesh.span(self.values).size
         self._sizes = (2 * keys + values, values)
         self._conv_sizes = (2 * keys, values)
-        self._conv_len = self.conv.state_len(place.mesh)
         self._a = -self.a_log.weight.exp()
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
@@ -67,9 +66,10 @@ class GatedDeltaNet(Recurrent):
         states, plan = step.recurrent(self.number)
         ba = self.steps(x)
         x, z = self.project(x).split(self._sizes, 1)
-        qk, v = self.conv(x, states[:, : self._conv_len], step, self.number).split(self._conv_sizes, 1)
+        x, states = self.conv(x, states, plan)
+        qk, v = x.split(self._conv_sizes, 1)
         q, k, g, beta = delta_inputs(qk, ba, self.dt_bias.weight, self._a, key_dim=self.key_dim, most=self.most)
-        y = delta_scan(q, k, v.unflatten(1, (-1, self.head_dim)), g, beta, states[:, self._conv_len :], plan)
+        y = delta_scan(q, k, v.unflatten(1, (-1, self.head_dim)), g, beta, states, plan)
         return self.out(gated_norm(y, z, self.norm.weight[None], eps=self.norm.eps, gates_first=False))
 
 
@@ -93,7 +93,6 @@ class KeyedDeltaNet(Recurrent):
 
     def prepare(self, place: Place) -> None:
         super().prepare(place)
-        self._conv_len = self.conv.state_len(place.mesh)
         self._a = -self.a_log.weight.exp().repeat_interleave(self.head_dim)
         # Weights of RMS norms: of queries, whose length is 1 / sqrt(head_dim) then, and of keys, whose length is 1.
         self._lengths = [
@@ -106,10 +105,10 @@ class KeyedDeltaNet(Recurrent):
         beta = sigmoid(self.beta(x).float())
         g = time_steps(self.decay(x), self.dt_bias.weight, self._a).unflatten(1, (-1, self.head_dim))
         gate = self.gate(x)
-        heads = self.conv(self.project(x), states[:, : self._conv_len], step, self.number)
+        heads, states = self.conv(self.project(x), states, plan)
         q, k, v = heads.unflatten(1, (3, -1, self.head_dim)).unbind(1)
         q, k = (
             rms_norm(part, length, eps=1e-6 / self.head_dim) for part, length in zip((q, k), self._lengths, strict=True)
         )
-        y = self.norm(delta_scan(q, k, v, g, beta, states[:, self._conv_len :], plan))
+        y = self.norm(delta_scan(q, k, v, g, beta, states, plan))
         return self.out(y.flatten(1).mul_(sigmoid(gate)))

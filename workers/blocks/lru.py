@@ -37,14 +37,13 @@ class GatedLRU(Recurrent):
     def prepare(self, place: Place) -> None:
         super().prepare(place)
         self._rate = F.softplus(self.rate.weight).mul_(_FASTEST)
-        self._conv_len = self.conv.state_len(place.mesh)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         states, plan = step.recurrent(self.number)
         x, y = self.project(x).chunk(2, 1)
-        x = self.conv(x, states[:, : self._conv_len], step, self.number)
+        x, states = self.conv(x, states, plan)
         gates = sigmoid(self.gates(x.unflatten(1, (-1, self.channels.unit))).float())
         taken, decay = (gate.flatten(1) for gate in gates.chunk(2, -1))
-        h = lru_scan(decay.mul(self._rate), taken.mul(x), states[:, self._conv_len :], plan)
+        h = lru_scan(decay.mul(self._rate), taken.mul(x), states, plan)
         return self.out(self.act(y.contiguous()).mul_(h))

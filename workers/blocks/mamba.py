@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cableway.kernels.causal_conv import causal_conv
 from cableway.kernels.gated_norm import gated_norm
+from cableway.kernels.recurrence import RecurrentPlan
 from cableway.kernels.state_scan import state_scan
 from cableway.kernels.time_steps import time_steps
 from cableway.workers.batch import StateSpec
@@ -31,6 +32,7 @@ class CausalConv(Slot):
         self._bias: Tensor | None = None
 
     def load(self, parts: Filling, place: Place) -> None:
+        self._state_len = self.state_len(place.mesh)
         weight = torch.cat(self.share(parts, place, torch.float32)).to(place.device)
         self._weight = weight.squeeze(1).T.contiguous()
         if "bias" in self.leaves:
@@ -39,9 +41,10 @@ class CausalConv(Slot):
     def state_len(self, mesh: Mesh) -> int:
         return sum(mesh.span(axis).size for axis in self.parts.values()) * (self.width - 1)
 
-    def __call__(self, x: Tensor, states: Tensor, step: Step, mixer: int) -> Tensor:
-        """x [T, C] -> [T, C]"""
-        return causal_conv(x, self._weight, self._bias, states, step.recurrent(mixer)[1], silu=self.silu)
+    def __call__(self, x: Tensor, states: Tensor, plan: RecurrentPlan) -> tuple[Tensor, Tensor]:
+        """x [T, C], a mixer's states, which begin with its own -> [T, C], and the rest of the states"""
+        own, others = states[:, : self._state_len], states[:, self._state_len :]
+        return causal_conv(x, self._weight, self._bias, own, plan, silu=self.silu), others
 
 
 class Recurrent(Mixer):
@@ -69,7 +72,7 @@ class ShortConv(Recurrent):
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         b, c, x = self.project(x).chunk(3, 1)
-        y = self.conv(b * x, step.recurrent(self.number)[0], step, self.number)
+        y, _ = self.conv(b * x, *step.recurrent(self.number))
         return self.out(y.mul_(c))
 
 
@@ -104,16 +107,15 @@ class Mamba(Recurrent):
     def prepare(self, place: Place) -> None:
         super().prepare(place)
         self._a = -self.a_log.weight.exp()
-        self._conv_len = self.conv.state_len(place.mesh)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         states, plan = step.recurrent(self.number)
         x, z = self.project(x).chunk(2, 1)
-        x = self.conv(x, states[:, : self._conv_len], step, self.number)
+        x, states = self.conv(x, states, plan)
         dt, b, c = self.selected(x)
         heads, dt = x.unflatten(1, (dt.shape[1], -1)), time_steps(dt, None, None)
-        y = state_scan(heads, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
+        y = state_scan(heads, dt, self._a, b, c, self.d.weight, states, plan)
         return self.out(gated_norm(y, z, None))
 
     def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,17 +185,16 @@ class Mamba2(Recurrent):
         self._sizes = (channels, channels + 2 * groups, mesh.span(self.heads).size)
         self._conv_sizes = (channels, groups, groups)
         self._a = -self.a_log.weight.exp()[:, None]
-        self._conv_len = self.conv.state_len(mesh)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, E] -> [T, E]"""
         states, plan = step.recurrent(self.number)
         z, x, dt = self.project(x).split(self._sizes, 1)
-        x = self.conv(x, states[:, : self._conv_len], step, self.number)
+        x, states = self.conv(x, states, plan)
         x, b, c = x.split(self._conv_sizes, 1)
         dt = time_steps(dt, self.dt_bias.weight, None, low=self.limit[0], high=self.limit[1])
         x, b, c = x.unflatten(1, (-1, self.head_dim)), *(part.unflatten(1, (-1, self.state_size)) for part in (b, c))
-        y = state_scan(x, dt, self._a, b, c, self.d.weight, states[:, self._conv_len :], plan)
+        y = state_scan(x, dt, self._a, b, c, self.d.weight, states, plan)
         return self.out(self._gated(y, z))
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:

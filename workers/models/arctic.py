@@ -8,10 +8,11 @@ from cableway.workers.blocks.layers import BypassLayer, Layer
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import MoEConfig, Size
+from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF_LAYER, GGUF_NEIGHBOURS
 from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.layouts import stacked
-from cableway.workers.models.moe import mixture
+from cableway.workers.models.moe import mixture, some_sparse
 from cableway.workers.models.names import Names, Target, names, of_mlp
 from cableway.workers.models.registry import arch
 
@@ -60,9 +61,8 @@ def _names(c: ArcticConfig) -> Names:
 def arctic(c: ArcticConfig) -> Decoder:
     norm, mix = RMSNorm(c.hidden_size, c.norm_eps), Attention.of(c)
     moe = mixture(c, renorm=0.0 if c.num_experts_per_tok > 1 else None)
-    dense = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=MLP.of(c))
-    sparse: Any = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=moe)
-    if c.parallel_attn_mlp_res:
-        narrow = MLP.of(c, ffn_size=c.hidden_size)
-        sparse = BypassLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=narrow, norm_moe=norm, moe=moe)
+    if not c.parallel_attn_mlp_res:
+        return pre_norm(c, mix, some_sparse(c, moe))
+    dense, narrow = Layer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=MLP.of(c)), MLP.of(c, ffn_size=c.hidden_size)
+    sparse = BypassLayer(norm_in=norm, mix=mix, norm_mlp=norm, mlp=narrow, norm_moe=norm, moe=moe)
     return Decoder(c, [sparse if c.is_sparse(i) else dense for i in range(c.num_hidden_layers)], norm_out=norm)

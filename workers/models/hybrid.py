@@ -180,7 +180,7 @@ def bamba(c: BambaConfig) -> Decoder:
     return pre_norm(c, c.of_two(Attention.of(c), Mamba2.of(c, norm_eps=c.norm_eps)))
 
 
-def _granite_names(c: HybridConfig) -> Any:
+def _granite_names(c: HybridConfig) -> Names:
     return GRANITE_MOE if c.num_experts else GRANITE_DENSE_HYBRID
 
 

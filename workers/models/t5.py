@@ -1,7 +1,7 @@
 """T5, Flan-T5 and mT5: an encoder, and a decoder that attends to it. No positions: scores have what heads have learned
 of distances, in the first layer, for all, or in UMT5 in each; and they are not scaled."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from cableway.workers.blocks.block import shared
 from cableway.workers.blocks.decoder import Decoder
@@ -44,10 +44,12 @@ class T5Config(DecoderConfig, frozen=True, kw_only=True):
     relative_attention_max_distance: Size = 128
     is_gated: bool
     scale_decoder_outputs: bool
+    feed_forward: ClassVar[str] = "relu"
+    """Where a file does not say it."""
 
     @classmethod
     def derive(cls, config: dict[str, Any]) -> None:
-        kind, _, act = config.get("feed_forward_proj", "relu").rpartition("-")
+        kind, _, act = config.get("feed_forward_proj", cls.feed_forward).rpartition("-")
         tied = config.get("tie_word_embeddings", True)
         config |= {
             "num_attention_heads": config["num_heads"],
@@ -60,17 +62,14 @@ class T5Config(DecoderConfig, frozen=True, kw_only=True):
         }
 
 
-class MT5Config(T5Config, frozen=True, kw_only=True):
-    @classmethod
-    def derive(cls, config: dict[str, Any]) -> None:
-        config |= {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False} | config
-        super().derive(config)
-
-
 class UMT5Config(T5Config, frozen=True, kw_only=True):
+    feed_forward = "gated-gelu"
+
+
+class MT5Config(UMT5Config, frozen=True, kw_only=True):
     @classmethod
     def derive(cls, config: dict[str, Any]) -> None:
-        config |= {"feed_forward_proj": "gated-gelu"} | config
+        config.setdefault("scale_decoder_outputs", False)
         super().derive(config)
 
 

@@ -61,14 +61,6 @@ def _adapters(c: "Zamba2Config") -> Names:
     return names(table)
 
 
-def _zamba_names(c: "ZambaConfig") -> Names:
-    return _names(c, "shared_transf", _HEADED)
-
-
-def _zamba2_names(c: "Zamba2Config") -> Names:
-    return _names(c, "shared_transformer", {}) | _adapters(c)
-
-
 class SharingConfig(DecoderConfig, frozen=True, kw_only=True):
     norm_eps: float = 1e-5
     hidden_act: str = "gelu"
@@ -122,7 +114,7 @@ def _derive_head_dim(config: dict[str, Any]) -> None:
     config["head_dim"] = config.get("attention_head_dim") or derived
 
 
-@arch("ZambaForCausalLM", config=ZambaConfig, hf=_zamba_names)
+@arch("ZambaForCausalLM", config=ZambaConfig, hf=lambda c: _names(c, "shared_transf", _HEADED))
 def zamba(c: ZambaConfig) -> Decoder:
     sizes = (c.mamba_expand * c.hidden_size, c.mamba_d_state, c.mamba_dt_rank, c.mamba_d_conv)
     biases = {"bias": c.mamba_proj_bias, "conv_bias": c.mamba_conv_bias}
@@ -131,7 +123,7 @@ def zamba(c: ZambaConfig) -> Decoder:
     return sharing(c, mix, [(attention, MLP.of(c))])
 
 
-@arch("Zamba2ForCausalLM", config=Zamba2Config, hf=_zamba2_names)
+@arch("Zamba2ForCausalLM", config=Zamba2Config, hf=lambda c: _names(c, "shared_transformer", {}) | _adapters(c))
 def zamba2(c: Zamba2Config) -> Decoder:
     head_dim = c.mamba_expand * c.hidden_size // c.n_mamba_heads
     sizes = (c.n_mamba_heads, head_dim, c.mamba_ngroups, c.mamba_d_state, c.mamba_d_conv)
