@@ -12,7 +12,7 @@ from cableway.workers.blocks.encoder import CrossAttention, Encoder, EncoderAtte
 from cableway.workers.blocks.layers import CrossLayer, Layer, PostNormLayer
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
-from cableway.workers.models.config import DecoderConfig, NumLayers, Size
+from cableway.workers.models.config import DecoderConfig, Epsilon, NumLayers, Size
 from cableway.workers.models.layouts import flat, scaled
 from cableway.workers.models.names import Names, Target, names, of_parts
 from cableway.workers.models.registry import arch
@@ -32,7 +32,7 @@ _LAYER = {
 
 
 class BartConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "gelu"
     tie_word_embeddings: bool = True
     encoder_layers: NumLayers

@@ -5,7 +5,7 @@ from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
-from cableway.workers.models.config import DecoderConfig, Factor, Window
+from cableway.workers.models.config import DecoderConfig, Epsilon, Factor, Window
 from cableway.workers.models.frames import side_by_side
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
@@ -14,7 +14,7 @@ from cableway.workers.models.registry import arch
 
 
 class CohereConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     logit_scale: Factor = 0.0625
     use_qk_norm: bool = False
     tie_word_embeddings: bool = True

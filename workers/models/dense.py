@@ -7,7 +7,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.linear import Axis
 from cableway.workers.blocks.mlp import MLP, XIELU, PlainMLP
 from cableway.workers.blocks.norm import HeadNorms, JointNorm, LayerNorm, RMSNorm
-from cableway.workers.models.config import DecoderConfig, Size, WindowedConfig
+from cableway.workers.models.config import DecoderConfig, Epsilon, Size, WindowedConfig
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, GGUF_MIX, GGUF_NEIGHBOURS, MID_NORM, larger_norms
 from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
@@ -50,7 +50,7 @@ class HeliumConfig(BiasConfig, frozen=True, kw_only=True):
 
 
 class NormConfig(BiasConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "relu2"
 
 
@@ -59,14 +59,14 @@ class NemotronConfig(NormConfig, frozen=True, kw_only=True):
 
 
 class PersimmonConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "relu2"
     qk_layernorm: bool = True
     rotary_frac = 0.5
 
 
 class StableLmConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     use_qkv_bias: bool = False
     qk_layernorm: bool = False
     use_parallel_residual: bool = False

@@ -8,7 +8,7 @@ from cableway.workers.blocks.decoder import Decoder, Positions
 from cableway.workers.blocks.layers import Layer, ParallelLayer, PostNormLayer
 from cableway.workers.blocks.mlp import Activation, PlainMLP
 from cableway.workers.blocks.norm import LayerNorm, PlainLayerNorm
-from cableway.workers.models.config import DecoderConfig, Factor, Never, Size
+from cableway.workers.models.config import DecoderConfig, Epsilon, Factor, Never, Size
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
 from cableway.workers.models.gguf_names import PLAIN_MLP as GGUF_PLAIN_MLP
@@ -20,7 +20,7 @@ GGUF_TWO_NORMS = names({"attn_norm_2": "norm_in", "attn_norm": "norm_mlp"}, **GG
 
 
 class FalconConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "gelu"
     tie_word_embeddings: bool = True
     alibi: bool = False
@@ -37,7 +37,7 @@ class FalconConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 class BloomConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     apply_residual_connection_post_layernorm: Never = False
     tie_word_embeddings: bool = True
 
@@ -47,7 +47,7 @@ class BloomConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 class MPTConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     tie_word_embeddings: bool = True
     alibi: Literal[True] = True
     alibi_bias_max: Factor = 8
@@ -62,7 +62,7 @@ class MPTConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 class OPTConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "relu"
     tie_word_embeddings: bool = True
     max_position_embeddings: Size = 2048

@@ -7,7 +7,7 @@ from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.config import DecoderConfig, Epsilon, Size
 from cableway.workers.models.frames import pre_norm, sandwich
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF
 from cableway.workers.models.hf_names import HF
@@ -24,7 +24,7 @@ CHATGLM = HF | names(
 
 class GlmConfig(DecoderConfig, frozen=True, kw_only=True):
     head_dim: Size = 128
-    norm_eps: float = 1.5625e-07
+    norm_eps: Epsilon = 1.5625e-07
     attention_bias: bool = True
     rotary_frac = 0.5
 

@@ -7,7 +7,7 @@ from cableway.workers.blocks.decoder import Decoder, Positions
 from cableway.workers.blocks.layers import Layer, ParallelLayer
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
-from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.config import DecoderConfig, Epsilon, Size
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import GGUF, PLAIN_MLP
 from cableway.workers.models.hf_names import GPT_LAYER, HF
@@ -21,7 +21,7 @@ BIGCODE = HF | names({"attn.c_attn": Target("mix.qkv", layout=by_group)}, **GPT_
 
 
 class GPTConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "gelu_new"
 
     @classmethod

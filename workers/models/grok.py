@@ -3,7 +3,7 @@
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.norm import RMSNorm, Scale
-from cableway.workers.models.config import Factor, MoEConfig
+from cableway.workers.models.config import Epsilon, Factor, MoEConfig
 from cableway.workers.models.frames import sandwich
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
 from cableway.workers.models.hf_names import HF
@@ -15,7 +15,7 @@ GGUF_GROK = GGUF | names({"attn_output_norm": "norm_mix_out", "layer_output_norm
 
 
 class GrokConfig(MoEConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "gelu_tanh"  # what the first release, in JAX, calls gelu
     attn_output_multiplier: Factor = 128**-0.5
     max_attn_value: Factor = 30.0

@@ -10,7 +10,7 @@ from cableway.workers.blocks.mamba import Mamba, Mamba2
 from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.moe import PlainMoE
 from cableway.workers.blocks.norm import RMSNorm, Scale
-from cableway.workers.models.config import Count, Factor, MoEConfig, Never, Size
+from cableway.workers.models.config import Count, Epsilon, Factor, MoEConfig, Never, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS, PLAIN_MLP, TWO_MIXERS
 from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
@@ -96,7 +96,7 @@ class BambaConfig(HybridConfig, frozen=True, kw_only=True):
 
 
 class NemotronHConfig(HybridConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     norm_topk_prob: bool = True
     moe_shared_expert_intermediate_size: Count = 0
     moe_latent_size: Size | None = None
@@ -117,7 +117,7 @@ class NemotronHConfig(HybridConfig, frozen=True, kw_only=True):
 
 
 class FalconH1Config(HybridConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     layer_types: list[str] | None = None
     attention_bias: Never = False
     mlp_bias: Never = False

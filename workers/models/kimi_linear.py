@@ -5,7 +5,7 @@ from typing import Any
 
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.delta import KeyedDeltaNet
-from cableway.workers.models.config import Size
+from cableway.workers.models.config import Epsilon, Size
 from cableway.workers.models.deepseek import DeepseekV3Config, latent_attention, latent_names
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.hf_names import HF, RECURRENT, known_as
@@ -27,7 +27,7 @@ _DELTA = known_as(RECURRENT) | {
 
 
 class KimiLinearConfig(DeepseekV3Config, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     norm_topk_prob: bool = True
     layer_types: list[str]
     mlp_layer_types: list[str]

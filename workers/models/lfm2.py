@@ -7,7 +7,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mamba import ShortConv
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import Count, Size, SomeMoEConfig
+from cableway.workers.models.config import Count, Epsilon, Size, SomeMoEConfig
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.hf_names import HF
@@ -19,7 +19,7 @@ GGUF_LFM2 = GGUF | names({"token_embd_norm": "norm_out"})  # which is the first 
 
 
 class Lfm2Config(SomeMoEConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     layer_types: list[str]
     conv_bias: bool = False
     conv_L_cache: Size = 3

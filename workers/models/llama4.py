@@ -8,7 +8,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.moe import InputMoE, Router
 from cableway.workers.blocks.norm import RMSScale
-from cableway.workers.models.config import Factor, MoEConfig, Size
+from cableway.workers.models.config import Epsilon, Factor, MoEConfig, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.glm import halves
@@ -28,7 +28,7 @@ LLAMA4 = HF | names(
 
 
 class Llama4Config(MoEConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     intermediate_size_mlp: Size
     use_qk_norm: bool = True
     no_rope_layers: list[int]

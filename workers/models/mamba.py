@@ -7,7 +7,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import MixerLayer
 from cableway.workers.blocks.mamba import Mamba, Mamba2
 from cableway.workers.blocks.norm import RMSNorm, RMSScale
-from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.config import DecoderConfig, Epsilon, Size
 from cableway.workers.models.gguf_names import GGUF
 from cableway.workers.models.gguf_names import MAMBA2 as GGUF_MAMBA2
 from cableway.workers.models.hf_names import HF
@@ -15,13 +15,13 @@ from cableway.workers.models.registry import arch
 
 
 class MambaConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     state_size: Size = 16
     conv_kernel: Size = 4
     mamba_dt_rank: Size
     use_bias: bool = False
     use_conv_bias: bool = True
-    mixer_rms_eps: float = 1e-6
+    mixer_rms_eps: Epsilon = 1e-6
     tie_word_embeddings: bool = True
 
     @classmethod
@@ -32,7 +32,7 @@ class MambaConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 class Mamba2Config(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     mamba_n_heads: Size = 128
     mamba_d_head: Size = 64
     mamba_n_groups: Size = 8

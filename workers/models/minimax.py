@@ -7,7 +7,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import NormedStreamLayer
 from cableway.workers.blocks.lightning import LightningAttention
 from cableway.workers.blocks.norm import RMSNorm, Scale
-from cableway.workers.models.config import Factor, MoEConfig
+from cableway.workers.models.config import Epsilon, Factor, MoEConfig
 from cableway.workers.models.hf_names import HF, MIX
 from cableway.workers.models.layouts import by_group
 from cableway.workers.models.moe import mixture
@@ -26,7 +26,7 @@ MINIMAX = HF | names(
 
 
 class MiniMaxConfig(MoEConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     layer_types: list[str]
     full_attn_alpha_factor: Factor = 1.0
     full_attn_beta_factor: Factor = 1.0

@@ -8,7 +8,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP, ClampedGate
 from cableway.workers.blocks.moe import Groups, MoE, Router, SparseMixer
 from cableway.workers.blocks.norm import LayerNorm, RMSNorm
-from cableway.workers.models.config import Count, Factor, MoEConfig, Size, Window
+from cableway.workers.models.config import Count, Epsilon, Factor, MoEConfig, Size, Window
 from cableway.workers.models.frames import near_and_far, pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER, GGUF_NEIGHBOURS, MID_NORM
 from cableway.workers.models.glm import halves
@@ -123,7 +123,7 @@ class HunyuanMoEConfig(MoEConfig, frozen=True, kw_only=True):
 
 
 class DbrxConfig(MoEConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     clip_qkv: Factor | None = None
 
     @classmethod
@@ -144,7 +144,7 @@ class DbrxConfig(MoEConfig, frozen=True, kw_only=True):
 
 
 class GptOssConfig(MoEConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     sliding_window: Window = 128
     global_period = 2
     attention_bias: bool = True

@@ -8,7 +8,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.differential import DifferentialAttention
 from cableway.workers.blocks.mlp import MLP, PolyNorm
 from cableway.workers.blocks.norm import RMSNorm, RMSScale
-from cableway.workers.models.config import DecoderConfig, Never, Size
+from cableway.workers.models.config import DecoderConfig, Epsilon, Never, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.hf_names import HF, LAYER, MIX
 from cableway.workers.models.layouts import in_halves
@@ -27,7 +27,7 @@ class DiffLlamaConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 class MotifConfig(DiffLlamaConfig, frozen=True, kw_only=True):
-    attn_rms_norm_eps: float = 1e-5
+    attn_rms_norm_eps: Epsilon = 1e-5
     use_bias: bool = False
     use_sliding_window: Never = False
     num_noise_heads: Size

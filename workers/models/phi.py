@@ -4,7 +4,7 @@ from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import PlainMLP
 from cableway.workers.blocks.norm import LayerNorm
-from cableway.workers.models.config import DecoderConfig
+from cableway.workers.models.config import DecoderConfig, Epsilon
 from cableway.workers.models.frames import pre_norm, side_by_side
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF, PLAIN_MLP
 from cableway.workers.models.hf_names import HF
@@ -12,14 +12,14 @@ from cableway.workers.models.registry import arch
 
 
 class PhiConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "gelu_new"
     qk_layernorm: bool = False
     rotary_frac = 0.5
 
 
 class Phi3Config(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
 
 
 @arch("PhiForCausalLM", config=PhiConfig, hf=HF, gguf=GGUF | PLAIN_MLP)

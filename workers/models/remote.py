@@ -7,7 +7,7 @@ from cableway.workers.blocks.attention import ALiBi, Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import LayerNorm, Scale
-from cableway.workers.models.config import DecoderConfig, Factor
+from cableway.workers.models.config import DecoderConfig, Epsilon, Factor
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_NEIGHBOURS
 from cableway.workers.models.hf_names import GPT_LAYER, HF
@@ -43,7 +43,7 @@ class QwenConfig(DecoderConfig, frozen=True, kw_only=True):
 
 
 class JaisConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     tie_word_embeddings: bool = True
     embedding_factor: Factor = 1.0
     logit_factor: Factor = 1.0

@@ -6,7 +6,7 @@ from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import MixerLayer
 from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.blocks.rwkv import ChannelMix, TimeMix
-from cableway.workers.models.config import DecoderConfig, Size
+from cableway.workers.models.config import DecoderConfig, Epsilon, Size
 from cableway.workers.models.layouts import flat
 from cableway.workers.models.names import Names, Target, names
 from cableway.workers.models.registry import arch
@@ -37,7 +37,7 @@ _CHANNELS = {
 
 
 class RwkvConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     attention_hidden_size: Size
 
     @classmethod

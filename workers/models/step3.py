@@ -5,7 +5,7 @@ from typing import Any
 from cableway.workers.blocks.attention import NarrowAttention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
-from cableway.workers.models.config import MoEConfig, Size
+from cableway.workers.models.config import Epsilon, MoEConfig, Size
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.layouts import stacked
@@ -26,7 +26,7 @@ STEP3 = HF | names(
 
 
 class Step3Config(MoEConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     share_q_dim: Size
     share_expert_dim: Size
     moe_layers: tuple[int, ...]

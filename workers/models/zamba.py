@@ -12,7 +12,7 @@ from cableway.workers.blocks.linear import Axis, Linear
 from cableway.workers.blocks.mamba import HeadedMamba, Mamba2
 from cableway.workers.blocks.mlp import MLP
 from cableway.workers.blocks.norm import RMSNorm
-from cableway.workers.models.config import DecoderConfig, Never, Size
+from cableway.workers.models.config import DecoderConfig, Epsilon, Never, Size
 from cableway.workers.models.hf_names import HF, LAYER, RECURRENT, known_as
 from cableway.workers.models.layouts import by_head, flat, in_turns
 from cableway.workers.models.names import Names, Target, names, of_mlp, of_parts
@@ -62,7 +62,7 @@ def _adapters(c: "Zamba2Config") -> Names:
 
 
 class SharingConfig(DecoderConfig, frozen=True, kw_only=True):
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     hidden_act: str = "gelu"
     tie_word_embeddings: bool = True
     layers_block_type: list[str]
