@@ -15,7 +15,6 @@ from cableway.workers.blocks.block import Block
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.layers import Layer, Norm
 from cableway.workers.blocks.linear import Embedding, Linear, Vector
-from cableway.workers.blocks.mamba import Table
 from cableway.workers.blocks.mlp import Activation
 from cableway.workers.blocks.moe import Experts
 from cableway.workers.blocks.norm import RMSNorm
@@ -35,10 +34,7 @@ class AltUp(Block):
     def __init__(self, hidden_size: int, num_streams: int, active: int, eps: float):
         embed, streams = Axis("embed", hidden_size), Axis("streams", num_streams)
         self.norm, self.router = RMSNorm(hidden_size, eps), Linear(streams, embed)
-        self.guess, self.mend = (
-            Table({"": Axis("streams", num_streams**2)}, num_streams),
-            Table({"": streams}, num_streams),
-        )
+        self.guess, self.mend = Vector(Axis("streams", num_streams**2), num_streams), Vector(streams, num_streams)
         self.num_streams, self.active = num_streams, active
 
     def guessed(self, streams: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,7 +49,7 @@ class AltUp(Block):
         """Changes of all streams [N, T, E] f32, from the active one's guess and what it came to [T, E] f32."""
         return (self._weights(computed.to(dtype), self.mend) + 1) * (computed - guess)
 
-    def _weights(self, x: Tensor, table: Table) -> Tensor:
+    def _weights(self, x: Tensor, table: Vector) -> Tensor:
         """x [T, E], a table [n, N] -> [n, T, 1] f32"""
         routed = torch.tanh(self.router(self.norm(x)).float() / x.shape[1])
         return (table.weight[:, None] * routed).sum(-1, keepdim=True)
@@ -121,10 +117,8 @@ class LayerInputs(Block):
 
     def __init__(self, hidden_size: int, num_layers: int, input_size: int, vocab_size: int, eps: float):
         inputs = Axis("inputs", num_layers, input_size)
-        self.table, self.project = (
-            Embedding(Axis("vocab", vocab_size), inputs),
-            Linear(inputs, Axis("embed", hidden_size)),
-        )
+        self.table = Embedding(Axis("vocab", vocab_size), inputs)
+        self.project = Linear(inputs, Axis("embed", hidden_size))
         self.norm = RMSNorm(input_size, eps)
         self.input_size, self.vocab_size = input_size, vocab_size
 

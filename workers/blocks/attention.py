@@ -283,13 +283,10 @@ class KeyBiasAttention(Attention):
 
     def __init__(self, *sizes: Any, most_tokens: int, bias: bool, **options: Any):
         super().__init__(*sizes, bias=bias, **options)
-        keys = Axis("keys", self.kv_heads.count)
+        keys, self.one_each = Axis("keys", self.kv_heads.count), Axis("kv_heads", self.kv_heads.count)
         self.step, self.step_bias = Linear(keys, self.kv_heads), Vector(keys) if bias else None
-        self.growth = Vector(self.kv_heads_alone())
+        self.growth = Vector(self.one_each)
         self.most_tokens = most_tokens
-
-    def kv_heads_alone(self) -> Axis:
-        return Axis("kv_heads", self.kv_heads.count)
 
     def state(self, mesh: Mesh) -> StateSpec:
         return replace(super().state(mesh), head_dim=self.head_dim + _ALIGNED)
@@ -298,7 +295,7 @@ class KeyBiasAttention(Attention):
         super().prepare(place)
         if place.max_model_len > self.most_tokens:
             raise ModelError(f"sequences of more than {self.most_tokens} tokens are not supported: lower max_model_len")
-        mesh, own = place.mesh, place.mesh.span(self.kv_heads_alone())
+        mesh, own = place.mesh, place.mesh.span(self.one_each)
         self._own = slice(own.start, own.stop)
         self._held = mesh.num_held(self.kv_heads) / self.kv_heads.size  # ranks that hold the same have summed it up
 

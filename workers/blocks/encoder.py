@@ -16,7 +16,7 @@ from cableway.workers.batch import Source, StateSpec
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.block import Block, Mixer
 from cableway.workers.blocks.layers import Norm, add
-from cableway.workers.blocks.linear import Linear, Table
+from cableway.workers.blocks.linear import Linear, Vector
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place
 from cableway.workers.parallel import Axis, Mesh
@@ -64,7 +64,7 @@ class RelativeBias(Block):
     """
 
     def __init__(self, num_heads: int, num_buckets: int, most: int, *, both_ways: bool):
-        self.table = Table({"": Axis("heads", num_heads)}, num_buckets)
+        self.table = Vector(Axis("heads", num_heads), num_buckets)
         self.num_buckets, self.most, self.both_ways = num_buckets, most, both_ways
 
     def prepare(self, place: Place) -> None:

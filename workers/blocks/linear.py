@@ -155,25 +155,13 @@ class Embedding(Slot):
 
 
 class Vector(Slot):
-    """A row of numbers along one axis, a norm's weight say; kept in float32, since it costs nothing."""
+    """Numbers along one axis, a norm's weight say, or rows of `dims`; kept in float32, since it costs nothing."""
 
-    def __init__(self, axis: Axis, *, optional: bool = False):
-        self.parts, self.leaves = {"": axis}, {"weight": ()}
+    def __init__(self, axis: Axis, *dims: int, optional: bool = False):
+        self.parts, self.leaves = {"": axis}, {"weight": dims}
         self.optional = frozenset({"weight"} if optional else ())
         self.weight: Tensor | None = None
 
     def load(self, parts: Filling, place: Place) -> None:
         if "weight" in parts[""]:
-            (weight,) = self.share(parts, place, torch.float32)
-            self.weight = weight.to(place.device, copy=True)
-
-
-class Table(Slot):
-    """Rows of numbers along one or several axes, cut like them; in float32."""
-
-    def __init__(self, parts: Mapping[str, Axis], *dims: int):
-        self.parts, self.leaves = parts, {"weight": dims}
-        self.weight: Tensor
-
-    def load(self, parts: Filling, place: Place) -> None:
-        self.weight = joined(self.share(parts, place, torch.float32), place.device)
+            self.weight = joined(self.share(parts, place, torch.float32), place.device)

@@ -16,7 +16,7 @@ from cableway.kernels.state_scan import state_scan
 from cableway.kernels.time_steps import time_steps
 from cableway.workers.batch import StateSpec
 from cableway.workers.blocks.block import Block, Filling, Mixer, Slot
-from cableway.workers.blocks.linear import HeadLinear, Linear, Table, Vector
+from cableway.workers.blocks.linear import HeadLinear, Linear, Vector
 from cableway.workers.blocks.step import Step
 from cableway.workers.formats.base import Place
 from cableway.workers.parallel import Axis, Mesh
@@ -97,7 +97,7 @@ class Mamba(Recurrent):
         self.select = Linear({"dt": Axis("step", step_size), "b": state, "c": state}, self.inner)
         self.dt_norm, self.b_norm, self.c_norm = norms or (None, None, None)
         self.dt = Linear(heads, Axis("step", step_size), bias=True)
-        self.a_log, self.d = Table({"": heads}, state_size), Vector(heads)
+        self.a_log, self.d = Vector(heads, state_size), Vector(heads)
         self.out = Linear(embed, self.inner, bias=bias)
         self.sizes = (step_size, state_size, state_size)
 

@@ -132,9 +132,7 @@ def by_head(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
 def by_head_transposed(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
     """[H, in, out]"""
     num_heads, num_in, num_out = stored.shape
-    return concatenated(
-        stored.computed((num_heads * num_out, num_in), lambda t: t.transpose(1, 2).flatten(0, 1)), parts
-    )
+    return by_head(stored.computed((num_heads, num_out, num_in), lambda t: t.transpose(1, 2)), parts)
 
 
 def one_for_all(stored: Stored, parts: Mapping[str, Axis]) -> dict[str, Stored]:
