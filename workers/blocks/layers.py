@@ -17,13 +17,13 @@ Norm = RMSNorm | LayerNorm | PlainLayerNorm
 
 
 class Layer(Block):
-    """One after another, each with a norm before and after it where the family has one."""
+    """A mixer and an MLP, or a mixer alone, each with a norm before and after it where the family has one."""
 
     def __init__(
         self,
         *,
-        mix: Mixer,
-        mlp: Any,
+        mix: Any,
+        mlp: Any = None,
         norm_in: Norm | None = None,
         norm_mix_out: Any = None,
         norm_mlp: Norm | None = None,
@@ -43,6 +43,8 @@ class Layer(Block):
 
     def finish(self, delta: Tensor, residual: Tensor) -> Tensor:
         """The MLP's half, in which no token sees another."""
+        if self.mlp is None:
+            return delta
         delta = self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
         return delta if self.norm_mlp_out is None else self.norm_mlp_out(delta)
 
@@ -60,27 +62,15 @@ class ParallelLayer(Block):
         return y.add_(self.mlp(x if self.norm_mlp is None else self.norm_mlp(residual.to(x.dtype))))
 
 
-class TwoMixerLayer(Block):
-    """Two mixers side by side after one norm, then an MLP."""
+class MixerSum(Block):
+    """Two mixers side by side, as one."""
 
-    def __init__(self, *, norm_in: Norm, mixes: list[Mixer], norm_mlp: Norm, mlp: Any):
-        self.norm_in, self.mixes = norm_in, mixes
-        self.norm_mlp, self.mlp = norm_mlp, mlp
+    def __init__(self, mixes: list[Mixer]):
+        self.mixes = mixes
 
-    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
-        x = add(delta, residual, self.norm_in)
-        delta = self.mixes[0](x, step).add_(self.mixes[1](x, step))
-        return self.mlp(add(delta, residual, self.norm_mlp, self.mlp))
-
-
-class MixerLayer(Block):
-    """A mixer alone."""
-
-    def __init__(self, *, norm_in: Norm, mix: Mixer):
-        self.norm_in, self.mix = norm_in, mix
-
-    def __call__(self, delta: Tensor, residual: Tensor, step: Step) -> Tensor:
-        return self.mix(add(delta, residual, self.norm_in, self.mix), step)
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x [T, E] -> [T, E]"""
+        return self.mixes[0](x, step).add_(self.mixes[1](x, step))
 
 
 class MLPLayer(Block):

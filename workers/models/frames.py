@@ -26,10 +26,12 @@ def pre_norm(
 
 
 def sandwich(
-    c: DecoderConfig, mix: Any, mlp: Any = None, norm: Norm | None = None, *, mix_out: Any, mlp_out: Any, **out: Any
-) -> Decoder:
-    """Norms, or multipliers, after each mixer and each MLP too."""
-    layer = partial(Layer, norm_mix_out=mix_out, norm_mlp_out=mlp_out)
+    c: DecoderConfig, mix: Any, mlp: Any = None, norm: Norm | None = None, *, mix_out: Any = None, mlp_out: Any = None,
+    **out: Any,
+) -> Decoder:  # fmt: skip
+    """Norms after each mixer and each MLP too, or multipliers."""
+    norm = norm or RMSNorm(c.hidden_size, c.norm_eps)
+    layer = partial(Layer, norm_mix_out=mix_out or norm, norm_mlp_out=mlp_out or norm)
     return pre_norm(c, mix, mlp, norm, layer=layer, **out)
 
 

@@ -67,4 +67,4 @@ def capped(c: Gemma2Config, head_norm: RMSNorm | None) -> Decoder:
     norm, scale = RMSNorm(c.hidden_size, c.norm_eps, 1.0), c.query_pre_attn_scalar**-0.5
     mixes = near_and_far(c, scale=scale, soft_cap=c.attn_logit_softcapping or 0.0, qk_norm=head_norm)
     embed, logits = Scale(c.hidden_size**0.5), c.final_logit_softcapping and SoftCap(c.final_logit_softcapping)
-    return sandwich(c, mixes, norm=norm, mix_out=norm, mlp_out=norm, on_embed=embed, on_logits=logits)
+    return sandwich(c, mixes, norm=norm, on_embed=embed, on_logits=logits)

@@ -119,8 +119,8 @@ PLAIN_MLP = names({"ffn_up": "mlp.up"}, **GGUF_LAYER)
 FUSED_MLP = names({"ffn_up": "mlp.gate_up"}, **GGUF_LAYER)
 _STEPS = {"ssm_dt.bias": "dt_bias"}
 MAMBA2 = names(_STEPS, **GGUF_MIX)
-TWO_MIXERS = names(_STATE_SPACE | _STEPS, prefix="blk.{}.", to="layers.{}.mixes.0.") | names(
-    _ATTENTION, prefix="blk.{}.", to="layers.{}.mixes.1."
+TWO_MIXERS = names(_STATE_SPACE | _STEPS, prefix="blk.{}.", to="layers.{}.mix.mixes.0.") | names(
+    _ATTENTION, prefix="blk.{}.", to="layers.{}.mix.mixes.1."
 )
 """Mamba 2 and attention side by side."""
 

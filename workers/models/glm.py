@@ -6,7 +6,6 @@ from typing import Any
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.mlp import MLP
-from cableway.workers.blocks.norm import RMSNorm
 from cableway.workers.models.config import DecoderConfig, Epsilon, Size
 from cableway.workers.models.frames import pre_norm, sandwich
 from cableway.workers.models.gguf_names import FUSED_MLP, GGUF
@@ -53,8 +52,7 @@ def glm(c: GlmConfig) -> Decoder:
 
 @arch("Glm4ForCausalLM", config=GlmConfig, hf=halves(HF), gguf=halves(GGUF | FUSED_MLP))
 def glm4(c: GlmConfig) -> Decoder:
-    norm = RMSNorm(c.hidden_size, c.norm_eps)
-    return sandwich(c, Attention.of(c, out_bias=False), mix_out=norm, mlp_out=norm)
+    return sandwich(c, Attention.of(c, out_bias=False))
 
 
 @arch("ChatGLMModel", "ChatGLMForConditionalGeneration", config=ChatGLMConfig, hf=halves(CHATGLM), like="Glm")

@@ -2,7 +2,7 @@
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.norm import RMSNorm, Scale
+from cableway.workers.blocks.norm import Scale
 from cableway.workers.models.config import Epsilon, Factor, MoEConfig
 from cableway.workers.models.frames import sandwich
 from cableway.workers.models.gguf_names import GGUF, GGUF_LAYER
@@ -26,7 +26,6 @@ class GrokConfig(MoEConfig, frozen=True, kw_only=True):
 
 @arch("Grok1ModelForCausalLM", config=GrokConfig, hf=HF, gguf=GGUF_GROK, like="Gemma2")
 def grok(c: GrokConfig) -> Decoder:
-    norm = RMSNorm(c.hidden_size, c.norm_eps)
     mix = Attention.of(c, scale=c.attn_output_multiplier, soft_cap=c.max_attn_value)
     embed, logits = Scale(c.embedding_multiplier_scale), Scale(c.output_multiplier_scale)
-    return sandwich(c, mix, mixture(c), mix_out=norm, mlp_out=norm, on_embed=embed, on_logits=logits)
+    return sandwich(c, mix, mixture(c), on_embed=embed, on_logits=logits)

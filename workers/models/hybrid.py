@@ -5,7 +5,7 @@ from typing import Any
 
 from cableway.workers.blocks.attention import Attention
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import MixerLayer, MLPLayer, TwoMixerLayer
+from cableway.workers.blocks.layers import Layer, MixerSum, MLPLayer
 from cableway.workers.blocks.mamba import Mamba, Mamba2
 from cableway.workers.blocks.mlp import MLP, PlainMLP
 from cableway.workers.blocks.moe import PlainMoE
@@ -145,24 +145,22 @@ def _falcon_h1_names(c: FalconH1Config) -> Names:
     sections = {part: c.ssm_in_multiplier * m for part, m in zip("zxbc", c.ssm_multipliers, strict=False)}
     sections["dt"] = c.ssm_in_multiplier * c.ssm_multipliers[4]
     scales = {
-        "mamba.in_proj": Target("mixes.0.project", layout=scaled(sections)),
-        "mamba.out_proj": Target("mixes.0.out", layout=scaled(c.ssm_out_multiplier)),
-        "self_attn.q_proj": Target("mixes.1.qkv.q", layout=scaled(c.attention_in_multiplier)),
-        "self_attn.k_proj": Target("mixes.1.qkv.k", layout=scaled(c.attention_in_multiplier * c.key_multiplier)),
-        "self_attn.v_proj": Target("mixes.1.qkv.v", layout=scaled(c.attention_in_multiplier)),
-        "self_attn.o_proj": Target("mixes.1.out", layout=scaled(c.attention_out_multiplier)),
+        "mamba.in_proj": Target("mix.mixes.0.project", layout=scaled(sections)),
+        "mamba.out_proj": Target("mix.mixes.0.out", layout=scaled(c.ssm_out_multiplier)),
+        "self_attn.q_proj": Target("mix.mixes.1.qkv.q", layout=scaled(c.attention_in_multiplier)),
+        "self_attn.k_proj": Target("mix.mixes.1.qkv.k", layout=scaled(c.attention_in_multiplier * c.key_multiplier)),
+        "self_attn.v_proj": Target("mix.mixes.1.qkv.v", layout=scaled(c.attention_in_multiplier)),
+        "self_attn.o_proj": Target("mix.mixes.1.out", layout=scaled(c.attention_out_multiplier)),
         "feed_forward.gate_proj": Target("mlp.gate_up.gate", layout=scaled(c.mlp_multipliers[0])),
         "feed_forward.down_proj": Target("mlp.down", layout=scaled(c.mlp_multipliers[1])),
     }
-    return HF | names(known_as(RECURRENT, "mamba.", to="mixes.0.") | scales, **LAYER)
+    return HF | names(known_as(RECURRENT, "mamba.", to="mix.mixes.0.") | scales, **LAYER)
 
 
 @arch("FalconH1ForCausalLM", config=FalconH1Config, hf=_falcon_h1_names, gguf=GGUF | TWO_MIXERS)
 def falcon_h1(c: FalconH1Config) -> Decoder:
-    norm, mixes = RMSNorm(c.hidden_size, c.norm_eps), [Mamba2.of(c, norm_eps=None), Attention.of(c)]
-    layer = TwoMixerLayer(norm_in=norm, mixes=mixes, norm_mlp=norm, mlp=MLP.of(c))
-    embed, logits = Scale(c.embedding_multiplier), Scale(c.lm_head_multiplier)
-    return Decoder(c, [layer] * c.num_hidden_layers, norm_out=norm, on_embed=embed, on_logits=logits)
+    mix = MixerSum([Mamba2.of(c, norm_eps=None), Attention.of(c)])
+    return pre_norm(c, mix, on_embed=Scale(c.embedding_multiplier), on_logits=Scale(c.lm_head_multiplier))
 
 
 @arch("JambaForCausalLM", config=JambaConfig, hf=HF, gguf=GGUF)
@@ -201,8 +199,8 @@ def _nemotron_experts(c: NemotronHConfig) -> PlainMoE:
 @arch("NemotronHForCausalLM", config=NemotronHConfig, hf=NEMOTRON_H, gguf=GGUF | GGUF_MAMBA2 | PLAIN_MLP)
 def nemotron_h(c: NemotronHConfig) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
-    mamba = MixerLayer(norm_in=norm, mix=Mamba2.of(c, norm_eps=c.norm_eps))
-    attention = MixerLayer(norm_in=norm, mix=Attention.of(c, rope=None))
+    mamba = Layer(norm_in=norm, mix=Mamba2.of(c, norm_eps=c.norm_eps))
+    attention = Layer(norm_in=norm, mix=Attention.of(c, rope=None))
     others = {"mlp": MLPLayer(norm_in=norm, mlp=PlainMLP.of(c))}
     if c.num_experts:
         others["moe"] = MLPLayer(norm_in=norm, mlp=_nemotron_experts(c))

@@ -4,7 +4,7 @@ from typing import Any
 
 from cableway.workers.blocks.block import Mixer
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import MixerLayer
+from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.mamba import Mamba, Mamba2
 from cableway.workers.blocks.norm import RMSNorm, RMSScale
 from cableway.workers.models.config import DecoderConfig, Epsilon, Size
@@ -73,4 +73,4 @@ def mamba2(c: Mamba2Config) -> Decoder:
 
 def mixers(c: DecoderConfig, mix: Mixer) -> Decoder:
     norm = RMSNorm(c.hidden_size, c.norm_eps)
-    return Decoder(c, [MixerLayer(norm_in=norm, mix=mix)] * c.num_hidden_layers, norm_out=norm)
+    return Decoder(c, [Layer(norm_in=norm, mix=mix)] * c.num_hidden_layers, norm_out=norm)

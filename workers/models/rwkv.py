@@ -3,7 +3,7 @@
 from typing import Any
 
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import MixerLayer
+from cableway.workers.blocks.layers import Layer
 from cableway.workers.blocks.norm import LayerNorm
 from cableway.workers.blocks.rwkv import ChannelMix, TimeMix
 from cableway.workers.models.config import DecoderConfig, Epsilon, Size
@@ -60,7 +60,7 @@ def _names(c: RwkvConfig) -> Names:
 @arch("RwkvForCausalLM", config=RwkvConfig, hf=_names)
 def rwkv(c: RwkvConfig) -> Decoder:
     norm = LayerNorm(c.hidden_size, c.norm_eps)
-    time = MixerLayer(norm_in=norm, mix=TimeMix(c.hidden_size, c.attention_hidden_size))
-    channels = MixerLayer(norm_in=norm, mix=ChannelMix(c.hidden_size, c.intermediate_size))
+    time = Layer(norm_in=norm, mix=TimeMix(c.hidden_size, c.attention_hidden_size))
+    channels = Layer(norm_in=norm, mix=ChannelMix(c.hidden_size, c.intermediate_size))
     layers = [time, channels] * c.num_hidden_layers
     return Decoder(c, layers, norm_out=LayerNorm(c.hidden_size, _LAST_EPS), on_embed=norm)

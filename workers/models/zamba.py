@@ -7,7 +7,7 @@ from typing import Any, Literal
 from cableway.workers.blocks.adapted import AdaptedAttention, AdaptedMLP, WideAttention
 from cableway.workers.blocks.block import Mixer, shared
 from cableway.workers.blocks.decoder import Decoder
-from cableway.workers.blocks.layers import DetourLayer, MixerLayer
+from cableway.workers.blocks.layers import DetourLayer, Layer
 from cableway.workers.blocks.linear import Axis, Linear
 from cableway.workers.blocks.mamba import HeadedMamba, Mamba2
 from cableway.workers.blocks.mlp import MLP
@@ -160,7 +160,7 @@ def sharing(c: SharingConfig, mix: Mixer, blocks: list[tuple[WideAttention, MLP]
     turns = itertools.cycle(detours)
     kinds = {"mamba": "mamba", "linear_attention": "mamba", "hybrid": "hybrid"}
     layers = [
-        next(turns) if kind == "hybrid" else MixerLayer(norm_in=norm, mix=mix)
+        next(turns) if kind == "hybrid" else Layer(norm_in=norm, mix=mix)
         for kind in c.by_layer(kinds, c.layers_block_type)
     ]
     return Decoder(c, layers, norm_out=norm)
