@@ -20,15 +20,9 @@ class Layer(Block):
     """A mixer and an MLP, or a mixer alone, each with a norm before and after it where the family has one."""
 
     def __init__(
-        self,
-        *,
-        mix: Any,
-        mlp: Any = None,
-        norm_in: Norm | None = None,
-        norm_mix_out: Any = None,
-        norm_mlp: Norm | None = None,
-        norm_mlp_out: Any = None,
-    ):
+        self, *, mix: Any, mlp: Any = None, norm_in: Norm | None = None, norm_mix_out: Any = None,
+        norm_mlp: Norm | None = None, norm_mlp_out: Any = None,
+    ):  # fmt: skip
         self.norm_in, self.mix, self.norm_mix_out = norm_in, mix, norm_mix_out
         self.norm_mlp, self.mlp, self.norm_mlp_out = norm_mlp, mlp, norm_mlp_out
 

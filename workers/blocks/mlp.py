@@ -115,15 +115,9 @@ class MLP(FeedForward):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        ffn_size: int,
-        *,
-        act: Activation | ClampedGate | PolyNorm | None = None,
-        bias: bool | None = False,
-        out_bias: bool | None = None,
-        norm: Block | None = None,
-    ):
+        self, hidden_size: int, ffn_size: int, *, act: Activation | ClampedGate | PolyNorm | None = None,
+        bias: bool | None = False, out_bias: bool | None = None, norm: Block | None = None,
+    ):  # fmt: skip
         hidden, ffn = Axis("embed", hidden_size), Axis("ffn", ffn_size)
         self.gate_up = Linear({"gate": ffn, "up": ffn}, hidden, bias=bias)
         self.act = act or Activation("silu")

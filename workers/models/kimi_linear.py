@@ -5,7 +5,7 @@ from typing import Any
 
 from cableway.workers.blocks.decoder import Decoder
 from cableway.workers.blocks.delta import KeyedDeltaNet
-from cableway.workers.models.config import Epsilon, Size
+from cableway.workers.models.config import Count, Epsilon, Size
 from cableway.workers.models.deepseek import DeepseekV3Config, latent_attention, latent_names
 from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.hf_names import HF, RECURRENT, known_as
@@ -30,7 +30,8 @@ class KimiLinearConfig(DeepseekV3Config, frozen=True, kw_only=True):
     norm_eps: Epsilon = 1e-5
     norm_topk_prob: bool = True
     layer_types: list[str]
-    mlp_layer_types: list[str]
+    mlp_layer_types: list[str] | None = None
+    first_k_dense_replace: Count = 1
     linear_num_heads: Size = 32
     linear_head_dim: Size = 128
     linear_conv_kernel_dim: Size = 4
@@ -47,12 +48,9 @@ class KimiLinearConfig(DeepseekV3Config, frozen=True, kw_only=True):
         full = of_heads.get("full_attn_layers", range(5, num_layers + 1, 4))  # counted from 1
         kinds = ["full_attention" if i + 1 in full else "linear_attention" for i in range(num_layers)]
         config["layer_types"] = config.get("layer_types") or kinds
-        num_dense = config.get("first_k_dense_replace", 1)
-        sparse = ["dense" if i < num_dense else "sparse" for i in range(num_layers)]
-        config["mlp_layer_types"] = config.get("mlp_layer_types") or sparse
 
     def is_sparse(self, layer: int) -> bool:
-        return self.mlp_layer_types[layer] == "sparse"
+        return self.mlp_layer_types[layer] == "sparse" if self.mlp_layer_types else super().is_sparse(layer)
 
 
 def _names(c: KimiLinearConfig) -> Any:
