@@ -19,13 +19,7 @@ from cableway.workers.models.frames import pre_norm
 from cableway.workers.models.gguf_names import GGUF, GGUF_MIX
 from cableway.workers.models.hf_names import HF, LAYER
 from cableway.workers.models.layouts import by_group
-from cableway.workers.models.moe import (
-    DeepseekMoEConfig,
-    mixture,
-    shared_experts,
-    sigmoid_mixture,
-    some_sparse,
-)
+from cableway.workers.models.moe import DeepseekMoEConfig, mixture, shared_experts, sigmoid_mixture, some_sparse
 from cableway.workers.models.multipliers import MiniCPMConfig, multiplied
 from cableway.workers.models.names import Names, Target, names, neighbours_to_halves, of_mlp
 from cableway.workers.models.registry import arch
@@ -64,8 +58,7 @@ def _names(c: Any) -> Names:
 def _gguf(c: Any) -> Names:
     turned = partial(last_neighbours, rope_dim=c.qk_rope_head_dim)
     q, kv = Target("q", turned), Target("kv_down", turned)
-    mix = names({"attn_q": q, "attn_q_b": q, "attn_kv_a_mqa": kv}, **GGUF_MIX)
-    return GGUF | mix
+    return GGUF | names({"attn_q": q, "attn_q_b": q, "attn_kv_a_mqa": kv}, **GGUF_MIX)
 
 
 LONGCAT = HF | names(
