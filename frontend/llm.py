@@ -10,7 +10,8 @@ with LLM("smollm2-135m") as llm:
 import concurrent.futures
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from cableway.frontend import batch
 from cableway.frontend.batch import BatchRequest, EventLoop
 from cableway.frontend.client import EngineClient
 from cableway.frontend.outputs import CompletionOutput, Logprob, RequestOutput
-from cableway.frontend.params import SamplingParams
+from cableway.frontend.params import SamplingParams, fitting
 from cableway.frontend.served import decoder_prompt, sampling_defaults
 from cableway.frontend.template import ChatTemplate
 from cableway.frontend.tokens import Tokenizer, declared_eos_ids
@@ -35,6 +36,7 @@ __all__ = ["LLM", "CompletionOutput", "EngineError", "Logprob", "RequestOutput",
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}."""
+_PROMPT_KEYS = ("prompt", "prompt_token_ids")
 Message = dict[str, Any]
 
 _DEFAULTS = {
@@ -214,16 +216,20 @@ class LLM:
 
     def _tokenized(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text: str | None
-        if isinstance(prompt, str):
-            text, ids = prompt, None
-        elif isinstance(prompt, Mapping):
+        if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        elif isinstance(prompt, str):
+            text, ids = prompt, None
         else:
             text, ids = None, prompt
-        if ids is not None:
-            return text, list(ids)
-        if not isinstance(text, str):
+        if ids is None and not isinstance(text, str):
             raise ValueError("a prompt is a str, a list of token ids, or a dict with prompt or prompt_token_ids")
+        for name in prompt if isinstance(prompt, Mapping) else ():
+            if name not in _PROMPT_KEYS and prompt[name]:
+                raise ValueError(f"{name} of a prompt is not supported")
+        if ids is not None:
+            return text, fitting(ids, list[int], "prompt_token_ids")
+        assert text is not None
         return text, self.get_tokenizer().encode(text)
 
     def _run(self, requests: list[BatchRequest], show_progress: bool) -> list[RequestOutput]:
@@ -267,10 +273,11 @@ async def _disconnect(client: EngineClient) -> None:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """Always a list: a list of numbers is one prompt."""
-    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+    """Always a list: a list of numbers is one prompt, and so is what cannot be several."""
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    return [several] if several and isinstance(several[0], Number) else several
 
 
 def _with_text_content(message: Message) -> Message:

@@ -1,5 +1,6 @@
 """`SamplingParams`: how offline requests are continued, under the names that vLLM's users know."""
 
+import functools
 import math
 import secrets
 from collections.abc import Sequence
@@ -26,6 +27,26 @@ _RANGES = {
     "logprobs": (0, 2**31 - 1),
     "prompt_logprobs": (0, 2**31 - 1),
 }
+
+
+def fitting(value: Any, kind: Any, name: str) -> Any:
+    """`value` as a type's plain form, also from a range, a set, or numbers of NumPy; ValueError when it does not fit.
+
+    What is wrong here would be no message to the engine, which answers those alone.
+    """
+    try:
+        return msgspec.convert(msgspec.to_builtins(value, enc_hook=_plain), kind)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
+@functools.cache
+def _kinds(params: "type[SamplingParams]") -> dict[str, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(params)}
 
 
 class SamplingParams(msgspec.Struct, kw_only=True):
@@ -61,6 +82,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for name, kind in _kinds(type(self)).items():
+            setattr(self, name, fitting(getattr(self, name), kind, name))
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # a NaN is in no range

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy
 import pytest
 
 from cableway import LLM, SamplingParams
@@ -123,11 +124,35 @@ def test_bad_words_and_allowed_tokens(tiny: LLM) -> None:
         ([5], {"bad_words": ["x" * 33]}, "33 tokens, and at most 32"),
         ([5], {"logprobs": 21}, "at most max_logprobs = 20"),
         ([5], {"prompt_logprobs": 21}, "at most max_logprobs = 20"),
+        ([5, 1.5], {}, "prompt_token_ids: Expected `int`"),
+        ({"prompt_token_ids": "hello"}, {}, "prompt_token_ids: Expected `array`"),
+        ({"prompt": "hello", "multi_modal_data": {"image": "x"}}, {}, "multi_modal_data of a prompt is not supported"),
+        (5, {}, "prompt_token_ids: Expected `array`"),
+        (None, {}, "a prompt is a str"),
     ],
 )
 def test_prompts_that_cannot_be(tiny: LLM, prompt: Any, params: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         tiny.generate([[5], prompt], SamplingParams(**params), use_tqdm=False)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, 1.5, [1.5, 2], [True]])
+def test_one_prompt_that_cannot_be(tiny: LLM, prompt: Any) -> None:
+    with pytest.raises(ValueError, match="prompt"):
+        tiny.generate(prompt, GREEDY, use_tqdm=False)
+
+
+def test_numbers_in_any_container(tiny: LLM) -> None:
+    ids = [5, 6, 7]
+    named = range(10, 20)
+    (plain,) = tiny.generate(
+        ids, SamplingParams(temperature=0, max_tokens=4, allowed_token_ids=list(named)), use_tqdm=False
+    )
+    params = SamplingParams(temperature=0, max_tokens=numpy.int64(4), allowed_token_ids=named, stop_token_ids={299})
+    for prompts in (numpy.array(ids), [numpy.array(ids)], (tuple(ids) for _ in range(1))):
+        (result,) = tiny.generate(prompts, params, use_tqdm=False)
+        assert result.prompt_token_ids == ids
+        assert result.outputs[0].token_ids == plain.outputs[0].token_ids
 
 
 def test_as_many_params_as_prompts(tiny: LLM) -> None:
@@ -155,10 +180,22 @@ def test_as_many_params_as_prompts(tiny: LLM) -> None:
         {"stop": "a", "detokenize": False},
         {"logit_bias": {1: math.inf}},
         {"allowed_token_ids": []},
+        {"temperature": "hot"},
+        {"temperature": None},
+        {"n": "2"},
+        {"top_k": 1.5},
+        {"seed": 1.5},
+        {"max_tokens": True},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": ["a"]},
+        {"logit_bias": {"5": 1.0}},
+        {"logit_bias": [5]},
+        {"bad_words": "word"},
+        {"ignore_eos": "no"},
     ],
 )
 def test_params_that_cannot_be(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong)).replace("stop", "stop string")):
+    with pytest.raises(ValueError, match="stop string" if wrong.get("stop") else next(iter(wrong))):
         SamplingParams(**wrong)
     with pytest.raises(TypeError):
         SamplingParams(best_off=2)  # type: ignore[call-arg]
