@@ -10,7 +10,7 @@ with LLM("smollm2-135m") as llm:
 import concurrent.futures
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -144,6 +144,8 @@ class LLM:
         conversations: Any = [messages] if not messages or isinstance(messages[0], dict) else messages
         prompts = []
         for conversation in conversations:
+            if not all(isinstance(message, dict) for message in conversation):
+                raise ValueError("messages are dictionaries with role and content, or lists of these")
             text = template.render(
                 [_with_text_content(message) for message in conversation],
                 add_generation_prompt=add_generation_prompt,
@@ -174,12 +176,12 @@ class LLM:
         """
         if level != 1:
             raise ValueError("level has to be 1: weights go to the host's memory")
-        self._wait(self._loop.start(self._client.set_asleep(True)))
+        self._carry_out(self._client.set_asleep, True)
         self._is_asleep = True
 
     def wake_up(self) -> None:
         """Take the memory again that `sleep` gave back; EngineError when the engine cannot."""
-        self._wait(self._loop.start(self._client.set_asleep(False)))
+        self._carry_out(self._client.set_asleep, False)
         self._is_asleep = False
 
     def close(self) -> None:
@@ -224,8 +226,8 @@ class LLM:
             text, ids = None, prompt
         if ids is None and not isinstance(text, str):
             raise ValueError("a prompt is a str, a list of token ids, or a dict with prompt or prompt_token_ids")
-        for name in prompt if isinstance(prompt, Mapping) else ():
-            if name not in _PROMPT_KEYS and prompt[name]:
+        for name, value in prompt.items() if isinstance(prompt, Mapping) else ():
+            if name not in _PROMPT_KEYS and value:
                 raise ValueError(f"{name} of a prompt is not supported")
         if ids is not None:
             return text, fitting(ids, list[int], "prompt_token_ids")
@@ -233,8 +235,6 @@ class LLM:
         return text, self.get_tokenizer().encode(text)
 
     def _run(self, requests: list[BatchRequest], show_progress: bool) -> list[RequestOutput]:
-        if not self._closing.alive:
-            raise ValueError("this LLM is closed")
         if self._is_asleep:
             raise ValueError("this LLM sleeps: call wake_up() first")
         results: dict[str, RequestOutput] = {}
@@ -245,11 +245,14 @@ class LLM:
                 advance(result)
 
             max_live = max(self.config.core.max_num_seqs * _LIVE_PER_SEQUENCE, 1)
-            self._wait(self._loop.start(batch.run(self._client, requests, self._tokenizer, max_live, on_result)))
+            self._carry_out(batch.run, self._client, requests, self._tokenizer, max_live, on_result)
         return [results[request.request_id] for request in requests]
 
-    def _wait(self, future: "concurrent.futures.Future[None]") -> None:
-        """Until `future` is done; an interrupt, or the end of the engine, ends what it does."""
+    def _carry_out(self, work: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+        """Until it is done; an interrupt, or the end of the engine, ends what it does. ValueError when closed."""
+        if not self._closing.alive:
+            raise ValueError("this LLM is closed")
+        future = self._loop.start(work(*arguments))
         try:
             while not concurrent.futures.wait([future], timeout=_SUPERVISION_S).done:
                 if self._processes.failure is not None:

@@ -65,6 +65,8 @@ def test_its_end_is_the_end_of_its_processes(tiny_folder: Path, way: str) -> Non
         llm.close()
         with pytest.raises(ValueError, match="closed"):
             llm.generate([5], use_tqdm=False)
+        with pytest.raises(ValueError, match="closed"):
+            llm.sleep()
     else:
         del llm
         gc.collect()

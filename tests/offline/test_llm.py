@@ -220,6 +220,8 @@ def test_chat_uses_the_template(llm: LLM) -> None:
     assert other.prompt == "What is the capital of France? Answer:"
     with pytest.raises(RequestError, match="no"):
         llm.chat(question, params, False, chat_template="{{ raise_exception('no') }}")
+    with pytest.raises(ValueError, match="messages are dictionaries"):
+        llm.chat("What is the capital of France?", params)  # type: ignore[arg-type]
 
 
 def test_models_own_defaults(llm: LLM, tiny: LLM) -> None:
