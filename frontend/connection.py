@@ -141,6 +141,7 @@ class Connection(web.RequestHandler):
         response = error_response(
             RequestError(status, message or "The request is not valid HTTP.", code="invalid_http")
         )
+        response.headers["Server"] = "cableway"
         response.force_close()
         return response
 

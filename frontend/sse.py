@@ -28,6 +28,7 @@ class ChunkTemplate:
 
     def __init__(self, envelope: dict[str, Any], *, before_text: bytes, after_text: bytes, has_usage: bool):
         self._opening = b"data: " + encode(envelope)[:-1]
+        self._of_chunk = {"usage": None} if has_usage else {}
         self._tail = b'}],"usage":null}\n\n' if has_usage else b"}]}\n\n"
         self._before_text = before_text
         self._after_text = after_text + b',"logprobs":null,"finish_reason":null' + self._tail
@@ -41,9 +42,10 @@ class ChunkTemplate:
         before, after = self.around_text(index)
         return before + encode(text) + after
 
-    def fields(self, index: int, fields: dict[str, Any]) -> bytes:
-        """A chunk of a choice with any fields beside its index."""
-        return self._choice(index) + encode(fields)[1:-1] + self._tail
+    def fields(self, index: int, fields: dict[str, Any], of_chunk: dict[str, Any] | None = None) -> bytes:
+        """A chunk of a choice with any fields beside its index; `of_chunk` go beside the choices."""
+        tail = b"}]," + encode(self._of_chunk | of_chunk)[1:] + b"\n\n" if of_chunk else self._tail
+        return self._choice(index) + encode(fields)[1:-1] + tail
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """The last chunk: no choices, but token counts."""

@@ -9,12 +9,14 @@ from msgspec import Meta
 
 from cableway.frontend.api.generation import (
     Generation,
+    TokenName,
     Whole,
     collect,
     find_model,
     finite,
-    json_response,
+    json_answer,
     prompt_logprobs_json,
+    token_name,
 )
 from cableway.frontend.api.messages import Messages, chat_prompt
 from cableway.frontend.api.sampling import (
@@ -24,6 +26,7 @@ from cableway.frontend.api.sampling import (
     sampling_of,
     text_options,
     wants_usage,
+    wants_usage_throughout,
 )
 from cableway.frontend.api.schema import UNSERVED, SamplingFields, read_json, refuse_unserved
 from cableway.frontend.api.streaming import stream
@@ -94,7 +97,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         if body.stream:
             return await stream(request, generation, _Chunks(generation, body, options))
         wholes = await collect(generation)
-        return json_response(_response(generation, wholes, body))
+        return await json_answer(generation, wholes, lambda: _response(generation, wholes, body))
 
 
 def _num_logprobs(body: ChatRequest, limit: int) -> int:
@@ -117,9 +120,11 @@ class _Chunks:
     def __init__(self, generation: Generation, body: ChatRequest, options: TextOptions):
         self._generation = generation
         self._has_usage = wants_usage(body)
+        self._has_usage_throughout = wants_usage_throughout(body)
         self._has_logprobs = bool(body.logprobs)
         self._has_token_ids = bool(body.return_token_ids)
-        self._is_plain = not self._has_logprobs and not self._has_token_ids
+        self._is_plain = not (self._has_logprobs or self._has_token_ids or self._has_usage_throughout)
+        self._token_name = token_name(body, generation.model)
         self.is_text_only = self._is_plain and options.is_plain
         self._begun: set[int] = set()
         self.template = ChunkTemplate(
@@ -137,7 +142,7 @@ class _Chunks:
         chunks = []
         if index not in self._begun:
             self._begun.add(index)
-            chunks.append(self._fields(index, {"role": "assistant", "content": ""}))
+            chunks.append(self._first(index))
         if delta.text or delta.logprobs or (self._has_token_ids and delta.token_ids):
             chunks.append(self._text(delta))
         if delta.finish_reason is not None:
@@ -147,27 +152,36 @@ class _Chunks:
     def ending(self) -> bytes:
         return self.template.usage(self._generation.usage()) if self._has_usage else b""
 
+    def _first(self, index: int) -> bytes:
+        of_chunk = {"prompt_token_ids": self._generation.prompts[0]} if self._has_token_ids else {}
+        return self._fields(index, {"role": "assistant", "content": ""}, of_chunk)
+
     def _text(self, delta: Delta) -> bytes:
         if self._is_plain:
             return self.template.text(delta.index, delta.text)
         more: dict[str, Any] = {}
         if self._has_token_ids:
             more["token_ids"] = delta.token_ids
-        logprobs = _logprobs_json(delta.logprobs, self._generation.model) if self._has_logprobs else None
-        return self._fields(delta.index, {"content": delta.text}, logprobs=logprobs, **more)
+        if self._has_logprobs:
+            more["logprobs"] = _logprobs_json(delta.logprobs, self._generation.model, self._token_name)
+        return self._fields(delta.index, {"content": delta.text}, **more)
 
-    def _fields(self, index: int, delta: dict[str, Any], **more: Any) -> bytes:
-        return self.template.fields(index, {"delta": delta, "logprobs": None, "finish_reason": None, **more})
+    def _fields(self, index: int, delta: dict[str, Any], of_chunk: dict[str, Any] | None = None, **more: Any) -> bytes:
+        fields = {"delta": delta, "logprobs": None, "finish_reason": None, **more}
+        if self._has_usage_throughout:
+            of_chunk = {**(of_chunk or {}), "usage": self._generation.usage()}
+        return self.template.fields(index, fields, of_chunk)
 
 
 def _response(generation: Generation, wholes: list[Whole], body: ChatRequest) -> dict[str, Any]:
     model = generation.model
+    name = token_name(body, model)
     choices = []
     for index, whole in enumerate(wholes):
         choice: dict[str, Any] = {
             "index": index,
             "message": {"role": "assistant", "content": whole.text, "refusal": None},
-            "logprobs": _logprobs_json(whole.logprobs, model) if body.logprobs else None,
+            "logprobs": _logprobs_json(whole.logprobs, model, name) if body.logprobs else None,
             "finish_reason": whole.finish_reason,
             "stop_reason": whole.stop_reason,
         }
@@ -182,13 +196,12 @@ def _response(generation: Generation, wholes: list[Whole], body: ChatRequest) ->
     return answer
 
 
-def _logprobs_json(entries: Sequence[tuple[int, TokenLogprob]], model: ServedModel) -> dict[str, Any]:
+def _logprobs_json(entries: Sequence[tuple[int, TokenLogprob]], model: ServedModel, name: TokenName) -> dict[str, Any]:
     """OpenAI's chat form: a list of tokens, each with those likeliest in its place."""
 
     def one(token_id: int, logprob: float | None) -> dict[str, Any]:
-        tokenizer = model.tokenizer
-        spelled = list(tokenizer.token_bytes(token_id))
-        return {"token": tokenizer.token_text(token_id), "logprob": finite(logprob), "bytes": spelled}
+        spelled = list(model.tokenizer.token_bytes(token_id))
+        return {"token": name(token_id), "logprob": finite(logprob), "bytes": spelled}
 
     content = [
         one(entry.token_id, entry.logprob) | {"top_logprobs": [one(*candidate) for candidate in entry.top]}

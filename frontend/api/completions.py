@@ -8,14 +8,16 @@ from msgspec import Meta
 
 from cableway.frontend.api.generation import (
     Generation,
+    TokenName,
     Whole,
     collect,
     find_model,
     finite,
-    json_response,
+    json_answer,
     prompt_logprobs_json,
+    token_name,
 )
-from cableway.frontend.api.messages import text_prompt
+from cableway.frontend.api.messages import in_thread_if_long
 from cableway.frontend.api.sampling import (
     check_logprobs,
     check_tokens,
@@ -25,13 +27,14 @@ from cableway.frontend.api.sampling import (
     sampling_of,
     text_options,
     wants_usage,
+    wants_usage_throughout,
 )
 from cableway.frontend.api.schema import UNSERVED, SamplingFields, read_json, refuse_unserved
 from cableway.frontend.api.streaming import stream
 from cableway.frontend.errors import RequestError
 from cableway.frontend.keys import CONFIG
 from cableway.frontend.served import ServedModel
-from cableway.frontend.sse import ChunkTemplate
+from cableway.frontend.sse import ChunkTemplate, encode
 from cableway.frontend.text import Delta, TextOptions, TokenLogprob
 from cableway.frontend.tokens import Detokenizer
 
@@ -39,6 +42,9 @@ routes = web.RouteTableDef()
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
+MAX_PROMPT_LOGPROBS = 1 << 23
+"""Of all prompts together, each as often as it has choices, and of all tokens told of in each place: a frontend holds
+the answer, of 16 to 60 bytes each, in memory."""
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
@@ -90,6 +96,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             code="invalid_value",
         )
     limits = [_max_tokens(body, len(prompt.token_ids), model) for prompt in prompts]
+    _check_prompt_logprobs(body, prompts, prompt_logprobs)
     sampling = sampling_of(body, model, max_tokens=min(limits), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     options = text_options(body, logprobs=logprobs >= 0, discard=body.max_tokens == 0)
     with Generation(request, model, body, prefix="cmpl") as generation:
@@ -98,7 +105,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
         form = _Form(generation, body, prompts, options)
         if body.stream:
             return await stream(request, generation, form)
-        return json_response(form.response(await collect(generation)))
+        wholes = await collect(generation)
+        return await json_answer(generation, wholes, lambda: form.response(wholes))
 
 
 def _max_tokens(body: CompletionRequest, num_prompt_tokens: int, model: ServedModel) -> int:
@@ -109,14 +117,15 @@ def _max_tokens(body: CompletionRequest, num_prompt_tokens: int, model: ServedMo
 async def _prompts(body: CompletionRequest, model: ServedModel) -> list[_Prompt]:
     """The prompts in any of the four forms they may have; 400 for another, or an empty one."""
     adds_special_tokens = body.add_special_tokens is not False
-    prompts = []
-    for given in _several(body.prompt):
+
+    def prompt_of(given: str | list[int]) -> _Prompt:
         if isinstance(given, str):
-            token_ids = await text_prompt(given, model, add_special_tokens=adds_special_tokens)
-            prompts.append(_Prompt(given, token_ids))
-        else:
-            check_tokens(given, model, "prompt")
-            prompts.append(_Prompt(None, given))
+            return _Prompt(given, model.tokenizer.encode(given, adds_special_tokens))
+        check_tokens(given, model, "prompt")
+        return _Prompt(None, given)
+
+    several = _several(body.prompt)
+    prompts = await in_thread_if_long(sum(map(len, several)), lambda: [prompt_of(given) for given in several])
     if not all(prompt.token_ids for prompt in prompts):
         raise RequestError(400, "A prompt must not be empty.", param="prompt", code="invalid_value")
     return prompts
@@ -139,6 +148,25 @@ def _several(prompt: str | list[str | int | list[int]]) -> list[str] | list[list
     )
 
 
+def _check_prompt_logprobs(body: CompletionRequest, prompts: list[_Prompt], prompt_logprobs: int) -> None:
+    num = (1 + prompt_logprobs) * (body.n or 1) * sum(len(prompt.token_ids) for prompt in prompts)
+    if num > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            400,
+            f"The prompts' log-probabilities would be {num} numbers, and at most {MAX_PROMPT_LOGPROBS} are told: ask "
+            f"for fewer in a place, of fewer prompts, or with a smaller `n`.",
+            param="logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
+            code="invalid_value",
+        )
+
+
+class _Echo(msgspec.Struct):
+    """A prompt as its choices begin with it."""
+
+    text: str
+    logprobs: dict[str, list[Any]] | None
+
+
 class _Form:
     """What a completion looks like, streamed or whole."""
 
@@ -148,7 +176,11 @@ class _Form:
         self._body = body
         self._prompts = prompts
         self._has_usage = wants_usage(body)
-        self._is_plain = body.logprobs is None and not body.return_token_ids
+        self._has_usage_throughout = wants_usage_throughout(body)
+        self._is_plain = body.logprobs is None and not body.return_token_ids and not self._has_usage_throughout
+        self._skips_special_tokens = options.skip_special_tokens
+        self._token_name = token_name(body, generation.model)
+        self._echoes: dict[int, _Echo] = {}
         self.is_text_only = self._is_plain and options.is_plain
         self._begun: set[int] = set()
         self.template = ChunkTemplate(
@@ -160,78 +192,101 @@ class _Form:
         index = delta.index
         if self._is_plain and delta.finish_reason is None and (index in self._begun or not self._body.echo):
             return self.template.text(index, delta.text) if delta.text else b""
-        echo = bool(self._body.echo) and index not in self._begun
+        is_first = index not in self._begun
         self._begun.add(index)
-        if not (echo or delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids):
+        if not (
+            (self._body.echo and is_first)
+            or delta.text
+            or delta.logprobs
+            or delta.finish_reason
+            or self._body.return_token_ids
+        ):
             return b""
         whole = Whole()
         whole.add(delta)
-        return self.template.fields(index, self._fields(index, whole, echo=echo))
+        of_chunk = {"usage": self._generation.usage()} if self._has_usage_throughout else None
+        return self.template.fields(index, self._fields(index, whole, is_first=is_first), of_chunk)
 
     def ending(self) -> bytes:
         return self.template.usage(self._generation.usage()) if self._has_usage else b""
 
     def response(self, wholes: list[Whole]) -> dict[str, Any]:
+        # Encoded one by one: the whole is perhaps large, and an encoder lets no other thread run.
         choices = [
-            {"index": index, **self._fields(index, whole, echo=bool(self._body.echo))}
+            msgspec.Raw(encode({"index": index, **self._fields(index, whole, is_first=True)}))
             for index, whole in enumerate(wholes)
         ]
         return self._generation.envelope("text_completion") | {"choices": choices, "usage": self._generation.usage()}
 
-    def _fields(self, index: int, whole: Whole, *, echo: bool) -> dict[str, Any]:
+    def _fields(self, index: int, whole: Whole, *, is_first: bool) -> dict[str, Any]:
         number = index // self._generation.n
-        echoed = self._echoed(number) if self._body.echo else ""
-        entries = [(len(echoed) + offset, entry) for offset, entry in whole.logprobs]
+        echo = self._echo(number) if self._body.echo else None
         fields: dict[str, Any] = {
-            "text": echoed + whole.text if echo else whole.text,
+            "text": echo.text + whole.text if echo and is_first else whole.text,
             "logprobs": None,
             "finish_reason": whole.finish_reason,
         }
         if whole.finish_reason is not None:
             fields["stop_reason"] = whole.stop_reason
         if self._body.logprobs is not None:
-            shown = self._prompt_entries(number) + entries if echo else entries
-            fields["logprobs"] = _logprobs_json(shown, self._body.logprobs, self._model)
+            offset = len(echo.text) if echo else 0
+            logprobs = self._logprobs([(offset + own, entry) for own, entry in whole.logprobs])
+            if echo and echo.logprobs and is_first:
+                logprobs = {name: echo.logprobs[name] + own for name, own in logprobs.items()}
+            fields["logprobs"] = logprobs
         if self._body.prompt_logprobs is not None:
             fields["prompt_logprobs"] = prompt_logprobs_json(
                 self._prompts[number].token_ids, self._generation.prompt_logprobs[number], self._model
             )
         if self._body.return_token_ids:
             fields["token_ids"] = whole.token_ids
-            fields["prompt_token_ids"] = self._prompts[number].token_ids if not self._body.stream else None
+            fields["prompt_token_ids"] = self._prompts[number].token_ids if is_first else None
         return fields
 
-    def _echoed(self, number: int) -> str:
-        prompt = self._prompts[number]
-        if prompt.text is None:
-            prompt.text = self._model.tokenizer.decode(prompt.token_ids)
-        return prompt.text
+    def _echo(self, number: int) -> _Echo:
+        """A prompt's text and log-probabilities, made once for all of its choices."""
+        echo = self._echoes.get(number)
+        if echo is None:
+            prompt = self._prompts[number]
+            text = prompt.text
+            if text is None:
+                text = self._model.tokenizer.decode(prompt.token_ids, self._skips_special_tokens)
+            wants_logprobs = self._body.logprobs is not None
+            logprobs = self._logprobs(self._prompt_entries(number, text)) if wants_logprobs else None
+            echo = self._echoes[number] = _Echo(text, logprobs)
+        return echo
 
-    def _prompt_entries(self, number: int) -> list[tuple[int, TokenLogprob]]:
-        """The prompt's own tokens, each with the offset where it begins; the first has no log-probability."""
-        token_ids = self._prompts[number].token_ids
-        detokenizer = Detokenizer(self._model.tokenizer)
-        entries = [TokenLogprob(token_ids[0], None, 0, []), *self._generation.prompt_logprobs[number]]
-        offset = 0
+    def _prompt_entries(self, number: int, text: str) -> list[tuple[int, TokenLogprob]]:
+        """The prompt's own tokens, each with the offset in `text` where it begins; the first has no log-probability."""
+        prompt = self._prompts[number]
+        entries = [TokenLogprob(prompt.token_ids[0], None, 0, []), *self._generation.prompt_logprobs[number]]
+        # A client's text may hold special tokens, and more may have been put around it, such as `<s>`.
+        detokenizer = Detokenizer(
+            self._model.tokenizer, skip_special_tokens=prompt.text is None and self._skips_special_tokens
+        )
+        pieces = [detokenizer.feed([entry.token_id]) for entry in entries]
+        offset = -max("".join(pieces).find(text), 0)
         placed = []
-        for entry in entries:
-            placed.append((offset, entry))
-            offset += len(detokenizer.feed([entry.token_id]))
+        for entry, piece in zip(entries, pieces, strict=True):
+            placed.append((min(max(offset, 0), len(text)), entry))
+            offset += len(piece)
         return placed
 
+    def _logprobs(self, entries: list[tuple[int, TokenLogprob]]) -> dict[str, list[Any]]:
+        return _logprobs_json(entries, self._body.logprobs or 0, self._token_name)
 
-def _logprobs_json(entries: list[tuple[int, TokenLogprob]], num_top: int, model: ServedModel) -> dict[str, Any]:
+
+def _logprobs_json(entries: list[tuple[int, TokenLogprob]], num_top: int, name: TokenName) -> dict[str, list[Any]]:
     """OpenAI's legacy form: parallel lists."""
-    token_text = model.tokenizer.token_text
     top_logprobs: list[dict[str, float] | None] = []
     for _, entry in entries:
         if entry.logprob is None:
             top_logprobs.append(None)
             continue
-        top = {token_text(token_id): finite(logprob) for token_id, logprob in entry.top[:num_top]}
-        top_logprobs.append({token_text(entry.token_id): finite(entry.logprob)} | top)
+        top = {name(token_id): finite(logprob) for token_id, logprob in entry.top[:num_top]}
+        top_logprobs.append({name(entry.token_id): finite(entry.logprob)} | top)
     return {
-        "tokens": [token_text(entry.token_id) for _, entry in entries],
+        "tokens": [name(entry.token_id) for _, entry in entries],
         "token_logprobs": [None if entry.logprob is None else finite(entry.logprob) for _, entry in entries],
         "top_logprobs": top_logprobs,
         "text_offset": [offset for offset, _ in entries],

@@ -1,7 +1,9 @@
 """What the endpoints that generate text have in common: a request's choices under way, and how they are sent."""
 
+import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -18,6 +20,11 @@ from cableway.ipc.messages import Sampling
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
+_FEW_LOGPROBS = 256
+"""Tokens; the log-probabilities of more are put into words in a thread, which takes up to 40 µs a token."""
+
+TokenName = Callable[[int], str]
+"""What a token goes by in log-probabilities."""
 
 
 def find_model(request: web.Request, name: str) -> ServedModel:
@@ -218,8 +225,21 @@ async def collect(generation: Generation) -> list[Whole]:
     return wholes
 
 
+async def json_answer(generation: Generation, wholes: list[Whole], make: Callable[[], dict[str, Any]]) -> web.Response:
+    """What `make` makes of the choices as a response, without holding up the loop for many log-probabilities."""
+    num_of_prompts = generation.n * sum(map(len, generation.prompt_logprobs))
+    if num_of_prompts + sum(len(whole.logprobs) for whole in wholes) <= _FEW_LOGPROBS:
+        return json_response(make())
+    return await asyncio.to_thread(lambda: json_response(make()))
+
+
 def json_response(body: dict[str, Any]) -> web.Response:
     return web.Response(body=sse.encode(body), content_type="application/json")
+
+
+def token_name(body: SamplingFields, model: ServedModel) -> TokenName:
+    """How a request wants tokens named: as text, or as `token_id:5`, which no two tokens have in common."""
+    return "token_id:{}".format if body.return_tokens_as_token_ids else model.tokenizer.token_text
 
 
 def finite(logprob: float | None) -> float:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,8 @@ MAX_MESSAGES = 4096
 _RESERVED_VARIABLES = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
 _THREAD_CHARS = 20_000
 """Texts longer than this are tokenized in a thread; shorter ones take less than the loop may be held up."""
+
+T = TypeVar("T")
 
 
 class ContentPart(msgspec.Struct):
@@ -55,15 +57,8 @@ async def chat_prompt(
     return await in_thread_if_long(sum(len(message["content"]) for message in plain), make)
 
 
-async def text_prompt(text: str, model: ServedModel, *, add_special_tokens: bool) -> list[int]:
-    """Tokenize a text."""
-    return await in_thread_if_long(
-        len(text), lambda: model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    )
-
-
-async def in_thread_if_long(num_chars: int, make: Callable[[], list[int]]) -> list[int]:
-    """Call `make` here, or in a thread when its text is long."""
+async def in_thread_if_long(num_chars: int, make: Callable[[], T]) -> T:
+    """Call `make` here, or in a thread when the text that it works on is long, all of it together."""
     return make() if num_chars <= _THREAD_CHARS else await asyncio.to_thread(make)
 
 

@@ -155,6 +155,11 @@ def wants_usage(body: SamplingFields) -> bool:
     return bool(body.stream_options is not None and body.stream_options.include_usage)
 
 
+def wants_usage_throughout(body: SamplingFields) -> bool:
+    """Whether each of its chunks has the token counts so far, too."""
+    return wants_usage(body) and bool(body.stream_options and body.stream_options.continuous_usage_stats)
+
+
 def for_prompt(sampling: Sampling, body: SamplingFields, max_tokens: int) -> Sampling:
     """The same for another prompt of the request: its own length, and its own seed when the client gave none."""
     seed = secrets.randbits(63) if body.seed is None else sampling.seed

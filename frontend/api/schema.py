@@ -27,6 +27,7 @@ _MISSING = re.compile(r"missing required field `(\w+)`")
 
 class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class PromptFields(msgspec.Struct, kw_only=True):
@@ -75,6 +76,7 @@ class SamplingFields(PromptFields, kw_only=True):
     skip_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0)] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     user: str | None = None
@@ -118,6 +120,8 @@ async def read_json(request: web.Request, decoder: msgspec.json.Decoder[Body]) -
     config = request.app[CONFIG]
     if (request.content_length or 0) > config.max_body_bytes:
         raise too_large(config.max_body_bytes)
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise RequestError(415, "A body must not be compressed.", code="unsupported_content_encoding")
     try:
         async with asyncio.timeout(config.header_timeout_s):
             raw = await request.read()

@@ -7,7 +7,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from cableway.frontend.api.generation import find_model, json_response
-from cableway.frontend.api.messages import Messages, chat_prompt, text_prompt
+from cableway.frontend.api.messages import Messages, chat_prompt, in_thread_if_long
 from cableway.frontend.api.sampling import check_tokens
 from cableway.frontend.api.schema import PromptFields, read_json
 from cableway.frontend.errors import RequestError
@@ -41,18 +41,22 @@ _detokenize_decoder = msgspec.json.Decoder(DetokenizeRequest)
 async def tokenize(request: web.Request) -> web.Response:
     body = await read_json(request, _tokenize_decoder)
     model = _model(request, body.model)
+    tokenizer = model.tokenizer
     if (body.prompt is None) == (body.messages is None):
         raise RequestError(400, "Give either `prompt` or `messages`.", param="prompt", code="invalid_value")
-    if body.prompt is not None:
-        token_ids = await text_prompt(body.prompt, model, add_special_tokens=body.add_special_tokens is not False)
-    else:
-        assert body.messages is not None
+    if body.messages is not None:
         token_ids = await chat_prompt(body.messages, body, model)
+    else:
+        text, adds_special_tokens = body.prompt or "", body.add_special_tokens is not False
+        token_ids = await in_thread_if_long(len(text), lambda: tokenizer.encode(text, adds_special_tokens))
+    names = None
+    if body.return_token_strs:
+        names = await in_thread_if_long(len(token_ids), lambda: [tokenizer.token_name(i) for i in token_ids])
     answer: dict[str, Any] = {
         "count": len(token_ids),
         "max_model_len": model.max_model_len,
         "tokens": token_ids,
-        "token_strs": [model.tokenizer.token_name(i) for i in token_ids] if body.return_token_strs else None,
+        "token_strs": names,
     }
     return json_response(answer)
 

@@ -1,5 +1,6 @@
 """Whatever a client sends, it gets OpenAI's error body and the server lives: see the `frontend` fixture."""
 
+import gzip
 import json
 import socket
 import time
@@ -134,6 +135,8 @@ def test_fields_that_do_not_fit_chat(frontend: Frontend, fields: dict[str, Any],
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": ["a"] * 2000}, "prompt"),
         ({"prompt": ["a"] * 500, "n": 100}, "prompt"),
+        ({"prompt": [5] * 4000, "n": 128, "echo": True, "logprobs": 20}, "logprobs"),
+        ({"prompt": [5] * 4000, "n": 128, "prompt_logprobs": 20}, "prompt_logprobs"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
@@ -235,6 +238,12 @@ def test_bodies_that_are_no_json_object(frontend: Frontend, path: str, body: byt
     error_of(frontend.post(path, body), 400)
 
 
+def test_a_compressed_body(frontend: Frontend) -> None:
+    body = gzip.compress(json.dumps(chat()).encode())
+    error = error_of(frontend.post(CHAT, body, {"Content-Encoding": "gzip"}), 415)
+    assert error["code"] == "unsupported_content_encoding"
+
+
 def test_unknown_model(frontend: Frontend) -> None:
     for path, body in ((CHAT, chat(model="gpt-9")), (COMPLETIONS, completion(model="gpt-9"))):
         error = error_of(frontend.post(path, body), 404)
@@ -298,6 +307,7 @@ def test_bytes_that_are_no_http(frontend: Frontend) -> None:
         answer = read_all(connection)
         assert b" 400 " in answer.split(b"\r\n")[0]
         assert error_of((400, json.loads(answer.partition(b"\r\n\r\n")[2])), 400)["code"] == "invalid_http"
+        assert b"\r\nServer: cableway\r\n" in answer
 
 
 def test_a_half_closed_socket(frontend: Frontend) -> None:

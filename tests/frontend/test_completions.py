@@ -1,5 +1,7 @@
 """POST /v1/completions through the real client."""
 
+import threading
+import time
 from typing import Any
 
 import openai
@@ -95,6 +97,60 @@ def test_echo(frontend: Frontend, client: openai.OpenAI, prompt: Any) -> None:
     assert offsets == [0, 3, 7, 11]
 
 
+def test_special_tokens_of_a_prompt_are_echoed_as_they_were_sent(client: openai.OpenAI) -> None:
+    """Offsets are those of the text that is shown, whether special tokens are in it or not."""
+    written = "<|im_start|>one<|im_end|> two"
+    token_ids = TOKENIZER.encode(written)
+    pieces = [TOKENIZER.token_text(token_id) for token_id in token_ids]
+    shown = [len("".join(pieces[:i])) for i in range(len(pieces))]
+    for prompt, skips, text, offsets in (
+        (written, True, written, shown),
+        (token_ids, False, written, shown),
+        (token_ids, True, "one two", [0, 0, 3, 3]),
+    ):
+        more = {"skip_special_tokens": skips}
+        choice = create(client, prompt, echo=True, logprobs=0, max_tokens=0, extra_body=more).choices[0]
+        assert choice.text == text
+        assert choice.logprobs.tokens == pieces
+        assert choice.logprobs.text_offset == offsets
+
+
+def test_many_logprobs_for_many_choices(client: openai.OpenAI) -> None:
+    prompt = list(range(100, 400))
+    asked = {"prompt": prompt, "echo": True, "logprobs": 2, "n": 2, "max_tokens": 3}
+    whole = create(client, **asked)
+    streamed: dict[int, list[int]] = {0: [], 1: []}
+    for chunk in create(client, **asked, stream=True):
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.logprobs.text_offset
+    for choice in whole.choices:
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.top_logprobs) == 303
+        assert choice.logprobs.text_offset == streamed[choice.index]
+        offset = choice.logprobs.text_offset[300]
+        assert choice.text[:offset] == TOKENIZER.decode(prompt)
+
+
+def test_a_crowd_of_long_prompts_holds_nobody_up(frontend: Frontend, client: openai.OpenAI) -> None:
+    frontend.core.script = says("")
+    waits_s: list[float] = []
+    done = threading.Event()
+
+    def ask_health() -> None:
+        while not done.is_set():
+            began_s = time.perf_counter()
+            frontend.get("/health?live")
+            waits_s.append(time.perf_counter() - began_s)
+
+    watcher = threading.Thread(target=ask_health)
+    watcher.start()
+    began_s = time.perf_counter()
+    create(client, ["word " * 3000] * 80)
+    took_s = time.perf_counter() - began_s
+    done.set()
+    watcher.join()
+    assert max(waits_s) < took_s / 2
+
+
 def test_no_tokens_but_the_prompt_s_logprobs(client: openai.OpenAI) -> None:
     answer = create(client, FIRST, echo=True, logprobs=0, max_tokens=0)
     (choice,) = answer.choices
@@ -115,6 +171,33 @@ def test_prompt_logprobs_and_token_ids(client: openai.OpenAI) -> None:
         None,
         {str(second): {"logprob": -0.5, "rank": 2, "decoded_token": " two"}},
     ]
+
+
+def test_token_ids_of_a_stream(client: openai.OpenAI) -> None:
+    chunks = list(create(client, [FIRST, SECOND], stream=True, extra_body={"return_token_ids": True}))
+    for index, prompt in enumerate((FIRST, SECOND)):
+        prompt_ids = TOKENIZER.encode(prompt)
+        first, *others = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert first.prompt_token_ids == prompt_ids
+        assert [choice.prompt_token_ids for choice in others] == [None] * len(others)
+        assert [i for choice in (first, *others) for i in choice.token_ids] == [*prompt_ids, EOS_ID]
+
+
+def test_tokens_by_their_ids(client: openai.OpenAI) -> None:
+    more = {"return_tokens_as_token_ids": True}
+    logprobs = create(client, SECOND, echo=True, logprobs=1, extra_body=more).choices[0].logprobs
+    names = [f"token_id:{token_id}" for token_id in TOKENIZER.encode(SECOND)]
+    assert logprobs.tokens == names * 2
+    assert all(name.startswith("token_id:") for name in logprobs.top_logprobs[-1])
+
+
+def test_usage_throughout_a_stream(client: openai.OpenAI) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = create(client, SECOND, stream=True, stream_options=options)
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == last.usage.completion_tokens == len(TOKENIZER.encode(SECOND)) + 1
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {last.usage.prompt_tokens}
 
 
 def test_each_prompt_draws_its_own_seed(frontend: Frontend, client: openai.OpenAI) -> None:

@@ -77,6 +77,24 @@ def test_what_goes_beside_sampling(frontend: Frontend, client: openai.OpenAI) ->
     assert (generate.priority, generate.cache_salt) == (-3, "tenant")
 
 
+def test_what_a_chat_s_chunks_tell_beside_text(frontend: Frontend, client: openai.OpenAI) -> None:
+    *chunks, last = client.chat.completions.create(
+        model=MODEL, messages=USER, max_tokens=4, logprobs=True, top_logprobs=1, stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+        extra_body={"return_token_ids": True, "return_tokens_as_token_ids": True},
+    )  # fmt: skip
+    prompt_ids = memoryview(frontend.core.generates[-1].prompt).cast("i").tolist()
+    assert chunks[0].prompt_token_ids == prompt_ids
+    assert not any(hasattr(chunk, "prompt_token_ids") for chunk in chunks[1:])
+    token_ids = [token_id for chunk in chunks[1:-1] for token_id in chunk.choices[0].token_ids]
+    told = [entry for chunk in chunks[1:-1] for entry in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in told] == [f"token_id:{token_id}" for token_id in token_ids]
+    assert [bytes(entry.bytes).decode() for entry in told] == [TOKENIZER.token_text(token_id) for token_id in token_ids]
+    assert all(entry.top_logprobs[0].token.startswith("token_id:") for entry in told)
+    assert chunks[0].usage.prompt_tokens == last.usage.prompt_tokens == len(prompt_ids)
+    assert chunks[-1].usage.completion_tokens == last.usage.completion_tokens == 4
+
+
 def test_request_ids_go_in_and_come_out(frontend: Frontend, client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=USER, extra_headers={"X-Request-Id": "mine-7"})
     assert answer._request_id == "mine-7"
