@@ -29,7 +29,7 @@ from torch import Tensor
 from cableway.kernels.attention_plan import AttentionPlan, Scores, check_fits, make, num_bytes, ref
 from cableway.kernels.cpu import attention as cpu_attention
 from cableway.kernels.decode_parts import leave_part
-from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, as_factor, block_size_of, scales_at
+from cableway.kernels.kv_cache import F8, NO_SCALES, KVScales, as_factor, beside, block_size_of, scales_at
 from cableway.kernels.lang import gdc_launch_dependents, gdc_wait, jit, num_processors, overlapping, tl, triton
 from cableway.kernels.registry import FLOATS, Call, are_contiguous, check, grid, kernel
 from cableway.kernels.tuning import OF_BYTES, Tunable
@@ -54,9 +54,6 @@ FEW = Tuning(
     tile_bytes=1 << 15, most_tile_keys=128, num_warps=8, num_stages=1, shares_a_processor=1, least_stretch_keys=512,
     early=True,
 )  # fmt: skip
-IN_8_BITS = Tuning(most_tile_keys=32, num_warps=2, num_stages=4)
-"""For more than a few. Of the shapes that the assembler finds registers for (converted tiles take many: in one warp, or
-with 64 keys in two, int8 spills), the one with most bytes on their way to a processor; not yet measured."""
 _MOST_FEW, _MOST_SOME, _MANY = 16, 96, 256
 """Few sequences leave most of the GPU idle: what counts is how long the last program takes."""
 
@@ -73,8 +70,11 @@ class Key(NamedTuple):
 
 
 def _rule(key: Key) -> Tuning:
-    more = IN_8_BITS if key.kv_item_bytes == 1 else SOME if key.most_seqs == _MOST_SOME else MANY
-    return FEW if key.most_seqs == _MOST_FEW else more
+    if key.most_seqs == _MOST_FEW:
+        return FEW
+    more = SOME if key.most_seqs == _MOST_SOME else MANY
+    # A warp has no registers for large heads of 8 bits beside what they are converted to.
+    return more._replace(num_warps=2) if key.kv_item_bytes == 1 and key.head_dim > 128 else more
 
 
 def _candidates(key: Key) -> Iterator[Tuning]:
@@ -270,6 +270,7 @@ def _paged_decode(
         element = head[:, None] * HEAD_DIM + dim[None, :]
         first_head = kv_head * GROUP
         q = tl.load(q_ptr + sequence * q_stride + first_head * HEAD_DIM + element, mask=inside, other=0.0)
+        q = beside(q, cache_ptr.dtype.element_ty)
         if EARLY:
             tile = _with_newest(
                 tile, key == newest, cache_ptr, value_offset, newest_block, newest, kv_head,
@@ -288,7 +289,7 @@ def _paged_decode(
         out_ptr += (sequence * NUM_KV_HEADS * GROUP + first_head) * HEAD_DIM
         if num_parts == 1:
             y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]
-            tl.store(out_ptr + element, y.to(q.dtype), mask=inside)
+            tl.store(out_ptr + element, y.to(out_ptr.dtype.element_ty), mask=inside)
         else:
             leave_part(
                 out_ptr, tops_ptr, masses_ptr, sums_ptr, arrivals_ptr + sequence * NUM_KV_HEADS + kv_head,

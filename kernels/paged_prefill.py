@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cableway.kernels.attention_plan import AttentionPlan, Scores, make
-from cableway.kernels.kv_cache import NO_SCALES, KVScales, as_factor, block_size_of, scales_at
+from cableway.kernels.kv_cache import NO_SCALES, KVScales, as_factor, beside, block_size_of, scales_at
 from cableway.kernels.lang import jit, tl, triton
 from cableway.kernels.online_softmax import add_scores
 from cableway.kernels.registry import Call, call
@@ -48,6 +48,7 @@ def _paged_prefill(
         element = (kv_head * GROUP + head)[:, None] * HEAD_DIM + dim[None, :]
         token = (start + query).to(tl.int64)[:, None]
         q = tl.load(q_ptr + token * q_stride + element, mask=inside, other=0.0)
+        q = beside(q, cache_ptr.dtype.element_ty)
 
         top = tl.full((TILE * BLOCK_GROUP,), float("-inf"), tl.float32)
         mass = tl.zeros((TILE * BLOCK_GROUP,), tl.float32)
@@ -92,7 +93,7 @@ def _paged_prefill(
                 weights *= v_scales[None, :]
             sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]  # nobody's rows see nothing
-        tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(q.dtype), mask=inside)
+        tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 class Tuning(NamedTuple):
