@@ -93,7 +93,8 @@ def _paged_prefill(
                 weights *= v_scales[None, :]
             sums = sums * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         y = sums * value_scale / tl.where(mass == 0, 1.0, mass)[:, None]  # nobody's rows see nothing
-        tl.store(out_ptr + token * num_kv_heads * GROUP * HEAD_DIM + element, y.to(out_ptr.dtype.element_ty), mask=inside)
+        place = token * num_kv_heads * GROUP * HEAD_DIM + element
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 class Tuning(NamedTuple):
