@@ -1,6 +1,7 @@
 """Kernels in CUDA C++ without a GPU: every way in which they can be compiled."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -31,19 +32,20 @@ OPTIONS = [
 ]
 
 
-def kinds(options: list[dict[str, Any]]) -> list[Any]:
-    """bfloat16 with each of these options; float16, which is another type of the same code, with the last of them, and
-    with the others in test-slow."""
-    *others, last = ((torch.float16, some) for some in options)
-    return [
-        *((torch.bfloat16, some) for some in options),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in others),
-        last,
-    ]
+def kinds(all_heads: list[tuple[int, int, int]], all_options: list[dict[str, Any]]) -> list[Any]:
+    """Heads, dtype and options: all heads with two options each in bfloat16, and once float16, which is another type of
+    the same code. All others are in test-slow."""
+    listed = []
+    for (row, heads), (column, options) in product(enumerate(all_heads), enumerate(all_options)):
+        distance = (row - column) % len(all_options)
+        for dtype, is_slow in ((torch.bfloat16, distance > 1), (torch.float16, row > 0 or distance != 2)):
+            listed.append(pytest.param(heads, dtype, options, marks=[pytest.mark.slow] if is_slow else []))
+    return listed
 
 
-@pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (6, 2, 80), (20, 1, 192), (4, 4, 256)])
-@pytest.mark.parametrize(("dtype", "options"), kinds(OPTIONS))
+@pytest.mark.parametrize(
+    ("heads", "dtype", "options"), kinds([(16, 8, 64), (32, 8, 128), (6, 2, 80), (20, 1, 192), (4, 4, 256)], OPTIONS)
+)
 def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
     found = []
 
@@ -62,8 +64,9 @@ def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch
     assert num_argument_bytes == 10 * 8 + 3 * 8 + 2 * 4 + 2 * 4
 
 
-@pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (6, 2, 80), (2, 1, 192), (4, 4, 256)])
-@pytest.mark.parametrize(("dtype", "options"), kinds(OPTIONS))
+@pytest.mark.parametrize(
+    ("heads", "dtype", "options"), kinds([(16, 8, 64), (32, 8, 128), (6, 2, 80), (2, 1, 192), (4, 4, 256)], OPTIONS)
+)
 def test_decode_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
     found = []
 
@@ -79,8 +82,13 @@ def test_decode_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch)
     assert (rest, num_argument_bytes) == (0, 7 * 8 + 3 * 8 + 4 * 4)
 
 
-@pytest.mark.parametrize("heads", [(16, 8, 64), (32, 8, 128), (32, 4, 128), (16, 1, 192), (12, 12, 128)])
-@pytest.mark.parametrize(("dtype", "options"), kinds([*OPTIONS[:3], {"window": 9, "block_size": 64}]))
+@pytest.mark.parametrize(
+    ("heads", "dtype", "options"),
+    kinds(
+        [(16, 8, 64), (32, 8, 128), (32, 4, 128), (16, 1, 192), (12, 12, 128)],
+        [*OPTIONS[:3], {"window": 9, "block_size": 64}],
+    ),
+)
 def test_decode_of_many_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
     found = []
 
