@@ -59,7 +59,7 @@ def chaos(*, seed: int, num_faults: int, num_requests: int, num_tokens: int, con
 
 @pytest.mark.timeout(300)
 def test_a_few_faults() -> None:
-    chaos(seed=1, num_faults=4, num_requests=24, num_tokens=24, concurrency=32)
+    chaos(seed=1, num_faults=4, num_requests=12, num_tokens=24, concurrency=32)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from cableway import LLM
-from tests import checkpoints
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,12 +21,6 @@ def one_thread() -> Iterator[None]:
 def llm() -> Iterator[LLM]:
     with LLM("smollm2-135m", dtype="float32", num_threads=1, max_num_seqs=32, max_model_len=1024) as llm:
         yield llm
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of 300 tokens, with a tokenizer."""
-    return checkpoints.tiny(tmp_path_factory.mktemp("tiny"), "llama", tokenizer=True)
 
 
 @pytest.fixture(scope="session")

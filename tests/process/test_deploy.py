@@ -38,7 +38,7 @@ def port() -> int:
 def folder(tmp_path: Path, port: int) -> Path:
     """deploy/ as it would be installed, with this checkout's command, a free port and folders of the test."""
     config = (DEPLOY / "cableway.toml").read_text().replace("8000", str(port)).replace("/run/cableway", f"{tmp_path}/r")
-    (tmp_path / "cableway.toml").write_text(config + "max-model-len = 256\n")
+    (tmp_path / "cableway.toml").write_text(config + "max-model-len = 256\nnum-threads = 1\n")
     return tmp_path
 
 

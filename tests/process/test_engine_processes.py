@@ -18,7 +18,7 @@ from cableway.ipc.config import Options
 from cableway.ipc.errors import UserError
 from cableway.ipc.server import EngineProcesses
 try:
-    engine = EngineProcesses(Options(model=sys.argv[1], dtype="float32", max_model_len=256))
+    engine = EngineProcesses(Options(model=sys.argv[1], dtype="float32", max_model_len=256, num_threads=1))
 except UserError as error:
     print(f"{error.exit_code} {error}")
     sys.exit()
@@ -28,9 +28,9 @@ sys.stdin.readline()
 
 
 @pytest.fixture
-def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def model(request: pytest.FixtureRequest, tmp_path: Path, tiny_folder: Path) -> str:
     if getattr(request, "param", "whole") == "whole":
-        return "smollm2-135m"
+        return str(tiny_folder)
     content = Path(modelfiles.locate("smollm2-135m").path).read_bytes()
     path = tmp_path / "half.gguf"
     path.write_bytes(content[: len(content) // 2])

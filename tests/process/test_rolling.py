@@ -144,13 +144,13 @@ def test_an_idle_connection_outlives_its_frontends_restart(server: Server) -> No
     wait_for(lambda: not retiring() or None, 10, lambda: "still there")
 
 
-def test_what_cannot_be_restarted_is_said(server: Server) -> None:
+def test_what_cannot_be_restarted_is_said(server: Server, tiny_folder: Path) -> None:
     ran = cableway("restart", "frontends")
     assert ran.returncode == 2
     assert "'frontends' is not one of 'frontend', 'enginecore', 'worker', 'all'" in ran.stderr
     ran = cableway("restart", "worker", "--port", "1")
     assert (ran.returncode, ran.stderr) == (1, "cableway: no server of yours runs on port 1; see `cableway ps`\n")
-    with serve("--no-standby") as other:
+    with serve("--no-standby", model=str(tiny_folder)) as other:
         ran = cableway("restart", "worker")
         assert ran.returncode == 1
         assert re.match(r"cableway: \d+ servers of yours run: .*; choose one with --port or --pid\n", ran.stderr)
@@ -163,11 +163,11 @@ def test_what_cannot_be_restarted_is_said(server: Server) -> None:
 # Reload
 
 
-def test_reload_applies_what_it_can_and_says_what_it_cannot(tmp_path: Path) -> None:
+def test_reload_applies_what_it_can_and_says_what_it_cannot(tmp_path: Path, tiny_folder: Path) -> None:
     config = tmp_path / "server.toml"
     common = "max-model-len = 256\nnum-kv-blocks = 100\n"
     config.write_text(common + "max-num-seqs = 4\n")
-    with serve("--config", str(config), "--drain-timeout-s", "20") as server:
+    with serve("--config", str(config), "--drain-timeout-s", "20", model=str(tiny_folder)) as server:
         pids = {process.role: process.pid for process in server.processes()}
 
         def reload(*flags: str) -> subprocess.CompletedProcess[str]:

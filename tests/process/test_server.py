@@ -24,12 +24,13 @@ pytestmark = pytest.mark.timeout(300)
 
 ROLES = ("frontend", "enginecore", "worker")
 CABLEWAY = COMMAND[0]
+ONE_THREAD = ("--num-threads", "1")  # other tests want the other core
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """One server for the tests that leave it whole."""
-    with serve("--heartbeat-timeout-s", "3", "--frontends", "2") as running:
+    with serve("--heartbeat-timeout-s", "3", "--frontends", "2", *ONE_THREAD) as running:
         yield running
 
 
@@ -94,7 +95,7 @@ def test_a_second_server_on_the_port_is_refused(server: Server) -> None:
 
 
 def test_two_servers_live_side_by_side(server: Server) -> None:
-    with serve("--dtype", "float32", "--max-model-len", "256") as other:
+    with serve("--dtype", "float32", "--max-model-len", "256", *ONE_THREAD) as other:
         assert other.base_url != server.base_url
         assert {server.base_url, other.base_url} <= {entry["url"] for entry in listed()}
         assert not {p.pid for p in server.processes()} & {p.pid for p in other.processes()}
@@ -123,15 +124,15 @@ def test_idle_processes_use_under_one_percent_of_a_cpu(server: Server) -> None:
 # Ends
 
 
-def test_no_process_outlives_a_killed_supervisor() -> None:
-    with serve("--dtype", "float32") as server:
+def test_no_process_outlives_a_killed_supervisor(tiny_folder: Path) -> None:
+    with serve(model=str(tiny_folder)) as server:
         children = [psutil.Process(process.pid) for process in server.processes() if process.role != "supervisor"]
         folder = server.runtime_dir
         server.process.kill()
         gone, _ = psutil.wait_procs(children, timeout=5)
         assert len(gone) == len(children) == 3
-        port = server.base_url.rpartition(":")[2]
-        with start("--dtype", "float32", "--port", port) as successor:  # the same port, and the folder left behind
+        port = server.base_url.rpartition(":")[2]  # which the successor takes, with the folder left behind
+        with start("--dtype", "float32", "--port", port, *ONE_THREAD) as successor:
             successor.wait_ready()
             assert answer(successor) == "The capital of France is Paris."
             assert successor.stop(signal.SIGINT) == 0
@@ -158,7 +159,7 @@ def test_a_kv_cache_of_8_bits_is_served() -> None:
     """In memory that holds its longest sequence in 8 bits alone; the same answer with and without a cached prefix."""
     question = [{"role": "user", "content": "Name three rivers of France and where each of them ends."}]
     flags = "--kv-cache-dtype", "fp8", "--batch-invariant", "--kv-cache-memory-bytes", str(96 << 20)
-    with serve(*flags) as server:
+    with serve(*flags, *ONE_THREAD) as server:
         made = [
             client(server).chat.completions.create(
                 model="smollm2-135m", messages=question, max_tokens=24, temperature=0
@@ -171,16 +172,16 @@ def test_a_kv_cache_of_8_bits_is_served() -> None:
     assert [one.usage.prompt_tokens_details.cached_tokens for one in made] == [0, 32]
 
 
-def test_a_unix_socket_is_served_to_its_user_alone(tmp_path: Path) -> None:
+def test_a_unix_socket_is_served_to_its_user_alone(tmp_path: Path, tiny_folder: Path) -> None:
     path = tmp_path / "s.sock"
-    with start("--uds", str(path), "--dtype", "float32") as server:
+    with start(str(tiny_folder), "--uds", str(path)) as server:
         server.wait_ready()
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         connection = http.client.HTTPConnection("localhost", timeout=30)
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.connect(str(path))
         connection.request("GET", "/v1/models")
-        assert json.loads(connection.getresponse().read())["data"][0]["id"] == "smollm2-135m"
+        assert json.loads(connection.getresponse().read())["data"][0]["id"] == tiny_folder.name
         connection.close()
         assert server.stop() == 0
     assert not path.exists()
@@ -192,7 +193,7 @@ def test_each_process_can_be_run_alone_in_any_order(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     config = tmp_path / "server.toml"
-    config.write_text(f'port = {port}\ndtype = "float32"\nruntime-dir = "{tmp_path / "run"}"\n')
+    config.write_text(f'port = {port}\ndtype = "float32"\nnum-threads = 1\nruntime-dir = "{tmp_path / "run"}"\n')
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for role in ("frontend", "worker", "enginecore"):

@@ -21,7 +21,8 @@ TIMEOUT_S = 60
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serve("--enable-sleep-mode", "--frontends", "2", "--api-key", KEY, "--max-model-len", "512") as running:
+    flags = "--frontends", "2", "--api-key", KEY, "--max-model-len", "512", "--num-threads", "1"
+    with serve("--enable-sleep-mode", *flags) as running:
         yield running
 
 
