@@ -168,11 +168,11 @@ def _in_chunks(plan: AttentionPlan, chunk: int, block_size: int, num_tokens: int
 
 def macros(q: Tensor, cache: Tensor, scores: Scores) -> Constants:
     """What every kernel of attention in CUDA C++ is compiled for."""
-    (_, num_heads, head_dim), (_, _, block_size, num_kv_heads, _) = q.shape, cache.shape
+    (_, num_heads, head_dim), num_kv_heads = q.shape, cache.shape[3]
     return (
         ("T_NAME", '"bf16"' if q.dtype == torch.bfloat16 else '"f16"'),
         ("HEAD_DIM", head_dim), ("NUM_KV_HEADS", num_kv_heads), ("GROUP", num_heads // num_kv_heads),
-        ("BLOCK_SIZE", block_size),
+        ("BLOCK_SIZE", block_size_of(cache)),
         ("HAS_CAP", int(scores.soft_cap > 0)), ("HAS_WINDOW", int(scores.window > 0)),
         ("HAS_SLOPES", int(scores.slopes is not None)), ("HAS_SINKS", int(scores.sinks is not None)),
     )  # fmt: skip

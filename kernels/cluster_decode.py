@@ -2,7 +2,7 @@
 
 Formula and arguments: attention_plan.py; the plan has one token a sequence, in order, as paged_decode.py has it. Few
 sequences leave most of a GPU idle, and what counts is how long the last program takes: here up to eight share the keys
-of one head, and put their parts together without a way through memory.
+of one head, and put their parts together without a way through memory. Numbers of 8 bits are converted in registers.
 
 Bound: latency.
 
@@ -28,6 +28,7 @@ More parts than here wait until as many neighbouring processors are free: 4 x 20
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,12 +36,14 @@ from torch import Tensor
 from cableway.kernels import compilation
 from cableway.kernels.attention_plan import AttentionPlan, Scores, macros
 from cableway.kernels.cuda import CudaKernel, address
+from cableway.kernels.kv_cache import NO_SCALES, KVScales
 from cableway.kernels.lang import gpu_capability
 
 _KERNEL = CudaKernel("cluster_decode")
 _PARTS = {8: 8, 16: 4, 64: 2, 128: 1}  # up to how many clusters: programs of each
 _MOST_ELEMENTS = 512  # of a KV head's query heads: they are held in registers
 _MOST_CLUSTERS_OF_WIDE = 64  # with more than half as many, whose programs have half as many threads
+_KEPT_IN_8_BITS = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2, torch.int8: 3}
 _LONGEST = {1: 4096, 2: 2048, 16: 512}  # up to how many sequences: tokens
 
 
@@ -55,7 +58,7 @@ def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
     num_seqs, num_elements = len(plan.seq_lens), num_heads // num_kv_heads * head_dim
     most_clusters = _MOST_CLUSTERS_OF_WIDE if _is_wide(num_elements) else max(_PARTS)
     are_few = plan.max_seq_len <= longest(num_seqs) and num_seqs * num_kv_heads <= most_clusters
-    is_half = q.dtype == cache.dtype != torch.float32
+    is_half = q.dtype != torch.float32 and cache.dtype in (q.dtype, *_KEPT_IN_8_BITS)
     is_small = num_elements <= _MOST_ELEMENTS and head_dim % 8 == 0
     return gpu_capability() == 90 and is_half and are_few and is_small and not plan.invariant
 
@@ -64,21 +67,28 @@ def _is_wide(num_elements: int) -> bool:
     return num_elements > _MOST_ELEMENTS // 2
 
 
-def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
+def launch(
+    q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales: KVScales = NO_SCALES
+) -> Tensor:  # fmt: skip
     (num_seqs, num_heads, head_dim), num_kv_heads = q.shape, cache.shape[3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_clusters = num_seqs * num_kv_heads
     parts = next(parts for most, parts in _PARTS.items() if num_clusters <= most)
     num_threads = 256 if _is_wide(num_heads // num_kv_heads * head_dim) else 512
-    constants = (*macros(q, cache, scores), ("PARTS", parts), ("NUM_THREADS", num_threads))
+    constants = (
+        *macros(q, cache, scores),
+        ("KEPT_AS", _KEPT_IN_8_BITS.get(cache.dtype, 0)), ("BLOCK_ROWS", cache.shape[2]),
+        ("PARTS", parts), ("NUM_THREADS", num_threads),
+    )  # fmt: skip
     if q.is_meta:
         compilation.in_background(_KERNEL.load, constants)
         return out
     tensors = q, cache, out, plan.seq_lens, plan.block_table, scores.slopes, scores.sinks
+    with_keys = replace(scores, scale=scores.scale * scales.key).in_powers_of_two()
     arguments = struct.pack(
-        "7P3q2fi4x",
+        "7P3q3fi",
         *map(address, tensors),
-        q.stride(0), cache.stride(0), plan.block_table.stride(0), *scores.in_powers_of_two(), scores.window,
+        q.stride(0), cache.stride(0), plan.block_table.stride(0), *with_keys, scales.value, scores.window,
     )  # fmt: skip
     _KERNEL(
         constants,

@@ -31,7 +31,7 @@ def launch(q: Tensor, cache: Tensor, plan: AttentionPlan, scores: Scores, scales
     are_singles = plan.max_query_len == 1 and len(q) == len(plan.seq_lens)
     is_common = scores.biases is None  # which kernels in CUDA C++ do not know
     if are_singles and is_common and cluster_decode.fits(q, cache, plan):
-        return cluster_decode.launch(q, cache, plan, scores)
+        return cluster_decode.launch(q, cache, plan, scores, scales)
     if plan.invariant or not plan.may_have_singles:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:

@@ -65,7 +65,13 @@ def test_prefill_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("heads", "dtype", "options"), kinds([(16, 8, 64), (32, 8, 128), (6, 2, 80), (2, 1, 192), (4, 4, 256)], OPTIONS)
+    ("heads", "dtype", "options"),
+    [
+        *kinds([(16, 8, 64), (32, 8, 128), (6, 2, 80), (2, 1, 192), (4, 4, 256)], OPTIONS),
+        ((16, 8, 128), torch.bfloat16, {"kept_as": torch.float8_e4m3fn, "soft_cap": 2.0}),
+        ((32, 8, 128), torch.bfloat16, {"kept_as": torch.float8_e5m2, "window": 100}),
+        ((6, 2, 80), torch.float16, {"kept_as": torch.int8, "sinks": True}),
+    ],
 )
 def test_decode_compiles(heads, dtype, options, monkeypatch: pytest.MonkeyPatch):
     found = []
