@@ -154,7 +154,7 @@ def _num_blocks(
             wanted = max(sequence_blocks, _CPU_BYTES // block_bytes)
             num_blocks = min(config.max_num_seqs * sequence_blocks, wanted, num_blocks)
     if num_blocks < sequence_blocks:
-        more = "" if device.type == "cpu" else ", raise gpu_memory_utilization"
+        more = "" if device.type == "cpu" else ", raise gpu_memory_utilization, lower max_num_batched_tokens"
         raise ModelError(
             f"the KV cache has room for {num_blocks * config.block_size // len(groups)} tokens, but max_model_len is "
             f"{config.max_model_len}: lower it{more}, or give kv_cache_memory_bytes {sequence_blocks * block_bytes}"
