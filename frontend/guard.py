@@ -158,7 +158,7 @@ async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
 def is_own_host(host: str, config: FrontendConfig) -> bool:
     """Whether a Host header names this server: loopback, the address it is bound to, or one it was told of."""
     name = _name_of(host)
-    if name in config.allowed_hosts or "*" in config.allowed_hosts or name == config.host.lower():
+    if name in map(str.lower, config.allowed_hosts) or "*" in config.allowed_hosts or name == config.host.lower():
         return True
     address = _address(name)
     if address is None:

@@ -1,6 +1,7 @@
 """`resolve()`: the one place where "auto" becomes a value."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,9 @@ def resolve(options: Options, *, is_watched: bool = True) -> Config:
     """
     if 0 < options.block_size < _LEAST_BLOCK_SIZE:
         raise ConfigError(f"block_size: {options.block_size} is below {_LEAST_BLOCK_SIZE}")
+    if not all(re.fullmatch(r"\S+", key) for key in options.api_key):
+        # An empty one would let everybody in, and no client can send white space.
+        raise ConfigError("api_key: a key is empty, or has white space in it; does the variable exist that it is from?")
     files = modelfiles.locate(options.model, options.load_format)
     device, device_note = _device(options)
     dtype, dtype_note = _dtype(options, device, files.config)
@@ -104,6 +108,8 @@ def _cut(kind: type[Slice], values: dict[str, Any]) -> Slice:
 
 
 def _device(options: Options) -> tuple[str, str]:
+    if options.device == "cuda" and machine.torch_is_cpu_build():
+        raise ConfigError("device: the installed torch is a CPU build")
     if options.device != "auto":
         return options.device, ""
     if not machine.has_nvidia_gpu():

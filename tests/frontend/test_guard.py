@@ -30,7 +30,7 @@ def guarded() -> Iterator[Frontend]:
     options = {
         "api_key": KEYS,
         "allowed_origins": ["https://friend.example"],
-        "allowed_hosts": ["cableway.example"],
+        "allowed_hosts": ["Cableway.example"],
     }
     with start_frontend(**options) as frontend:
         yield frontend

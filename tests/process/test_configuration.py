@@ -63,8 +63,29 @@ def test_numbers_of_the_kv_cache(tmp_path: Path, said: str, resolved_to: str) ->
     assert resolved(tmp_path, dtype="float16", kv_cache_dtype=said).worker.kv_cache_dtype == resolved_to
 
 
+@pytest.fixture
+def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch is installed here."""
+    monkeypatch.setattr(machine, "torch_is_cpu_build", lambda: False)
+
+
+def test_a_torch_that_cannot_use_a_gpu_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "torch_is_cpu_build", lambda: True)
+    with pytest.raises(ConfigError, match="device: the installed torch is a CPU build"):
+        resolved(tmp_path, device="cuda")
+    assert resolved(tmp_path, device="auto").worker.device == "cpu"
+
+
+@pytest.mark.parametrize("key", ["", " ", "two words", "line\n"])
+def test_a_key_that_none_can_send_or_everybody(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match="api_key"):
+        resolved(tmp_path, api_key=["good", key])
+
+
 @pytest.mark.parametrize(("is_watched", "num_tokens"), [(True, 8192), (False, 16384)])
-def test_steps_are_longer_where_nobody_watches(tmp_path: Path, is_watched: bool, num_tokens: int) -> None:
+def test_steps_are_longer_where_nobody_watches(
+    tmp_path: Path, cuda_torch: None, is_watched: bool, num_tokens: int
+) -> None:
     tiny = resolved(tmp_path)
     asked = Options(model=tiny.worker.model, load_format="dummy", device="cuda")
     assert resolve.resolve(asked, is_watched=is_watched).core.max_num_batched_tokens == num_tokens
@@ -80,7 +101,7 @@ def test_numbers_of_states(tmp_path: Path, said: str, resolved_to: str) -> None:
     [({}, 0.03), ({"stream_interval_s": 0}, 0), ({"stream_interval_s": 1.5}, 1.5), ({"device": "cuda"}, 0)],
 )
 def test_tokens_come_together_where_they_are_made_on_a_cpu(
-    tmp_path: Path, values: dict[str, Any], seconds: float
+    tmp_path: Path, cuda_torch: None, values: dict[str, Any], seconds: float
 ) -> None:
     config = resolved(tmp_path, **values)
     assert config.core.stream_interval_s == config.worker.stream_interval_s == seconds
