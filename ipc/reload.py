@@ -78,7 +78,8 @@ class Reloader:
         def undo() -> None:
             self._keep(*former)
 
-        self._keep(flags, options, config)
+        # A flag that was refused once is not one for later.
+        self._keep({name: value for name, value in flags.items() if name not in kept}, options, config)
         return Change(config, roles, notes, undo)
 
     def _keep(self, flags: dict[str, Any], options: Options, config: Config) -> None:
@@ -99,7 +100,7 @@ class Reloader:
             return f"{name}: {before} -> {after}"
         why = _FIXED.get(name, "requests under way may be longer")
         if not getattr(self._options, name):  # what was chosen for the user
-            before = getattr(self._config.supervisor, name, before)
+            before = getattr(self._config.supervisor, name, getattr(self._config.core, name, before))
         return f"{name}: stays {before}, not {after}: {why}; stop and start the server to change it"
 
 

@@ -193,6 +193,7 @@ def test_reload_applies_what_it_can_and_says_what_it_cannot(tmp_path: Path, tiny
         ]
         written = json.loads((server.runtime_dir / "config.json").read_text())
         assert written["worker"]["max_num_seqs"] == 2
+        assert reload().stdout == "nothing has changed\n"  # what was refused is not asked for again
 
         config.write_text("max-num-seqs = 0\n")
         ran = reload("--", "--max-num-seqs", "0")
