@@ -25,7 +25,7 @@ from cableway.frontend.params import SamplingParams, fitting
 from cableway.frontend.served import decoder_prompt, sampling_defaults
 from cableway.frontend.template import ChatTemplate
 from cableway.frontend.tokens import Tokenizer, declared_eos_ids
-from cableway.frontend.words import ways_to_say
+from cableway.frontend.words import leave_nothing, ways_to_say
 from cableway.ipc import config as configuration
 from cableway.ipc import log as logging
 from cableway.ipc import modelfiles
@@ -214,6 +214,8 @@ class LLM:
         self._num_requests += 1
         bad_words = ways_to_say(params.bad_words, self.get_tokenizer()) if params.bad_words else ()
         sampling = params.sampling(num_left, self._eos_token_ids, bad_words)
+        if leave_nothing(sampling):
+            raise ValueError("no token of allowed_token_ids is left by bad_words and min_tokens")
         return BatchRequest(str(self._num_requests - 1), text, ids, params, sampling, self._decoder_prompt)
 
     def _tokenized(self, prompt: Prompt) -> tuple[str | None, list[int]]:

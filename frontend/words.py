@@ -1,8 +1,9 @@
-"""Words that may not be said, as token ids."""
+"""Words that may not be said, as token ids, and what they leave."""
 
 from collections.abc import Sequence
 
 from cableway.frontend.tokens import Tokenizer
+from cableway.ipc.messages import Sampling, unpack_ints
 
 MAX_WORDS = 256
 MAX_WORD_CHARS = 256
@@ -31,3 +32,12 @@ def ways_to_say(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
         if max(len(alone), len(after_space)) > MAX_WORD_TOKENS:
             raise ValueError(f"a bad word has {len(alone)} tokens, and at most {MAX_WORD_TOKENS} are taken")
     return [list(way) for way in found]
+
+
+def leave_nothing(sampling: Sampling) -> bool:
+    """Whether no token can be the first: each that is allowed is a bad word, or would end the text too soon."""
+    allowed = set(unpack_ints(sampling.allowed_token_ids).tolist())
+    barred = {unpack_ints(word)[0] for word in sampling.bad_words if len(unpack_ints(word)) == 1}
+    if sampling.min_tokens:
+        barred.update(unpack_ints(sampling.eos_token_ids), unpack_ints(sampling.stop_token_ids))
+    return bool(allowed) and allowed <= barred

@@ -265,7 +265,11 @@ class _Form:
             self._model.tokenizer, skip_special_tokens=prompt.text is None and self._skips_special_tokens
         )
         pieces = [detokenizer.feed([entry.token_id]) for entry in entries]
-        offset = -max("".join(pieces).find(text), 0)
+        spelled = "".join(pieces)
+        position = spelled.find(text)
+        if position < 0:  # a space more after a special token, or half a character at the end
+            position = max(len(spelled) - len(text), 0)
+        offset = -position
         placed = []
         for entry, piece in zip(entries, pieces, strict=True):
             placed.append((min(max(offset, 0), len(text)), entry))

@@ -10,7 +10,7 @@ from cableway.frontend.api.schema import SamplingFields
 from cableway.frontend.errors import RequestError
 from cableway.frontend.served import ServedModel
 from cableway.frontend.text import TextOptions
-from cableway.frontend.words import ways_to_say
+from cableway.frontend.words import leave_nothing, ways_to_say
 from cableway.ipc.messages import Ints, Sampling, ints
 
 _LEAST_TOP_P = 1e-6
@@ -81,7 +81,7 @@ def sampling_of(
         value = getattr(body, name)
         return model.defaults.get(name, default) if value is None else value
 
-    return Sampling(
+    sampling = Sampling(
         seed=secrets.randbits(63) if body.seed is None else body.seed & (2**63 - 1),
         temperature=chosen("temperature", 1.0),
         top_p=max(chosen("top_p", 1.0), _LEAST_TOP_P),
@@ -100,6 +100,15 @@ def sampling_of(
         bad_words=bad_words(body.bad_words or (), model),
         allowed_token_ids=ints(dict.fromkeys(body.allowed_token_ids or ())),
     )
+    if leave_nothing(sampling):
+        raise RequestError(
+            400,
+            "No token is left to begin with: each of `allowed_token_ids` is one of `bad_words`, or would end the text "
+            "before `min_tokens`.",
+            param="allowed_token_ids",
+            code="invalid_value",
+        )
+    return sampling
 
 
 def bad_words(words: Sequence[str], model: ServedModel) -> list[Ints]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.frontend.running import MODEL, Frontend, says, start_frontend
+from tests.frontend.running import EOS_ID, MODEL, TOKENIZER, Frontend, says, start_frontend
 
 USER = [{"role": "user", "content": "Hello"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -74,6 +74,8 @@ def error_of(answer: tuple[int, dict[str, Any]], status: int) -> dict[str, Any]:
         ({"allowed_token_ids": [5, 10**9]}, "allowed_token_ids"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
         ({"allowed_token_ids": ["a"]}, "allowed_token_ids[0]"),
+        ({"allowed_token_ids": [EOS_ID, 7], "min_tokens": 1, "stop_token_ids": [7]}, "allowed_token_ids"),
+        ({"allowed_token_ids": TOKENIZER.encode("no"), "bad_words": ["no"]}, "allowed_token_ids"),
         ({"bad_words": "word"}, "bad_words"),
         ({"bad_words": [""]}, "bad_words[0]"),
         ({"bad_words": [" "]}, "bad_words"),

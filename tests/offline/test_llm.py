@@ -120,6 +120,7 @@ def test_bad_words_and_allowed_tokens(tiny: LLM) -> None:
         ([5], {"logit_bias": {300: 1.0}}, "token id 300"),
         ([5], {"stop_token_ids": [-5]}, "token id -5"),
         ([5], {"allowed_token_ids": [5, 300]}, "token id 300"),
+        ([5], {"allowed_token_ids": [257], "min_tokens": 1}, "no token of allowed_token_ids is left"),
         ([5], {"bad_words": [" "]}, "bad word must not be empty"),
         ([5], {"bad_words": ["x" * 33]}, "33 tokens, and at most 32"),
         ([5], {"logprobs": 21}, "at most max_logprobs = 20"),
