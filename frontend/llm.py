@@ -108,6 +108,10 @@ class LLM:
         several = _as_prompts(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
+        for params in [sampling_params] if isinstance(sampling_params, SamplingParams) else sampling_params:
+            if not isinstance(params, SamplingParams):
+                raise ValueError("sampling_params are SamplingParams, for all prompts or one for each")
+            params.check()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(several)
         if len(sampling_params) != len(several):

@@ -82,6 +82,10 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """ValueError when a value cannot be: at the beginning, and when one may have been set since."""
         for name, kind in _kinds(type(self)).items():
             setattr(self, name, fitting(getattr(self, name), kind, name))
         for name, (low, high) in _RANGES.items():

@@ -159,6 +159,18 @@ def test_numbers_in_any_container(tiny: LLM) -> None:
 def test_as_many_params_as_prompts(tiny: LLM) -> None:
     with pytest.raises(ValueError, match="2 prompts, but 1 sampling_params"):
         tiny.generate(["a", "b"], [GREEDY], use_tqdm=False)
+    for wrong in ({"n": 1}, [{"n": 1}]):
+        with pytest.raises(ValueError, match="sampling_params are SamplingParams"):
+            tiny.generate("a", wrong, use_tqdm=False)  # type: ignore[arg-type]
+
+
+def test_params_that_were_changed(tiny: LLM) -> None:
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    params.max_tokens = 3
+    assert len(tiny.generate("hello", params, use_tqdm=False)[0].outputs[0].token_ids) == 3
+    params.top_k = 1.5  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="top_k"):
+        tiny.generate("hello", params, use_tqdm=False)
 
 
 @pytest.mark.parametrize(
