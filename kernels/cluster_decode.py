@@ -48,7 +48,9 @@ _LONGEST = {1: 4096, 2: 2048, 16: 512}  # up to how many sequences: tokens
 
 
 def longest(num_seqs: int) -> int:
-    """Tokens of the longest of so many sequences for which this may be the faster; 0: it is not."""
+    """Tokens of the longest of so many sequences for which this may be the faster; 0: it is not, or not on this GPU."""
+    if gpu_capability() != 90:
+        return 0
     return next((tokens for most, tokens in _LONGEST.items() if num_seqs <= most), 0)
 
 
@@ -57,10 +59,10 @@ def fits(q: Tensor, cache: Tensor, plan: AttentionPlan) -> bool:
     (_, num_heads, head_dim), num_kv_heads = q.shape, cache.shape[3]
     num_seqs, num_elements = len(plan.seq_lens), num_heads // num_kv_heads * head_dim
     most_clusters = _MOST_CLUSTERS_OF_WIDE if _is_wide(num_elements) else max(_PARTS)
-    are_few = plan.max_seq_len <= longest(num_seqs) and num_seqs * num_kv_heads <= most_clusters
+    are_few = 0 < plan.max_seq_len <= longest(num_seqs) and num_seqs * num_kv_heads <= most_clusters
     is_half = q.dtype != torch.float32 and cache.dtype in (q.dtype, *_KEPT_IN_8_BITS)
     is_small = num_elements <= _MOST_ELEMENTS and head_dim % 8 == 0
-    return gpu_capability() == 90 and is_half and are_few and is_small and not plan.invariant
+    return is_half and are_few and is_small and not plan.invariant
 
 
 def _is_wide(num_elements: int) -> bool:
